@@ -1,0 +1,59 @@
+# memtier: `make help` lists the targets. Everything a target needs, it installs (as root on Debian and Ubuntu).
+SHELL := /bin/bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell tools/find-python)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+UV_VERSION := 0.9.30
+SOURCES := packages tests tools
+export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
+export UV_LINK_MODE := copy
+
+.PHONY: help setup fmt check test e2e demo bench vm proto clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
+
+$(STAMP): pyproject.toml uv.lock $(wildcard packages/*/pyproject.toml) tools/bootstrap
+	@PYTHON="$(PYTHON)" UV_VERSION=$(UV_VERSION) tools/bootstrap $(VENV)
+	touch $@
+
+setup: $(STAMP)  ## Make .venv with the three packages and the development tools
+
+fmt: $(STAMP)  ## Format the code and sort the imports
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, generated code fresh
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy packages/*/src tests tools
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python tools/gen_proto.py --check
+
+test: $(STAMP)  ## Run all tests that need no virtual machine
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+e2e: $(STAMP)  ## Run the end-to-end tests in the test VM (built on first use)
+	$(BIN)/pytest tests/e2e $(PYTEST_ARGS)
+
+demo: $(STAMP)  ## Page out the idle memory of a real process and show it (root)
+	$(BIN)/memtier demo $(DEMO_ARGS)
+
+bench: $(STAMP)  ## Benchmarks: each line is a ratio against something else in the same run
+	$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+vm: $(STAMP)  ## Open a shell in the test VM
+	tests/vm/run --shell
+
+proto: $(STAMP)  ## Generate the protobuf modules from proto/
+	$(BIN)/python tools/gen_proto.py
+
+clean:  ## Remove what the other targets made in this folder
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The programs: memtier, memtierd, nri-memtierd."""

@@ -1,0 +1,122 @@
+"""The records that stages hand to each other. No stage imports another: they meet here.
+
+Addresses are bytes, uint64. Pages are base pages of `PAGE_BYTES`. Arrays are one-dimensional numpy
+arrays; where several belong together they have the same length and the shape is given as [n].
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAGE_BYTES = mmap.PAGESIZE
+PAGE_SHIFT = PAGE_BYTES.bit_length() - 1
+SWAP_NODE = -1
+"""Destination "swap out", as the reference writes it in node lists."""
+
+U64 = NDArray[np.uint64]
+U8 = NDArray[np.uint8]
+Bools = NDArray[np.bool_]
+
+
+class ProcessId(NamedTuple):
+    """One process, never confused with a later one of the same pid."""
+
+    pid: int
+    start_ticks: int
+    """Field 22 of /proc/PID/stat: start time in clock ticks since boot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Address spans [n], ascending, disjoint, page aligned."""
+
+    starts: U64
+    ends: U64  # exclusive
+
+    @property
+    def pages(self) -> NDArray[np.int64]:
+        """int64[n]: length of each span in pages."""
+        return ((self.ends - self.starts) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the lengths."""
+        return int((self.ends - self.starts).sum(dtype=np.uint64))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @staticmethod
+    def empty() -> Spans:
+        """No span."""
+        return Spans(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+
+
+@dataclass(frozen=True, slots=True)
+class PageChunk:
+    """What one scan saw of a run of consecutive pages of one process."""
+
+    start: int
+    """Address of the first page."""
+    accessed: Bools  # [m] touched in the window that ends with this scan
+    resident: Bools  # [m] in RAM; False: swapped out or never touched
+    written: Bools | None = None  # [m] None: this tracker cannot tell writes from reads
+    movable: Bools | None = None  # [m] exclusively mapped; None: not known, taken as True
+
+
+class Tracker(Protocol):
+    """Observes which pages of some processes are touched. It has never heard of policies."""
+
+    name: str
+    page_exact: bool
+    """False: `accessed` says "this mapping", not "this page"."""
+
+    def watch(self, processes: frozenset[ProcessId]) -> None:
+        """The whole set to observe from now on; call again when it changes."""
+
+    def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
+        """Report the window since the last scan of `spans` and begin the next one.
+
+        Chunks come in address order, cover `spans`, hold at most `CHUNK_PAGES` pages each and lie in one
+        span. A span scanned for the first time has `accessed` all True where resident: nothing is known.
+
+        Raises:
+            ProcessGone: it exited; chunks already yielded stay valid.
+        """
+
+    def close(self) -> None:
+        """Give everything back. Safe to call twice."""
+
+
+CHUNK_PAGES = 1 << 16
+"""256 MiB of 4 KiB pages: bounds the transient memory of a scan."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoveTask:
+    """Spans of one process to be moved to `to_node` (`SWAP_NODE`: paged out)."""
+
+    process: ProcessId
+    spans: Spans
+    to_node: int = SWAP_NODE
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MoveOutcome:
+    """What became of (a part of) a task."""
+
+    process: ProcessId
+    spans: Spans  # asked for
+    to_node: int
+    requested_bytes: int
+    moved_bytes: int
+    """What the kernel really moved, measured after the call."""
+    seconds: float
+    error: str | None = None
