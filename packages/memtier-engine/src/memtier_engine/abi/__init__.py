@@ -1,0 +1,1 @@
+"""What the kernel's headers say: numbers, flags, structures, and one typed ctypes wrapper per call."""
