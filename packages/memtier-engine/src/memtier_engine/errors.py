@@ -1,12 +1,12 @@
 """The engine's error tree. Each error says what is wrong, where, and (as `hint`) what to do.
 
-    MemtierError
-    ├── ConfigError              a value in a configuration: carries file, line and key path
-    ├── Unavailable              this kernel or these rights do not offer it: carries a hint
-    │   └── TrackerUnavailable
-    └── KernelCallError          a system call or kernel file failed: carries errno
-        ├── ProcessGone          ESRCH, or ENOENT under /proc/PID
-        └── AccessDenied         EPERM, EACCES
+MemtierError
+├── ConfigError              a value in a configuration: carries file, line and key path
+├── Unavailable              this kernel or these rights do not offer it: carries a hint
+│   └── TrackerUnavailable
+└── KernelCallError          a system call or kernel file failed: carries errno
+    ├── ProcessGone          ESRCH, or ENOENT under /proc/PID
+    └── AccessDenied         EPERM, EACCES
 """
 
 from __future__ import annotations

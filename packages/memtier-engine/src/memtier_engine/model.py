@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -119,4 +119,6 @@ class MoveOutcome:
     moved_bytes: int
     """What the kernel really moved, measured after the call."""
     seconds: float
+    stuck: Spans = field(default_factory=Spans.empty)
+    """Asked for, still where it was."""
     error: str | None = None

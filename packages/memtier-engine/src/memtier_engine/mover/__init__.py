@@ -1,0 +1,1 @@
+"""Puts pages where a policy wants them, no faster than allowed."""

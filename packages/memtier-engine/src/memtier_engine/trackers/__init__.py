@@ -1,0 +1,1 @@
+"""What was touched: each tracker asks the kernel in its own way."""

@@ -1,0 +1,275 @@
+"""Scans in, ages out: one byte per page says how many scans ago the page was last touched. No IO.
+
+The byte is a small floating-point number: exact up to `LINEAR_SCANS` scans, then 16 steps per doubling,
+so 254 values reach days at the usual intervals. It errs in one direction only: the age it stands for is
+never more than the true one, so no page is judged idle too early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U8, PageChunk, ProcessId, Spans
+
+LINEAR_SCANS = 128
+STEPS_PER_DOUBLING = 16
+AGE_MAX = 253
+PAGED_OUT = 254
+"""We paged it out and it has not come back."""
+NOT_RESIDENT = 255
+"""Never touched, freed, or swapped out by someone else."""
+
+
+def _scale() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(step[256], min_scans[256]): scans between increments at a value, and the least age it stands for."""
+    step = np.ones(256, np.int64)
+    least = np.zeros(256, np.int64)
+    for value in range(1, AGE_MAX + 1):
+        doubling = max(0, value - LINEAR_SCANS) // STEPS_PER_DOUBLING + (value >= LINEAR_SCANS)
+        step[value] = 1 << doubling
+        # Increments fall on multiples of the step, counted from the first scan of all: the first one
+        # within a doubling may come after half a step, the others come exactly a step apart.
+        waited = step[value - 1]
+        if value - 1 > 0 and step[value - 2] != waited:
+            waited >>= 1
+        least[value] = least[value - 1] + waited
+    return step, least
+
+
+STEP_SCANS, MIN_SCANS = _scale()
+_ON_ABSENT = np.full(256, NOT_RESIDENT, np.uint8)
+_ON_ABSENT[PAGED_OUT] = PAGED_OUT
+
+
+class AgeClock:
+    """Counts scans and remembers when they were, to turn ages into seconds."""
+
+    def __init__(self) -> None:
+        self.scans = 0
+        self._times_s = np.full(int(MIN_SCANS[AGE_MAX]) + 1, -np.inf)
+
+    def begin_scan(self, now_s: float) -> None:
+        """A new scan starts now."""
+        self.scans += 1
+        self._times_s[self.scans % len(self._times_s)] = now_s
+
+    def step_table(self) -> U8:
+        """uint8[256]: the age after this scan of a resident page that was not touched."""
+        table = np.arange(256, dtype=np.uint8)
+        grows = (self.scans % STEP_SCANS == 0) & (table < AGE_MAX)
+        table[grows] += 1
+        table[PAGED_OUT] = table[NOT_RESIDENT] = 0  # it came back, or is new
+        return table
+
+    def idle_s(self) -> NDArray[np.float64]:
+        """float64[AGE_MAX + 1]: seconds that a page of each age has been idle for at least.
+
+        Ages from before the first scan are infinite here, but no page can have them.
+        """
+        back = MIN_SCANS[: AGE_MAX + 1]
+        known = back < self.scans
+        times = self._times_s[(self.scans - back) % len(self._times_s)]
+        now_s = self._times_s[self.scans % len(self._times_s)]
+        return np.where(known, now_s - times, np.inf)
+
+    def least_age(self, idle_s: float) -> int | None:
+        """The smallest age value that means "idle for at least `idle_s`"; None if no page can be so old yet."""
+        idle = self.idle_s()
+        index = int(np.searchsorted(idle, idle_s, side="left"))
+        return index if index <= AGE_MAX and np.isfinite(idle[index]) else None
+
+
+class ProcessPages:
+    """The pages of one process: where they are, how old each is, and what is known of its place."""
+
+    def __init__(self, process: ProcessId, *, streaks: bool = False, places: bool = False) -> None:
+        self.process = process
+        self.spans = Spans.empty()
+        self.offsets = np.zeros(1, np.int64)
+        """int64[n + 1]: index of the first page of each span; the last entry is the number of pages."""
+        self.ages: U8 = np.zeros(0, np.uint8)
+        self.streaks: U8 | None = np.zeros(0, np.uint8) if streaks else None
+        """Scans in a row in which the page was touched, at most 255; only kept for policies that ask."""
+        self.places: U8 | None = np.zeros(0, np.uint8) if places else None
+        """Node + 1 that we last put the page on; 0: not known. Only kept for policies that ask."""
+
+    @property
+    def tracked_bytes(self) -> int:
+        """Address space covered."""
+        return len(self.ages) * PAGE_BYTES
+
+    def set_spans(self, spans: Spans) -> None:
+        """Follow the process's mappings: pages keep their ages wherever their address is still mapped."""
+        if np.array_equal(spans.starts, self.spans.starts) and np.array_equal(spans.ends, self.spans.ends):
+            return
+        offsets = np.concatenate(([0], np.cumsum(spans.pages)))
+        copies = list(_overlaps(self.spans, self.offsets, spans, offsets))
+
+        def carried(old: U8, fill: int) -> U8:
+            new = np.full(int(offsets[-1]), fill, np.uint8)
+            for source, target, length in copies:
+                new[target : target + length] = old[source : source + length]
+            return new
+
+        self.ages = carried(self.ages, NOT_RESIDENT)
+        if self.streaks is not None:
+            self.streaks = carried(self.streaks, 0)
+        if self.places is not None:
+            self.places = carried(self.places, 0)
+        self.spans, self.offsets = spans, offsets
+
+    def index_of(self, address: int) -> int:
+        """Index of the page at `address`, which must be mapped."""
+        span = int(np.searchsorted(self.spans.starts, np.uint64(address), side="right")) - 1
+        if span < 0 or address >= int(self.spans.ends[span]):
+            raise KeyError(f"{address:#x} is in no tracked mapping of pid {self.process.pid}")
+        return int(self.offsets[span]) + (address - int(self.spans.starts[span]) >> PAGE_SHIFT)
+
+    def update(self, chunk: PageChunk, step_table: U8) -> int:
+        """Take over what a scan saw. Returns the pages that we had paged out and that came back."""
+        first = self.index_of(chunk.start)
+        ages = self.ages[first : first + len(chunk.accessed)]
+        before = ages.copy()
+        touched = chunk.accessed
+        if chunk.movable is not None:
+            touched = touched | ~chunk.movable  # shared pages cannot be moved: never a candidate
+        absent = ~chunk.resident
+        np.take(step_table, before, out=ages)
+        np.putmask(ages, touched, 0)
+        np.putmask(ages, absent, _ON_ABSENT[before])
+        if self.streaks is not None:
+            streaks = self.streaks[first : first + len(ages)]
+            np.copyto(streaks, np.where(touched & chunk.resident, np.minimum(streaks, 254) + 1, 0))
+        if self.places is not None:
+            np.putmask(self.places[first : first + len(ages)], absent, 0)
+        return int(np.count_nonzero((before == PAGED_OUT) & chunk.resident))
+
+    def histogram(self) -> NDArray[np.int64]:
+        """int64[256]: pages of each age, with `PAGED_OUT` and `NOT_RESIDENT` at their own values."""
+        counts = np.zeros(256, np.int64)
+        for first in range(0, len(self.ages), CHUNK_PAGES):
+            counts += np.bincount(self.ages[first : first + CHUNK_PAGES], minlength=256)
+        return counts
+
+    def region_counts(self, age_below: int, pages_in_region: int = 512) -> NDArray[np.int64]:
+        """int64[r]: pages younger than `age_below` in each region, regions cut from each span's start."""
+        cuts = [
+            np.arange(int(self.offsets[i]), int(self.offsets[i + 1]), pages_in_region)
+            for i in range(len(self.spans))
+        ]
+        if not cuts or not len(self.ages):
+            return np.zeros(0, np.int64)
+        young = (self.ages < age_below).view(np.uint8)
+        return np.add.reduceat(young, np.concatenate(cuts), dtype=np.int64)
+
+    def select(
+        self,
+        *,
+        age_from: int = 0,
+        age_to: int = AGE_MAX,
+        streak_from: int = 0,
+        not_on_node: int | None = None,
+        limit_pages: int | None = None,
+    ) -> Spans:
+        """Runs of resident pages with `age_from <= age <= age_to`, in address order, up to `limit_pages`."""
+        starts: list[NDArray[np.uint64]] = []
+        ends: list[NDArray[np.uint64]] = []
+        left = limit_pages
+        for span in range(len(self.spans)):
+            base = self.spans.starts[span]
+            for first in range(int(self.offsets[span]), int(self.offsets[span + 1]), CHUNK_PAGES):
+                last = min(first + CHUNK_PAGES, int(self.offsets[span + 1]))
+                ages = self.ages[first:last]
+                wanted = (ages >= age_from) & (ages <= age_to)
+                if streak_from and self.streaks is not None:
+                    wanted &= self.streaks[first:last] >= streak_from
+                if not_on_node is not None and self.places is not None:
+                    wanted &= self.places[first:last] != not_on_node + 1
+                runs = true_runs(wanted)
+                if left is not None:
+                    runs = first_pages(runs, left)
+                    left -= int((runs[:, 1] - runs[:, 0]).sum())
+                if len(runs):
+                    shift = np.uint64(PAGE_SHIFT)
+                    page = (runs + (first - int(self.offsets[span]))).astype(np.uint64)
+                    starts.append(base + (page[:, 0] << shift))
+                    ends.append(base + (page[:, 1] << shift))
+                if left == 0:
+                    return _joined(starts, ends)
+        return _joined(starts, ends)
+
+    def set_age(self, spans: Spans, age: int, *, only_resident: bool = False) -> None:
+        """Give all pages of `spans` that are still mapped this age."""
+        for first, last in self._index_runs(spans):
+            ages = self.ages[first:last]
+            if only_resident:
+                np.putmask(ages, ages <= AGE_MAX, age)
+            else:
+                ages[:] = age
+
+    def set_place(self, spans: Spans, node: int) -> None:
+        """Remember that all pages of `spans` are on `node`."""
+        if self.places is not None:
+            for first, last in self._index_runs(spans):
+                self.places[first:last] = node + 1
+
+    def _index_runs(self, spans: Spans) -> Iterator[tuple[int, int]]:
+        own = np.concatenate(([0], np.cumsum(spans.pages)))
+        for _, target, length in _overlaps(spans, own, self.spans, self.offsets):
+            yield target, target + length
+
+
+def true_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """int64[k, 2]: half-open index runs where `mask` is True."""
+    padded = np.zeros(len(mask) + 2, np.int8)
+    padded[1:-1] = mask
+    edges = np.flatnonzero(np.diff(padded))
+    return edges.reshape(-1, 2)
+
+
+def first_pages(runs: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """The runs that make up the first `limit` pages, the last one cut."""
+    lengths = runs[:, 1] - runs[:, 0]
+    total = np.cumsum(lengths)
+    count = int(np.searchsorted(total, limit, side="left"))
+    if count == len(runs):
+        return runs
+    kept = runs[: count + 1].copy()
+    kept[-1, 1] -= int(total[count]) - limit
+    return kept[kept[:, 1] > kept[:, 0]]
+
+
+def _joined(starts: list[NDArray[np.uint64]], ends: list[NDArray[np.uint64]]) -> Spans:
+    if not starts:
+        return Spans.empty()
+    first, last = np.concatenate(starts), np.concatenate(ends)
+    apart = first[1:] != last[:-1]  # runs that meet at a chunk border are one
+    return Spans(first[np.concatenate(([True], apart))], last[np.concatenate((apart, [True]))])
+
+
+def _overlaps(
+    old: Spans, old_offsets: NDArray[np.int64], new: Spans, new_offsets: NDArray[np.int64]
+) -> Iterator[tuple[int, int, int]]:
+    """(old index, new index, pages) of each address run in both, unbroken sequences of runs as one."""
+    if not len(old) or not len(new):
+        return
+    points = np.unique(np.concatenate((old.starts, old.ends, new.starts, new.ends)))
+    starts, ends = points[:-1], points[1:]
+    in_old = np.searchsorted(old.starts, starts, side="right") - 1
+    in_new = np.searchsorted(new.starts, starts, side="right") - 1
+    both = (in_old >= 0) & (in_new >= 0)
+    both &= (ends <= old.ends[in_old]) & (ends <= new.ends[in_new])
+    starts, ends, in_old, in_new = starts[both], ends[both], in_old[both], in_new[both]
+    if not len(starts):
+        return
+    shift = np.uint64(PAGE_SHIFT)
+    length = ((ends - starts) >> shift).astype(np.int64)
+    source = old_offsets[in_old] + ((starts - old.starts[in_old]) >> shift).astype(np.int64)
+    target = new_offsets[in_new] + ((starts - new.starts[in_new]) >> shift).astype(np.int64)
+    breaks = (source[1:] != source[:-1] + length[:-1]) | (target[1:] != target[:-1] + length[:-1])
+    heads = np.flatnonzero(np.concatenate(([True], breaks)))
+    sums = np.add.reduceat(length, heads)
+    yield from zip(source[heads].tolist(), target[heads].tolist(), sums.tolist(), strict=True)

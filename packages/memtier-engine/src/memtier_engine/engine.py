@@ -1,0 +1,316 @@
+"""One engine: targets -> tracker -> ages -> policy -> mover, and a report of each step.
+
+The only file that knows all stages. An engine is a state machine: `advance(now_s)` does what is due and
+says when to call again, so that one thread can run many, and a test needs no sleep.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from loguru import logger
+from numpy.typing import NDArray
+
+from memtier_engine.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
+from memtier_engine.clock import Clock, SystemClock
+from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.maps import read_mappings
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Tracker
+from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
+from memtier_engine.policies.base import Policy
+from memtier_engine.targets.base import Target
+from memtier_engine.trackers.registry import create_tracker
+
+ERRORS_KEPT = 20
+YOUNG_S = 1.0
+"""Processes younger than this, or than one scan interval, are left alone: most never grow old (fork storms)."""
+_CLOCK_TICKS_PER_S = 100.0  # USER_HZ, fixed on every architecture we support
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How an engine works on its target."""
+
+    tracker: str = "auto"
+    scan_interval_ms: int = 5000
+    """Time between looks at every page."""
+    policy: AgePolicyConfig = field(default_factory=AgePolicyConfig)
+    mover: MoverConfig = field(default_factory=MoverConfig)
+    dry_run: bool = False
+    """Decide and report, but move nothing."""
+
+    def __post_init__(self) -> None:
+        if self.scan_interval_ms <= 0:
+            raise ConfigError(
+                f"value {self.scan_interval_ms}",
+                key_path="tracker.scanintervalms",
+                hint="use 1 or more; default 5000",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """The state after a scan and the decision on it. Totals count from the engine's start."""
+
+    time_s: float
+    scans: int
+    tracker: str
+    processes: int
+    tracked_bytes: int
+    """Address space that is looked at."""
+    resident_bytes: int
+    paged_out_bytes: int
+    """Out because of us, now."""
+    candidate_bytes: int
+    """What the policy wants to move now, of any reason; in a dry run all there is."""
+    requested_bytes_total: int
+    moved_bytes_total: int
+    refault_bytes_total: int
+    """What we paged out and the processes wanted back."""
+    scan_seconds: float
+    """Time this scan took."""
+    cpu_seconds_total: float
+    age_pages: NDArray[np.int64]
+    """int64[256]: pages of each age, see `memtier_engine.ages`."""
+    idle_s: NDArray[np.float64]
+    """float64[AGE_MAX + 1]: seconds that each age stands for."""
+    errors: tuple[str, ...]
+    """Since the report before."""
+
+    def idle_bytes(self, idle_s: float) -> int:
+        """Resident memory not touched for at least `idle_s`."""
+        return int(self.age_pages[: AGE_MAX + 1][self.idle_s >= idle_s].sum()) * PAGE_BYTES
+
+
+class Engine:
+    """Tracks the processes of one target and moves what its policy says. One thread at a time."""
+
+    def __init__(
+        self,
+        target: Target,
+        config: EngineConfig | None = None,
+        *,
+        host: Host | None = None,
+        clock: Clock | None = None,
+        tracker: Tracker | None = None,
+        policy: Policy | None = None,
+        mover: Mover | None = None,
+    ) -> None:
+        """Any stage can be replaced by one of your own.
+
+        Raises:
+            TrackerUnavailable: the tracker does not work here.
+        """
+        self.config = config or EngineConfig()
+        self.host = host or Host()
+        self.clock = clock or SystemClock()
+        self.target = target
+        self.tracker = tracker or create_tracker(self.config.tracker, self.host).tracker
+        self.policy: Policy = policy or AgePolicy(
+            self.config.policy, scan_interval_ms=self.config.scan_interval_ms
+        )
+        now_s = self.clock.now_s()
+        self.mover = mover or Mover(self.config.mover, self.host, now_s=now_s)
+        self.pages: dict[ProcessId, ProcessPages] = {}
+        self.age_clock = AgeClock()
+        self._next_scan_s = now_s
+        self._next_decision_s = now_s
+        self._candidate_bytes = 0
+        self._requested_bytes = self._moved_bytes = self._refault_bytes = 0
+        self._cpu_s = 0.0
+        self._errors: list[str] = []
+        self._refused: dict[ProcessId, str] = {}
+        self.closed = False
+
+    @classmethod
+    def for_pid(cls, pid: int, *, idle_after_s: float, config: EngineConfig | None = None) -> Engine:
+        """An engine that pages out what `pid` has not touched for `idle_after_s`."""
+        from memtier_engine.targets.pids import PidsTarget
+
+        host = Host()
+        return cls(PidsTarget(host, [pid]), _swap_config(config, idle_after_s), host=host)
+
+    @classmethod
+    def for_cgroup(
+        cls, path: str | Path, *, idle_after_s: float, config: EngineConfig | None = None
+    ) -> Engine:
+        """An engine for all processes in the cgroup directory `path` and below."""
+        from memtier_engine.targets.cgroups import CgroupsTarget
+
+        host = Host()
+        return cls(CgroupsTarget(host, [Path(path)]), _swap_config(config, idle_after_s), host=host)
+
+    def advance(self, now_s: float) -> tuple[StepReport | None, float]:
+        """Do what is due at `now_s`. Returns (the report if there was a scan, when to call again)."""
+        report = None
+        began = time.thread_time()
+        if now_s >= self._next_scan_s:
+            report = self.step(now_s)
+            interval_s = self.config.scan_interval_ms / 1000
+            # A scan that took longer than the interval is followed by a full one: never back to back.
+            self._next_scan_s = max(self._next_scan_s, self.clock.now_s() - interval_s / 2) + interval_s
+        elif not self.config.dry_run:
+            for outcome in self.mover.pump(now_s):
+                self._account(outcome)
+            self._cpu_s += time.thread_time() - began
+        wait_s = None if self.config.dry_run else self.mover.wait_s()
+        due_s = self._next_scan_s if wait_s is None else min(self._next_scan_s, self.clock.now_s() + wait_s)
+        return report, due_s
+
+    def step(self, now_s: float | None = None) -> StepReport:
+        """Scan every process once, decide, hand the mover its tasks."""
+        now_s = self.clock.now_s() if now_s is None else now_s
+        began_s, began_cpu_s = time.monotonic(), time.thread_time()
+        processes = self._follow()
+        self.age_clock.begin_scan(now_s)
+        table = self.age_clock.step_table()
+        for process in processes:
+            try:
+                self._scan(process, table)
+            except ProcessGone:
+                self._forget(process)
+            except KernelCallError as failure:
+                self._refused[process] = str(failure)
+                self._note(str(failure))
+                self._forget(process)
+        scan_seconds = time.monotonic() - began_s
+        if now_s >= self._next_decision_s:
+            self._decide(now_s)
+        self._cpu_s += time.thread_time() - began_cpu_s
+        return self._report(now_s, scan_seconds)
+
+    def run(
+        self, duration_s: float | None = None, stop: threading.Event | None = None
+    ) -> Iterator[StepReport]:
+        """Work until `duration_s` is over or `stop` is set, yielding a report per scan. Closes the engine."""
+        stop = stop or threading.Event()
+        end_s = None if duration_s is None else self.clock.now_s() + duration_s
+        try:
+            while not stop.is_set():
+                now_s = self.clock.now_s()
+                if end_s is not None and now_s >= end_s:
+                    break
+                report, due_s = self.advance(now_s)
+                if report is not None:
+                    yield report
+                if end_s is not None:
+                    due_s = min(due_s, end_s)
+                self.clock.wait_s(due_s - self.clock.now_s(), stop)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop tracking and moving; what is swapped out stays so. Safe to call twice."""
+        self.closed = True
+        self.mover.close()
+        self.tracker.close()
+
+    def _follow(self) -> list[ProcessId]:
+        """Poll the target; returns the processes to scan."""
+        current = self.target.poll()
+        for process in self.pages.keys() - current:
+            self._forget(process)
+        for process in self._refused.keys() - current:
+            del self._refused[process]
+        young_s = min(YOUNG_S, self.config.scan_interval_ms / 1000)
+        uptime_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        wanted = [
+            process
+            for process in current
+            if process in self.pages
+            or (
+                process not in self._refused
+                and uptime_s - process.start_ticks / _CLOCK_TICKS_PER_S >= young_s
+            )
+        ]
+        self.tracker.watch(frozenset(wanted))
+        return wanted
+
+    def _scan(self, process: ProcessId, table: NDArray[np.uint8]) -> None:
+        spans = read_mappings(self.host, process.pid).tierable()
+        own = self.pages.get(process)
+        if own is None:
+            own = self.pages[process] = ProcessPages(
+                process, streaks=self.policy.needs_streaks, places=self.policy.needs_places
+            )
+        own.set_spans(spans)
+        for chunk in self.tracker.scan(process, spans):
+            self._refault_bytes += own.update(chunk, table) * PAGE_BYTES
+            self.policy.observe(process, chunk)
+
+    def _forget(self, process: ProcessId) -> None:
+        self.pages.pop(process, None)
+        self.mover.drop(process)
+
+    def _decide(self, now_s: float) -> None:
+        interval_s = self.config.policy.interval_ms / 1000
+        self._next_decision_s = max(self._next_decision_s, now_s - interval_s / 2) + interval_s
+        until_next_s = max(interval_s, self.config.scan_interval_ms / 1000)
+        budget = None if self.config.dry_run else self.mover.budget_bytes(until_next_s)
+        tasks = self.policy.decide(self.pages, self.age_clock, budget)
+        self._candidate_bytes = sum(task.spans.total_bytes for task in tasks)
+        if not self.config.dry_run:
+            self.mover.replace(tasks)
+
+    def _account(self, outcome: MoveOutcome) -> None:
+        self._requested_bytes += outcome.requested_bytes
+        self._moved_bytes += outcome.moved_bytes
+        if outcome.error and outcome.requested_bytes:
+            self._note(outcome.error)
+        own = self.pages.get(outcome.process)
+        if own is None or not len(outcome.spans):
+            return
+        if outcome.to_node == SWAP_NODE:
+            if outcome.moved_bytes:
+                own.set_age(outcome.spans, PAGED_OUT)
+            # What the kernel kept begins to age anew: asking again at once would only burn CPU.
+            own.set_age(outcome.stuck if outcome.moved_bytes else outcome.spans, 0)
+        else:
+            own.set_place(outcome.spans, outcome.to_node)
+
+    def _note(self, error: str) -> None:
+        if len(self._errors) < ERRORS_KEPT and error not in self._errors:
+            self._errors.append(error)
+            logger.warning("{}", error)
+
+    def _report(self, now_s: float, scan_seconds: float) -> StepReport:
+        pages = sum((own.histogram() for own in self.pages.values()), np.zeros(256, np.int64))
+        errors, self._errors = tuple(self._errors), []
+        return StepReport(
+            time_s=now_s,
+            scans=self.age_clock.scans,
+            tracker=self.tracker.name,
+            processes=len(self.pages),
+            tracked_bytes=sum(own.tracked_bytes for own in self.pages.values()),
+            resident_bytes=int(pages[: AGE_MAX + 1].sum()) * PAGE_BYTES,
+            paged_out_bytes=int(pages[PAGED_OUT]) * PAGE_BYTES,
+            candidate_bytes=self._candidate_bytes,
+            requested_bytes_total=self._requested_bytes,
+            moved_bytes_total=self._moved_bytes,
+            refault_bytes_total=self._refault_bytes,
+            scan_seconds=scan_seconds,
+            cpu_seconds_total=self._cpu_s,
+            age_pages=pages,
+            idle_s=self.age_clock.idle_s(),
+            errors=errors,
+        )
+
+
+def _swap_config(config: EngineConfig | None, idle_after_s: float) -> EngineConfig:
+    from dataclasses import replace
+
+    if idle_after_s <= 0:
+        raise ConfigError(f"value {idle_after_s}", key_path="idle_after_s", hint="use more than 0 seconds")
+    config = config or EngineConfig(scan_interval_ms=max(100, min(5000, int(idle_after_s * 250))))
+    swap = replace(config.policy, swap_out_ms=int(idle_after_s * 1000), interval_ms=config.scan_interval_ms)
+    return replace(config, policy=swap)
+
+
+__all__ = ["Engine", "EngineConfig", "MemtierError", "MoveTask", "StepReport"]

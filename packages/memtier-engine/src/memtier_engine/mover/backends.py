@@ -1,0 +1,197 @@
+"""The two system calls that move pages, with their errors sorted by what to do about them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memtier_engine.abi import syscalls
+from memtier_engine.abi.constants import MADV_PAGEOUT
+from memtier_engine.errors import KernelCallError, ProcessGone
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.maps import read_start_ticks
+from memtier_engine.hostfs.pagemap import Pagemap
+from memtier_engine.ages import true_runs
+from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, SWAP_NODE, U64, ProcessId, Spans
+
+IOVECS_MAX = 1024
+"""UIO_MAXIOV: process_madvise refuses more with EINVAL."""
+INTERRUPTED_MAX = 8
+SPLITS_MAX = 64
+"""A batch is split this often around what the kernel refuses before the rest of it is given up."""
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """What one batch did."""
+
+    moved_bytes: int = 0
+    stuck: Spans = field(default_factory=Spans.empty)
+    """Asked for, still where it was."""
+    again: bool = False
+    """EAGAIN: worth another try later."""
+    error: str | None = None
+
+
+class ProcessHandle:
+    """Kept-open pidfd and pagemap of one process: they pin it, so that a recycled pid is never moved."""
+
+    def __init__(self, host: Host, process: ProcessId) -> None:
+        """Raises ProcessGone if the process exited or the pid is another's by now."""
+        self.process = process
+        self.pidfd = syscalls.pidfd_open(process.pid)
+        try:
+            # The pidfd came after the process was seen: only the start time tells whose it is.
+            if read_start_ticks(host, process.pid) != process.start_ticks:
+                raise ProcessGone(f"pid {process.pid} is a new process", errno.ESRCH)
+            self.pagemap = Pagemap(host, process.pid)
+        except BaseException:
+            os.close(self.pidfd)
+            raise
+
+    def close(self) -> None:
+        """Close both. Safe to call twice."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+            self.pagemap.close()
+
+
+def page_out(handle: ProcessHandle, spans: Spans) -> BatchResult:
+    """MADV_PAGEOUT on up to `IOVECS_MAX` spans; what really left is counted in pagemap afterwards.
+
+    Raises:
+        ProcessGone: it exited.
+        KernelCallError: EPERM and whatever else no retry can mend.
+    """
+    swapped_before = handle.pagemap.swapped_bytes(spans.starts, spans.ends)
+    result = BatchResult()
+    _advise(handle, spans.starts.copy(), spans.ends - spans.starts, result)
+    swapped_after = handle.pagemap.swapped_bytes(spans.starts, spans.ends)
+    result.moved_bytes = max(0, swapped_after - swapped_before)
+    if swapped_after < spans.total_bytes:
+        result.stuck = _resident(handle, spans)
+    return result
+
+
+def _advise(handle: ProcessHandle, starts: U64, lengths: U64, result: BatchResult) -> None:
+    """Walk on through partial returns and refusals until everything was advised or given up."""
+    interrupted = splits = 0
+    while len(starts):
+        try:
+            done = syscalls.process_madvise(
+                handle.pidfd, starts[:IOVECS_MAX], lengths[:IOVECS_MAX], MADV_PAGEOUT
+            )
+        except ProcessGone:
+            raise
+        except KernelCallError as failure:
+            if failure.errno == errno.EINTR and interrupted < INTERRUPTED_MAX:
+                interrupted += 1
+                continue
+            if failure.errno == errno.EAGAIN:
+                result.again = True
+                return
+            if failure.errno not in (errno.ENOMEM, errno.EINVAL, errno.EBADF):
+                raise
+            # ENOMEM: a hole; EINVAL: a mapping that cannot be paged out (mlocked, hugetlb, device).
+            splits += 1
+            result.error = str(failure)
+            if splits > SPLITS_MAX:
+                return
+            starts, lengths = _split_first(starts, lengths)
+            continue
+        if done <= 0:
+            return
+        starts, lengths = _without_first(starts, lengths, done)
+
+
+def _split_first(starts: U64, lengths: U64) -> tuple[U64, U64]:
+    """Halve the span at the front; a single page is given up."""
+    pages = int(lengths[0]) >> PAGE_SHIFT
+    if pages <= 1:
+        return starts[1:], lengths[1:]
+    half = np.uint64(pages // 2 * PAGE_BYTES)
+    first = np.array([starts[0], starts[0] + half], np.uint64)
+    sizes = np.array([half, lengths[0] - half], np.uint64)
+    return np.concatenate((first, starts[1:])), np.concatenate((sizes, lengths[1:]))
+
+
+def _without_first(starts: U64, lengths: U64, done_bytes: int) -> tuple[U64, U64]:
+    """The spans after the first `done_bytes`."""
+    total = np.cumsum(lengths)
+    count = int(np.searchsorted(total, np.uint64(done_bytes), side="right"))
+    rest = np.uint64(done_bytes) - (total[count - 1] if count else np.uint64(0))
+    starts, lengths = starts[count:].copy(), lengths[count:].copy()
+    if len(starts):
+        starts[0] += rest
+        lengths[0] -= rest
+    return starts, lengths
+
+
+def _resident(handle: ProcessHandle, spans: Spans) -> Spans:
+    """The pages of `spans` that are in RAM."""
+    pairs: list[NDArray[np.uint64]] = []
+    for start, end in zip(spans.starts.tolist(), spans.ends.tolist(), strict=True):
+        runs = true_runs(handle.pagemap.resident(start, end)).astype(np.uint64)
+        pairs.append(np.uint64(start) + (runs << np.uint64(PAGE_SHIFT)))
+    runs = np.concatenate(pairs) if pairs else np.zeros((0, 2), np.uint64)
+    return Spans(runs[:, 0].copy(), runs[:, 1].copy())
+
+
+def addresses_of(spans: Spans) -> U64:
+    """uint64[pages]: the address of every page of `spans`."""
+    pages = spans.pages
+    before = np.concatenate(([0], np.cumsum(pages)[:-1]))
+    index = np.arange(int(pages.sum()), dtype=np.int64) - np.repeat(before, pages)
+    return np.repeat(spans.starts, pages) + (index.astype(np.uint64) << np.uint64(PAGE_SHIFT))
+
+
+def pages_as_spans(addresses: U64) -> Spans:
+    """Ascending page addresses as spans, neighbours joined."""
+    if not len(addresses):
+        return Spans.empty()
+    apart = np.flatnonzero(np.diff(addresses) != np.uint64(PAGE_BYTES))
+    firsts = np.concatenate(([0], apart + 1))
+    lasts = np.concatenate((apart, [len(addresses) - 1]))
+    return Spans(addresses[firsts], addresses[lasts] + np.uint64(PAGE_BYTES))
+
+
+def move_to_node(handle: ProcessHandle, spans: Spans, node: int) -> BatchResult:
+    """move_pages(2) to `node`, only pages that are elsewhere; busy pages are tried once more.
+
+    Raises:
+        ProcessGone: it exited.
+        KernelCallError: ENODEV (no such node), EPERM and the like.
+    """
+    pid = handle.process.pid
+    addresses = addresses_of(spans)
+    result = BatchResult()
+    status = syscalls.move_pages(pid, addresses, None)
+    # A negative status is a page without a place (absent, shared zero page) or one that cannot be asked about.
+    todo = addresses[(status >= 0) & (status != node)]
+    stuck: list[U64] = []
+    for _ in range(2):
+        if not len(todo):
+            break
+        status = syscalls.move_pages(pid, todo, node)
+        result.moved_bytes += int(np.count_nonzero(status == node)) * PAGE_BYTES
+        if (status == -errno.ENOMEM).any():
+            result.error = f"move_pages(pid={pid}): node {node} is full"
+            stuck.append(todo[status != node])
+            todo = todo[:0]
+            break
+        busy = (status == -errno.EBUSY) | (status == -errno.EAGAIN)
+        stuck.append(todo[(status != node) & ~busy])
+        todo = todo[busy]
+    stuck.append(todo)
+    result.stuck = pages_as_spans(np.sort(np.concatenate(stuck)))
+    return result
+
+
+def move(handle: ProcessHandle, spans: Spans, node: int) -> BatchResult:
+    """Page out or migrate, by `node`."""
+    return page_out(handle, spans) if node == SWAP_NODE else move_to_node(handle, spans, node)

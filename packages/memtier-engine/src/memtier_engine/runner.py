@@ -1,0 +1,135 @@
+"""Runs many engines on a few threads: each engine on one thread at a time, the most overdue first."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from loguru import logger
+
+from memtier_engine.clock import Clock, SystemClock
+from memtier_engine.engine import Engine, StepReport
+
+OnReport = Callable[[StepReport], None]
+OnFailure = Callable[[BaseException], None]
+IDLE_WAIT_S = 60.0
+
+
+@dataclass(order=True, slots=True)
+class _Entry:
+    due_s: float
+    order: int
+    engine: Engine = field(compare=False)
+    on_report: OnReport | None = field(compare=False)
+    on_failure: OnFailure | None = field(compare=False)
+    removed: bool = field(default=False, compare=False)
+    busy: bool = field(default=False, compare=False)
+
+
+class Runner:
+    """Threads and timing for any number of engines. All methods may be called from any thread."""
+
+    def __init__(self, *, workers: int = 2, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
+        self._condition = threading.Condition()
+        self._queue: list[_Entry] = []
+        self._entries: dict[Engine, _Entry] = {}
+        self._order = itertools.count()
+        self._stopping = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"memtier-engine-{number}", daemon=True)
+            for number in range(workers)
+        ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def add(
+        self,
+        engine: Engine,
+        *,
+        on_report: OnReport | None = None,
+        on_failure: OnFailure | None = None,
+        delay_s: float = 0.0,
+    ) -> None:
+        """Run `engine` from `delay_s` on. The callbacks run in a worker thread and must be short."""
+        with self._condition:
+            entry = _Entry(self._clock.now_s() + delay_s, next(self._order), engine, on_report, on_failure)
+            self._entries[engine] = entry
+            heapq.heappush(self._queue, entry)
+            self._condition.notify()
+
+    def remove(self, engine: Engine, *, timeout_s: float = 5.0) -> bool:
+        """Take `engine` out and close it; waits for the step it may be in. False if that took too long.
+
+        After False the engine is closed by its worker as soon as the step ends.
+        """
+        with self._condition:
+            entry = self._entries.pop(engine, None)
+            if entry is None:
+                return True
+            entry.removed = True
+            if self._condition.wait_for(lambda: not entry.busy, timeout_s):
+                engine.close()
+                return True
+            return False
+
+    def stop(self, *, timeout_s: float = 5.0) -> None:
+        """Stop all threads and close all engines."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout_s)
+        for engine in list(self._entries):
+            self.remove(engine, timeout_s=timeout_s)
+
+    def _work(self) -> None:
+        while True:
+            entry = self._next()
+            if entry is None:
+                return
+            due_s: float | None = None
+            try:
+                report, due_s = entry.engine.advance(self._clock.now_s())
+                if report is not None and entry.on_report is not None:
+                    entry.on_report(report)
+            except Exception as failure:
+                # One engine's defect must not take the others with it.
+                logger.opt(exception=failure).error("an engine failed and is stopped")
+                self._failed(entry, failure)
+                due_s = None
+            with self._condition:
+                entry.busy = False
+                if entry.removed or due_s is None:
+                    entry.engine.close()
+                else:
+                    entry.due_s = due_s
+                    heapq.heappush(self._queue, entry)
+                self._condition.notify_all()
+
+    def _failed(self, entry: _Entry, failure: Exception) -> None:
+        with self._condition:
+            self._entries.pop(entry.engine, None)
+        if entry.on_failure is not None:
+            entry.on_failure(failure)
+
+    def _next(self) -> _Entry | None:
+        """The next due entry, marked busy; None when stopping."""
+        with self._condition:
+            while not self._stopping:
+                while self._queue and self._queue[0].removed:
+                    heapq.heappop(self._queue)
+                wait_s = self._queue[0].due_s - self._clock.now_s() if self._queue else IDLE_WAIT_S
+                if self._queue and wait_s <= 0:
+                    entry = heapq.heappop(self._queue)
+                    entry.busy = True
+                    return entry
+                self._condition.wait(min(wait_s, IDLE_WAIT_S))
+            return None

@@ -1,0 +1,83 @@
+"""Tracker `idlepage`: the kernel's idle page bitmap says which frames were read or written.
+
+Source: Documentation/admin-guide/mm/idle_page_tracking.rst. Each scan reads the bits of the process's
+frames and sets them again; a bit that is clear by the next scan means an access. Only bits of frames of the
+tracked process are ever set, so trackers side by side do not disturb each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.kpageflags import KpageFlags
+from memtier_engine.hostfs.page_idle import IdleBitmap
+from memtier_engine.hostfs.pagemap import Pagemap, exclusive, pfns, present
+from memtier_engine.model import CHUNK_PAGES, U64, Bools, PageChunk, ProcessId, Spans
+from memtier_engine.trackers.common import FirstSight, chunks, mark_new
+
+_WORD_SHIFT = np.uint64(6)
+_BIT_MASK = np.uint64(63)
+
+
+class IdlePageTracker:
+    """Exact reads and writes of exclusively mapped pages; needs CONFIG_IDLE_PAGE_TRACKING and root."""
+
+    name = "idlepage"
+    page_exact = True
+
+    def __init__(self, host: Host) -> None:
+        """Raises TrackerUnavailable if there is no bitmap, AccessDenied without the rights for it."""
+        self._bitmap = IdleBitmap(host)
+        self._flags = KpageFlags(host)
+        self._host = host
+        self._seen = FirstSight()
+        self._buffer = np.empty(CHUNK_PAGES, np.uint64)
+
+    def watch(self, processes: frozenset[ProcessId]) -> None:
+        """See `Tracker.watch`."""
+        self._seen.keep(processes)
+
+    def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
+        """See `Tracker.scan`."""
+        known = self._seen.previous(process)
+        with Pagemap(self._host, process.pid) as pagemap:
+            for start, end in chunks(spans):
+                words = pagemap.read(start, end, self._buffer)
+                resident = present(words)
+                # A shared frame's bit tells of somebody's access, not of ours: leave those alone.
+                tracked = resident & exclusive(words)
+                accessed: Bools = np.zeros(len(words), np.bool_)
+                if tracked.any():
+                    accessed[tracked] = self._touched_and_marked(pfns(words[tracked]))
+                mark_new(accessed, start, known)
+                yield PageChunk(start, accessed & resident, resident, movable=tracked)
+        self._seen.completed(process, spans)
+
+    def _touched_and_marked(self, frames: U64) -> Bools:
+        """bool[n]: touched since the bits were last set. Sets them again."""
+        idle = self._idle(frames)
+        owners = frames
+        touched = np.flatnonzero(~idle)
+        if len(touched):
+            # The kernel keeps the bit of a large folio at its head and shows 0 for its tails.
+            heads = self._flags.compound_heads(frames[touched])
+            tails = heads != frames[touched]
+            if tails.any():
+                idle[touched[tails]] = self._idle(heads[tails])
+                owners = frames.copy()
+                owners[touched] = heads
+        self._bitmap.set_idle(owners)
+        return ~idle
+
+    def _idle(self, frames: U64) -> Bools:
+        words, where = np.unique(frames >> _WORD_SHIFT, return_inverse=True)
+        bits = self._bitmap.read_words(words)[where]
+        return ((bits >> (frames & _BIT_MASK)) & np.uint64(1)).astype(np.bool_)
+
+    def close(self) -> None:
+        """See `Tracker.close`."""
+        self._bitmap.close()
+        self._flags.close()
