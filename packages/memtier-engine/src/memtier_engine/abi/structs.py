@@ -1,7 +1,7 @@
 """Structures passed to the kernel, and the ioctl numbers that carry their sizes.
 
-The size of each is part of its ioctl number, so a wrong layout would be refused with ENOTTY; it is checked here
-at import so that the mistake is found before the call.
+The size of each is part of its ioctl number, so a wrong layout would be refused with ENOTTY; it is checked at
+import so that the mistake is found before the call.
 """
 
 from __future__ import annotations

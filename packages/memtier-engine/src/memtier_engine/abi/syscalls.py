@@ -1,7 +1,7 @@
 """One typed function per kernel call. Each makes exactly one call, holds no state and releases the GIL.
 
-Every function raises `KernelCallError` (`ProcessGone` for ESRCH, `AccessDenied` for EPERM and EACCES) with the
-kernel's errno; none retries, splits or interprets: that is the caller's business.
+Every function raises `KernelCallError` (`ProcessGone` for ESRCH, `AccessDenied` for EPERM and EACCES) with
+the kernel's errno; none retries, splits or interprets: that is the caller's business.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from memtier_engine.errors import KernelCallError
 from memtier_engine.model import U64
 
 NOT_TRIED = -(1 << 31)
-"""Status of a page that move_pages did not come to: the kernel stops at some errors. No errno is this large."""
+"""Status of a page that move_pages did not come to (it stops at some errors). No errno is this large."""
 
 # CDLL (unlike PyDLL) releases the GIL; use_errno keeps errno per thread. The prototype is set once, here.
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,113 @@
+"""The idle page bitmap: one bit per frame, in words of 64. Only the bits and words asked for are touched.
+
+Source: Documentation/admin-guide/mm/idle_page_tracking.rst, mm/page_idle.c. Offsets and sizes must be multiples
+of 8. A 1 written marks the frame idle and clears the accessed bits of every mapping of it; a 0 written changes
+nothing. A 1 read means "not accessed since it was marked". Only frames on an LRU list have a bit; that of a huge
+page is its head frame's.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.runs import run_bounds
+from memtier_engine.model import U64
+
+IDLE_BITMAP = "sys/kernel/mm/page_idle/bitmap"
+FRAMES_PER_WORD = 64
+WORD_BYTES = 8
+
+
+class IdleBitmap:
+    """The bitmap of the whole machine, kept open. A context manager; `close()` is safe to call twice."""
+
+    def __init__(self, host: Host) -> None:
+        """Open it.
+
+        Raises:
+            KernelCallError: ENOENT without CONFIG_IDLE_PAGE_TRACKING; `AccessDenied` without root.
+        """
+        self._host = host
+        self._path = host.path(IDLE_BITMAP)
+        self._fd = host.open(self._path, os.O_RDWR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read_words(self, word_indexes: U64) -> U64:
+        """The words at `word_indexes`, one read per run of neighbours.
+
+        Reading costs a reverse-map walk per idle frame in a word, so words in between are not read along.
+
+        Args:
+            word_indexes: uint64[n], ascending, unique: frame number // 64.
+        Returns:
+            uint64[n]: bit i of a word is frame 64 * index + i. Past the last frame: 0.
+        """
+        words = np.zeros(len(word_indexes), np.uint64)
+        view = memoryview(words).cast("B")
+        bounds = run_bounds(word_indexes)
+        offsets = (word_indexes[bounds[:-1]] * np.uint64(WORD_BYTES)).tolist()
+        edges = (bounds * WORD_BYTES).tolist()
+        try:
+            for offset, begin, end in zip(offsets, edges[:-1], edges[1:], strict=True):
+                while begin < end:
+                    got = os.preadv(self._fd, [view[begin:end]], offset)
+                    if got == 0:
+                        break
+                    begin, offset = begin + got, offset + got
+        except OSError as error:
+            raise self._host.error(self._path, error) from None
+        return words
+
+    def set_idle(self, pfns: U64) -> None:
+        """Mark frames idle: one write per run of neighbouring words, 0 for every frame not named.
+
+        Args:
+            pfns: uint64[n], any order, duplicates allowed.
+        """
+        if len(pfns) == 0:
+            return
+        indexes, words = idle_words(pfns)
+        view = memoryview(words).cast("B")
+        bounds = run_bounds(indexes)
+        offsets = (indexes[bounds[:-1]] * np.uint64(WORD_BYTES)).tolist()
+        edges = (bounds * WORD_BYTES).tolist()
+        try:
+            for offset, begin, end in zip(offsets, edges[:-1], edges[1:], strict=True):
+                while begin < end:
+                    done = os.pwrite(self._fd, view[begin:end], offset)
+                    begin, offset = begin + done, offset + done
+        except OSError as error:
+            raise self._host.error(self._path, error, "write") from None
+
+    def is_idle(self, pfns: U64) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """bool[n]: which frames (any order) were not accessed since they were marked."""
+        indexes, where = np.unique(pfns >> np.uint64(6), return_inverse=True)
+        words = self.read_words(indexes)[where]
+        return (words >> (pfns & np.uint64(63)) & np.uint64(1)).astype(np.bool_)
+
+
+def idle_words(pfns: U64) -> tuple[U64, U64]:
+    """Frame numbers as (ascending unique word indexes, words with exactly these frames' bits)."""
+    frames = np.sort(pfns)
+    indexes = frames >> np.uint64(6)
+    firsts = np.flatnonzero(np.concatenate(([True], indexes[1:] != indexes[:-1])))
+    words = np.bitwise_or.reduceat(np.uint64(1) << (frames & np.uint64(63)), firsts)
+    return indexes[firsts], words
