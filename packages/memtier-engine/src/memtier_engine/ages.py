@@ -76,7 +76,7 @@ class AgeClock:
         return np.where(known, now_s - times, np.inf)
 
     def least_age(self, idle_s: float) -> int | None:
-        """The smallest age value that means "idle for at least `idle_s`"; None if no page can be so old yet."""
+        """The smallest age that means "idle for at least `idle_s`"; None if no page can be so old yet."""
         idle = self.idle_s()
         index = int(np.searchsorted(idle, idle_s, side="left"))
         return index if index <= AGE_MAX and np.isfinite(idle[index]) else None

@@ -30,7 +30,7 @@ from memtier_engine.trackers.registry import create_tracker
 
 ERRORS_KEPT = 20
 YOUNG_S = 1.0
-"""Processes younger than this, or than one scan interval, are left alone: most never grow old (fork storms)."""
+"""Processes younger than this, or than one scan interval, are left alone: in fork storms most die young."""
 _CLOCK_TICKS_PER_S = 100.0  # USER_HZ, fixed on every architecture we support
 
 

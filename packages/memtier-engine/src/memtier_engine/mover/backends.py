@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import MADV_PAGEOUT
+from memtier_engine.ages import true_runs
 from memtier_engine.errors import KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_start_ticks
 from memtier_engine.hostfs.pagemap import Pagemap
-from memtier_engine.ages import true_runs
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, SWAP_NODE, U64, ProcessId, Spans
 
 IOVECS_MAX = 1024
@@ -171,7 +171,7 @@ def move_to_node(handle: ProcessHandle, spans: Spans, node: int) -> BatchResult:
     addresses = addresses_of(spans)
     result = BatchResult()
     status = syscalls.move_pages(pid, addresses, None)
-    # A negative status is a page without a place (absent, shared zero page) or one that cannot be asked about.
+    # A negative status is a page without a place: absent, or the shared zero page.
     todo = addresses[(status >= 0) & (status != node)]
     stuck: list[U64] = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Policy `age`: memory idle for long enough goes out or to the idle nodes, active memory to the active nodes."""
+"""Policy `age`: idle memory goes out or to the idle nodes, active memory to the active nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AgePolicyConfig:
     """Move what has been idle for this long to `idle_numas` (`idledurationms`). None: never."""
     idle_numas: tuple[int, ...] = ()
     active_duration_ms: int | None = None
-    """Move what was touched in every scan for this long to `active_numas` (`activedurationms`). None: never."""
+    """Move what every scan saw touched for this long to `active_numas` (`activedurationms`). None: never."""
     active_numas: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Tracker `softdirty`: the soft-dirty bit says which pages were written. Reads are not seen.
 
 Source: Documentation/admin-guide/mm/soft-dirty.rst. Writes between the reading of a page's bit and the
-clearing at the end of the process's scan are lost; a page that is written all the time shows again in the next.
+clearing at the end of the scan are lost; a page that is written all the time shows again in the next one.
 """
 
 from __future__ import annotations
