@@ -147,7 +147,8 @@ def addresses_of(spans: Spans) -> U64:
     pages = spans.pages
     before = np.concatenate(([0], np.cumsum(pages)[:-1]))
     index = np.arange(int(pages.sum()), dtype=np.int64) - np.repeat(before, pages)
-    return np.repeat(spans.starts, pages) + (index.astype(np.uint64) << np.uint64(PAGE_SHIFT))
+    addresses: U64 = np.repeat(spans.starts, pages) + (index.astype(np.uint64) << np.uint64(PAGE_SHIFT))
+    return addresses
 
 
 def pages_as_spans(addresses: U64) -> Spans:

@@ -18,6 +18,8 @@ from memtier_engine.mover.bucket import MIB, TokenBucket
 BATCH_BYTES_MAX = 64 * MIB
 CALL_TARGET_S = 0.02
 """A call holds the target's mmap lock for reading; batches shrink until a call is about this short."""
+BREATH_S = 0.005
+"""The least pause between two calls."""
 RETRIES_MAX = 5
 
 
@@ -135,11 +137,15 @@ class Mover:
         """Seconds until `pump` can do something; None: nothing is pending."""
         if not self._queue:
             return None
-        batch = PAGE_BYTES
+        interval_s = self.config.interval_ms / 1000
         rate = self._bucket.rate_bytes_per_s
-        if rate is not None:
-            batch = max(PAGE_BYTES, min(self._batch_bytes, int(rate * self.config.interval_ms / 1000)))
-        return max(self.config.interval_ms / 1000, self._bucket.wait_s(batch))
+        if rate is None:
+            return interval_s
+        share = max(PAGE_BYTES, int(rate * interval_s))
+        if share <= self._batch_bytes:
+            return max(interval_s, self._bucket.wait_s(share))
+        # A long interval's share is more than one short call may move: it takes several.
+        return max(BREATH_S, self._bucket.wait_s(self._batch_bytes))
 
     def budget_bytes(self, seconds: float) -> int | None:
         """The most that can be moved in `seconds`; None: no limit."""

@@ -18,9 +18,6 @@ from memtier_engine.hostfs.pagemap import Pagemap, exclusive, pfns, present
 from memtier_engine.model import CHUNK_PAGES, U64, Bools, PageChunk, ProcessId, Spans
 from memtier_engine.trackers.common import FirstSight, chunks, mark_new
 
-_WORD_SHIFT = np.uint64(6)
-_BIT_MASK = np.uint64(63)
-
 
 class IdlePageTracker:
     """Exact reads and writes of exclusively mapped pages; needs CONFIG_IDLE_PAGE_TRACKING and root."""
@@ -58,7 +55,7 @@ class IdlePageTracker:
 
     def _touched_and_marked(self, frames: U64) -> Bools:
         """bool[n]: touched since the bits were last set. Sets them again."""
-        idle = self._idle(frames)
+        idle = self._bitmap.is_idle(frames)
         owners = frames
         touched = np.flatnonzero(~idle)
         if len(touched):
@@ -66,16 +63,11 @@ class IdlePageTracker:
             heads = self._flags.compound_heads(frames[touched])
             tails = heads != frames[touched]
             if tails.any():
-                idle[touched[tails]] = self._idle(heads[tails])
+                idle[touched[tails]] = self._bitmap.is_idle(heads[tails])
                 owners = frames.copy()
                 owners[touched] = heads
         self._bitmap.set_idle(owners)
         return ~idle
-
-    def _idle(self, frames: U64) -> Bools:
-        words, where = np.unique(frames >> _WORD_SHIFT, return_inverse=True)
-        bits = self._bitmap.read_words(words)[where]
-        return ((bits >> (frames & _BIT_MASK)) & np.uint64(1)).astype(np.bool_)
 
     def close(self) -> None:
         """See `Tracker.close`."""
