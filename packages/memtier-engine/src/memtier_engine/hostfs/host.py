@@ -1,7 +1,7 @@
 """Where the kernel's files are, and reading them with the engine's errors.
 
-`Host()` is this machine; `Host(Path("/host"))` is a machine whose file systems are mounted below a folder, and in
-tests a folder dressed as one.
+`Host()` is this machine; `Host(Path("/host"))` is one whose file systems are mounted below a folder, and in tests
+a folder dressed as one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Host:
                 return self.path(known)
         raise Unavailable(
             f"no cgroup v2 hierarchy is mounted ({self.kernel_file(self.path('proc/self/mounts'))})",
-            hint="mount -t cgroup2 none /sys/fs/cgroup/unified, or boot with systemd.unified_cgroup_hierarchy=1",
+            hint="mount -t cgroup2 none /sys/fs/cgroup, or boot with systemd.unified_cgroup_hierarchy=1",
         )
 
     def mounts(self, fs_type: str) -> list[str]:
@@ -92,6 +92,14 @@ class Host:
         except ValueError:
             return None
         return int(names[1]) if len(names) > 2 and names[0] == "proc" and names[1].isdecimal() else None
+
+    @property
+    def own_pid(self) -> int:
+        """The pid of this process as this machine's /proc numbers it."""
+        try:
+            return int(os.readlink(self.path("proc", "self")))
+        except (OSError, ValueError):  # a dressed folder
+            return os.getpid()
 
     def open(self, path: Path, flags: int = os.O_RDONLY) -> int:
         """A close-on-exec file descriptor, which the caller closes; errors as `read_bytes`."""

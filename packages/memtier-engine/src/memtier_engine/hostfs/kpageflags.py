@@ -10,7 +10,7 @@ import numpy as np
 
 from memtier_engine.abi.constants import KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.runs import run_bounds
+from memtier_engine.hostfs.runs import bytes_of, run_bounds
 from memtier_engine.model import U64
 
 KPAGEFLAGS = "proc/kpageflags"
@@ -68,7 +68,7 @@ class KpageFlags:
             first = pfns[begin]
             end = int(np.searchsorted(pfns, first + np.uint64(_READ_FRAMES)))
             words = np.zeros(int(pfns[end - 1] - first) + 1, np.uint64)
-            view = memoryview(words).cast("B")
+            view = bytes_of(words)
             offset, done = int(first) * WORD_BYTES, 0
             try:
                 while done < len(view):

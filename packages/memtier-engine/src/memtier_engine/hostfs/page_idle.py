@@ -1,9 +1,9 @@
 """The idle page bitmap: one bit per frame, in words of 64. Only the bits and words asked for are touched.
 
-Source: Documentation/admin-guide/mm/idle_page_tracking.rst, mm/page_idle.c. Offsets and sizes must be multiples
-of 8. A 1 written marks the frame idle and clears the accessed bits of every mapping of it; a 0 written changes
-nothing. A 1 read means "not accessed since it was marked". Only frames on an LRU list have a bit; that of a huge
-page is its head frame's.
+Source: Documentation/admin-guide/mm/idle_page_tracking.rst, mm/page_idle.c. Offsets and sizes must be
+multiples of 8. A 1 written marks the frame idle and clears the accessed bits of every mapping of it; a 0
+written changes nothing. A 1 read means "not accessed since it was marked". Only frames on an LRU list have a
+bit; that of a huge page is its head frame's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Self
 import numpy as np
 
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.runs import run_bounds
-from memtier_engine.model import U64
+from memtier_engine.hostfs.runs import bytes_of, run_bounds
+from memtier_engine.model import U64, Bools
 
 IDLE_BITMAP = "sys/kernel/mm/page_idle/bitmap"
 FRAMES_PER_WORD = 64
@@ -61,7 +61,7 @@ class IdleBitmap:
             uint64[n]: bit i of a word is frame 64 * index + i. Past the last frame: 0.
         """
         words = np.zeros(len(word_indexes), np.uint64)
-        view = memoryview(words).cast("B")
+        view = bytes_of(words)
         bounds = run_bounds(word_indexes)
         offsets = (word_indexes[bounds[:-1]] * np.uint64(WORD_BYTES)).tolist()
         edges = (bounds * WORD_BYTES).tolist()
@@ -85,7 +85,7 @@ class IdleBitmap:
         if len(pfns) == 0:
             return
         indexes, words = idle_words(pfns)
-        view = memoryview(words).cast("B")
+        view = bytes_of(words)
         bounds = run_bounds(indexes)
         offsets = (indexes[bounds[:-1]] * np.uint64(WORD_BYTES)).tolist()
         edges = (bounds * WORD_BYTES).tolist()
@@ -97,7 +97,7 @@ class IdleBitmap:
         except OSError as error:
             raise self._host.error(self._path, error, "write") from None
 
-    def is_idle(self, pfns: U64) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def is_idle(self, pfns: U64) -> Bools:
         """bool[n]: which frames (any order) were not accessed since they were marked."""
         indexes, where = np.unique(pfns >> np.uint64(6), return_inverse=True)
         words = self.read_words(indexes)[where]

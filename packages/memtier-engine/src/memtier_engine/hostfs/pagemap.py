@@ -21,6 +21,7 @@ from memtier_engine.abi.syscalls import pagemap_scan
 from memtier_engine.errors import KernelCallError, ProcessGone, Unavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_start_ticks
+from memtier_engine.hostfs.runs import bytes_of
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools
 
 WORD_BYTES = 8
@@ -29,24 +30,29 @@ _MERGE_GAP_BYTES = 64 * PAGE_BYTES
 _NO_ROWS = np.zeros((0, 3), np.uint64)
 
 
+def _has(words: U64, bit: int) -> Bools:
+    found: Bools = (words & np.uint64(bit)) != 0
+    return found
+
+
 def present(words: U64) -> Bools:
     """bool[n]: in RAM (bit 63)."""
-    return (words & np.uint64(PM_PRESENT)) != 0
+    return _has(words, PM_PRESENT)
 
 
 def swapped(words: U64) -> Bools:
     """bool[n]: in swap, or being migrated (bit 62)."""
-    return (words & np.uint64(PM_SWAP)) != 0
+    return _has(words, PM_SWAP)
 
 
 def soft_dirty(words: U64) -> Bools:
     """bool[n]: written since clear_refs 4 (bit 55; always 0 without CONFIG_MEM_SOFT_DIRTY)."""
-    return (words & np.uint64(PM_SOFT_DIRTY)) != 0
+    return _has(words, PM_SOFT_DIRTY)
 
 
 def exclusive(words: U64) -> Bools:
     """bool[n]: mapped by this process only (bit 56)."""
-    return (words & np.uint64(PM_MMAP_EXCLUSIVE)) != 0
+    return _has(words, PM_MMAP_EXCLUSIVE)
 
 
 def pfns(words: U64) -> U64:
@@ -57,8 +63,8 @@ def pfns(words: U64) -> U64:
 class Pagemap:
     """The pagemap of one process, kept open. A context manager; `close()` is safe to call twice.
 
-    The file belongs to the memory that the process had when it was opened: after an exec it answers nothing. It
-    is then opened anew, as long as the pid still belongs to the same process.
+    The file belongs to the memory that the process had when it was opened: after an exec it answers nothing.
+    It is then opened anew, as long as the pid still belongs to the same process.
     """
 
     def __init__(self, host: Host, pid: int) -> None:
@@ -122,7 +128,7 @@ class Pagemap:
 
     def _read_into(self, words: U64, start: int) -> int:
         """Fill `words`; 0 if the file answers nothing at all. What it does not answer later reads as 0."""
-        view = memoryview(words).cast("B")
+        view = bytes_of(words)
         offset = (start >> PAGE_SHIFT) * WORD_BYTES
         done = 0
         while done < len(view):

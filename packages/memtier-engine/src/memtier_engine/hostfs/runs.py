@@ -8,6 +8,11 @@ from numpy.typing import NDArray
 from memtier_engine.model import U64
 
 
+def bytes_of(words: U64) -> memoryview:
+    """The memory of a C-contiguous array as writable bytes, for preadv and pwrite."""
+    return words.data.cast("B") if len(words) else memoryview(b"")
+
+
 def run_bounds(numbers: U64, gap: int = 1) -> NDArray[np.intp]:
     """Where runs begin in `numbers`, with the end appended.
 

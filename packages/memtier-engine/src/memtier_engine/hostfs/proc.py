@@ -1,0 +1,174 @@
+"""Text files of /proc: clear_refs, smaps, status, times, swaps, meminfo. Sizes in bytes; absent is None."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.maps import parse_mappings, read_stat_fields
+from memtier_engine.model import U64, Bools
+
+CLEAR_REFS_REFERENCED = 1
+"""Clear the accessed bits of all mapped pages."""
+CLEAR_REFS_SOFT_DIRTY = 4
+"""Clear the soft-dirty bits; EINVAL on new kernels without CONFIG_MEM_SOFT_DIRTY, silent on old ones."""
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_KIB = 1024
+_UTIME_FIELD = 14
+_SIZE_LINE = re.compile(r"^([^:\n]+):\s+(\d+)( kB)?$", re.M)
+_VM_FLAGS = re.compile(rb"^VmFlags: ?(.*)$", re.M)
+
+
+def clear_refs(host: Host, pid: int, what: int) -> None:
+    """Write `what` (CLEAR_REFS_...) to /proc/PID/clear_refs. The kernel walks all page tables of the process.
+
+    Raises:
+        ProcessGone: it exited.
+        AccessDenied: not the owner, without CAP_DAC_OVERRIDE.
+    """
+    host.write(host.proc(pid, "clear_refs"), str(what))
+
+
+@dataclass(frozen=True, slots=True)
+class SmapsTable:
+    """/proc/PID/smaps as columns [n], one row per mapping, ascending."""
+
+    starts: U64
+    ends: U64
+    rss_bytes: U64
+    referenced_bytes: U64
+    """Pages whose accessed bit is set, or that the kernel itself marked as referenced."""
+    swap_bytes: U64
+    anonymous_bytes: U64
+    locked: Bools  # mlock: cannot be paged out
+    hugetlb: Bools  # pages of hugetlbfs: cannot be paged out
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+def parse_smaps(text: bytes) -> SmapsTable:
+    """Columns of the text of /proc/PID/smaps; a field the kernel does not print reads as 0."""
+    mappings = parse_mappings(text)
+
+    def column(name: bytes) -> U64:
+        found = re.findall(rb"^" + name + rb": +(\d+) kB$", text, re.M)
+        if len(found) != len(mappings):
+            return np.zeros(len(mappings), np.uint64)
+        return np.array(found, dtype=bytes).astype(np.uint64) * np.uint64(_KIB)
+
+    flags = [set(line.split()) for line in _VM_FLAGS.findall(text)]
+    if len(flags) != len(mappings):
+        flags = [set() for _ in range(len(mappings))]
+    return SmapsTable(
+        starts=mappings.starts,
+        ends=mappings.ends,
+        rss_bytes=column(b"Rss"),
+        referenced_bytes=column(b"Referenced"),
+        swap_bytes=column(b"Swap"),
+        anonymous_bytes=column(b"Anonymous"),
+        locked=np.array([b"lo" in words for words in flags], np.bool_),
+        hugetlb=np.array([b"ht" in words for words in flags], np.bool_),
+        names=mappings.names,
+    )
+
+
+def read_smaps(host: Host, pid: int) -> SmapsTable:
+    """/proc/PID/smaps: the kernel walks all page tables, so this costs about as much as reading pagemap.
+
+    Raises:
+        ProcessGone: the process exited.
+    """
+    return parse_smaps(host.read_bytes(host.proc(pid, "smaps")))
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """`Name:   123 kB` lines; with "kB" in bytes, without as they are."""
+    return {name: int(value) * (_KIB if unit else 1) for name, value, unit in _SIZE_LINE.findall(text)}
+
+
+def smaps_rollup(host: Host, pid: int) -> dict[str, int]:
+    """Sums over all mappings in bytes: Rss, Pss, Referenced, Anonymous, Swap, ... Empty for a kernel thread.
+
+    Raises:
+        ProcessGone: the process exited.
+    """
+    return _sizes(host.read_text(host.proc(pid, "smaps_rollup")))
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """Sizes from /proc/PID/status in bytes; None for a kernel thread or a zombie."""
+
+    name: str
+    vm_size: int | None
+    vm_rss: int | None
+    vm_swap: int | None
+
+
+def read_status(host: Host, pid: int) -> ProcessStatus:
+    """/proc/PID/status. VmRSS may lag by some pages per CPU.
+
+    Raises:
+        ProcessGone: the process exited.
+    """
+    text = host.read_text(host.proc(pid, "status"))
+    sizes = _sizes(text)
+    name = text.partition("\n")[0].partition("\t")[2]
+    return ProcessStatus(name, sizes.get("VmSize"), sizes.get("VmRSS"), sizes.get("VmSwap"))
+
+
+def effective_capabilities(host: Host) -> int | None:
+    """CapEff of this process as a bit mask (`Capability`); None if it cannot be read."""
+    found = re.search(r"^CapEff:\s+([0-9a-f]+)$", host.read_text(host.path("proc", "self", "status")), re.M)
+    return int(found[1], 16) if found else None
+
+
+def cpu_seconds(host: Host, pid: int) -> float:
+    """User and system time that `pid` has used, in seconds.
+
+    Raises:
+        ProcessGone: it exited.
+    """
+    fields = read_stat_fields(host, pid)
+    first = _UTIME_FIELD - 3
+    return (int(fields[first]) + int(fields[first + 1])) / _TICKS_PER_S
+
+
+@dataclass(frozen=True, slots=True)
+class SwapArea:
+    """One line of /proc/swaps."""
+
+    path: str
+    kind: str  # "partition" or "file"
+    size_bytes: int
+    used_bytes: int
+    priority: int
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left."""
+        return self.size_bytes - self.used_bytes
+
+
+def read_swaps(host: Host) -> list[SwapArea]:
+    """The swap areas in use: none without swap, or without CONFIG_SWAP."""
+    path = host.path("proc", "swaps")
+    if not path.exists():
+        return []
+    areas = []
+    for line in host.read_text(path).splitlines()[1:]:
+        name, kind, size_kib, used_kib, priority = line.rsplit(maxsplit=4)
+        areas.append(SwapArea(name.strip(), kind, int(size_kib) * _KIB, int(used_kib) * _KIB, int(priority)))
+    return areas
+
+
+def meminfo(host: Host) -> dict[str, int]:
+    """/proc/meminfo in bytes (HugePages_ counts as they are)."""
+    return _sizes(host.read_text(host.path("proc", "meminfo")))

@@ -1,0 +1,43 @@
+"""What a target is, and from pids to identities of processes that have memory of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from memtier_engine.errors import KernelCallError, ProcessGone
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.maps import read_stat_fields
+from memtier_engine.model import ProcessId
+
+PF_KTHREAD = 0x00200000
+"""Source: include/linux/sched.h; field 9 of /proc/PID/stat."""
+_FLAGS_FIELD = 9
+_START_TICKS_FIELD = 22
+
+
+class Target(Protocol):
+    """A set of processes that changes over time."""
+
+    def poll(self) -> frozenset[ProcessId]:
+        """The processes it means now; never a kernel thread, a zombie or this process itself."""
+
+
+def identify(host: Host, pids: Iterable[int]) -> frozenset[ProcessId]:
+    """Identities of those of `pids` that are alive, user processes, and not this one.
+
+    One small file is read per process. A process that cannot be read (hidepid) is left out like one that exited.
+    """
+    own = host.own_pid
+    found = set()
+    for pid in pids:
+        if pid == own:
+            continue
+        try:
+            fields = read_stat_fields(host, pid)
+        except (ProcessGone, KernelCallError):
+            continue
+        if fields[0] in (b"Z", b"X") or int(fields[_FLAGS_FIELD - 3]) & PF_KTHREAD:
+            continue
+        found.add(ProcessId(pid, int(fields[_START_TICKS_FIELD - 3])))
+    return frozenset(found)

@@ -1,0 +1,45 @@
+"""The processes of cgroups and all cgroups below them, as they come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from loguru import logger
+
+from memtier_engine.errors import KernelCallError, Unavailable
+from memtier_engine.hostfs.cgroup import Cgroup, find_cgroup
+from memtier_engine.hostfs.host import Host
+from memtier_engine.model import ProcessId
+from memtier_engine.targets.base import identify
+
+
+class CgroupsTarget:
+    """The union of some cgroups' processes. A cgroup may be absent at first, vanish and come back."""
+
+    def __init__(self, host: Host, paths: Iterable[str | Path]) -> None:
+        """`paths`: as a person names cgroups (`hostfs.cgroup.find_cgroup`)."""
+        self._host = host
+        self._names = tuple(dict.fromkeys(str(path) for path in paths))
+        self._silent: set[str] = set()  # names already complained about
+
+    def poll(self) -> frozenset[ProcessId]:
+        """All processes in the cgroups and below. One that cannot be read never costs the others theirs."""
+        pids: set[int] = set()
+        for name in self._names:
+            try:
+                cgroup = Cgroup(find_cgroup(self._host, name), self._host)
+                if cgroup.exists():
+                    pids |= cgroup.pids()
+                    self._silent.discard(name)
+                else:
+                    self._complain(name, "does not exist")
+            except (KernelCallError, Unavailable) as error:
+                self._complain(name, f"cannot be read: {error}")
+        return identify(self._host, pids)
+
+    def _complain(self, name: str, what: str) -> None:
+        """Once, until it has been there again."""
+        if name not in self._silent:
+            self._silent.add(name)
+            logger.warning("cgroup {}: {}; its processes are left out until it appears", name, what)
