@@ -87,7 +87,7 @@ def test_the_rate_stays_within_five_percent_of_the_limit_over_ten_seconds(
 
 
 def test_a_long_interval_keeps_the_rate_too() -> None:
-    """The reference drops tasks, or is far too slow, when a whole interval's share is more than it can hold."""
+    """Also when a whole interval's share is more than one short call can move."""
     moving = mover(Kernel(), 50, 1000)
     moving.add(task((0, 10_000_000)))
     now_s, moved = 0.0, 0

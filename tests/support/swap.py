@@ -1,0 +1,40 @@
+"""A zram swap for tests that page out, taken away afterwards."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+_CONTROL = Path("/sys/class/zram-control")
+
+
+def swap_is_on() -> bool:
+    """Whether the machine has any swap."""
+    return len(Path("/proc/swaps").read_text().splitlines()) > 1
+
+
+@contextmanager
+def temporary_zram_swap(size_bytes: int) -> Iterator[None]:
+    """Swap for the time of the test: the machine's own, or a zram device made and removed here."""
+    if swap_is_on():
+        yield
+        return
+    if not _CONTROL.exists():
+        subprocess.run(["modprobe", "zram", "num_devices=0"], check=False, capture_output=True)
+    try:
+        number = int((_CONTROL / "hot_add").read_text())
+    except OSError as error:
+        pytest.skip(f"needs swap, or root and a kernel with zram (CONFIG_ZRAM) to make one: {error}")
+    device = f"/dev/zram{number}"
+    try:
+        Path(f"/sys/block/zram{number}/disksize").write_text(str(size_bytes))
+        subprocess.run(["mkswap", device], check=True, capture_output=True)
+        subprocess.run(["swapon", device], check=True)
+        yield
+    finally:
+        subprocess.run(["swapoff", device], check=False, capture_output=True)
+        (_CONTROL / "hot_remove").write_text(str(number))

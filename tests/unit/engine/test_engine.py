@@ -1,0 +1,242 @@
+"""The engine as a whole: fake tracker and kernel, a dressed /proc, a clock that moves when told."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from pathlib import Path
+
+import pytest
+
+from memtier_engine.clock import FakeClock
+from memtier_engine.engine import Engine, EngineConfig, StepReport
+from memtier_engine.errors import ConfigError, KernelCallError, ProcessGone
+from memtier_engine.hostfs.host import Host
+from memtier_engine.model import PAGE_BYTES, MoveTask, ProcessId, Spans
+from memtier_engine.mover.backends import BatchResult, ProcessHandle
+from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.policies.age import AgePolicyConfig
+from memtier_engine.runner import Runner
+from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of
+
+PAGES = 100
+
+
+class Scene:
+    """A process of 100 pages at `BASE`, and the engine on it."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *, dry_run: bool = False) -> None:
+        self.clock = FakeClock()
+        self.tracker = FakeTracker()
+        self.target = FakeTarget(PROCESS)
+        self.out: set[int] = set()
+        self.stuck: set[int] = set()
+        self.root = root
+        self.map_pages(PROCESS, PAGES)
+        monkeypatch.setattr("memtier_engine.mover.mover.ProcessHandle", _NoHandle)
+        host = Host(root)
+        config = EngineConfig(
+            scan_interval_ms=1000,
+            policy=AgePolicyConfig(interval_ms=1000, swap_out_ms=3000),
+            mover=MoverConfig(interval_ms=10, bandwidth_mib_per_s=None),
+            dry_run=dry_run,
+        )
+        self.engine = Engine(
+            self.target,
+            config,
+            host=host,
+            clock=self.clock,
+            tracker=self.tracker,
+            mover=Mover(config.mover, host, now_s=0.0, backend=self._page_out),
+        )
+
+    def map_pages(self, process: ProcessId, pages: int) -> None:
+        folder = self.root / "proc" / str(process.pid)
+        folder.mkdir(parents=True, exist_ok=True)
+        end = BASE + pages * PAGE_BYTES
+        (folder / "maps").write_text(f"{BASE:x}-{end:x} rw-p 00000000 00:00 0 \n")
+
+    def _page_out(self, handle: ProcessHandle, part: Spans, node: int) -> BatchResult:
+        pages = {page for first, last in pages_of(part) for page in range(first, last)}
+        moved = pages - self.stuck
+        self.out |= moved
+        self.tracker.absent |= moved
+        from support.fakes import spans
+
+        kept = [(page, page + 1) for page in sorted(pages & self.stuck)]
+        return BatchResult(moved_bytes=len(moved) * PAGE_BYTES, stuck=spans(*kept) if kept else Spans.empty())
+
+    def run(self, seconds: float) -> list[StepReport]:
+        reports = []
+        end_s = self.clock.now_s() + seconds
+        while self.clock.now_s() < end_s:
+            report, due_s = self.engine.advance(self.clock.now_s())
+            if report is not None:
+                reports.append(report)
+            self.clock.advance(max(0.001, due_s - self.clock.now_s()))
+        return reports
+
+
+class _NoHandle:
+    def __init__(self, host: Host, process: ProcessId) -> None:
+        self.process = process
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(tmp_path, monkeypatch)
+
+
+def test_cold_pages_go_out_and_hot_pages_stay(scene: Scene) -> None:
+    scene.tracker.touched = set(range(20))
+    reports = scene.run(10)
+    assert scene.out == set(range(20, 100))
+    assert reports[-1].paged_out_bytes == 80 * PAGE_BYTES
+    assert reports[-1].resident_bytes == 20 * PAGE_BYTES
+    assert reports[-1].moved_bytes_total == 80 * PAGE_BYTES
+    assert reports[-1].refault_bytes_total == 0
+
+
+def test_nothing_goes_out_before_its_time(scene: Scene) -> None:
+    """First seen at 0 s counts as touched; 3 s later it may go."""
+    scene.run(2.9)
+    assert scene.out == set()
+    scene.run(1.2)
+    assert len(scene.out) == PAGES
+
+
+def test_pages_that_come_back_count_as_refaults_and_age_again(scene: Scene) -> None:
+    scene.run(5)
+    scene.tracker.absent -= set(range(10))
+    report = scene.run(1.5)[-1]
+    assert report.refault_bytes_total == 10 * PAGE_BYTES
+    assert report.resident_bytes == 10 * PAGE_BYTES
+
+
+def test_a_dry_run_moves_nothing_and_says_what_it_would_have_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, monkeypatch, dry_run=True)
+    scene.tracker.touched = {1, 2}
+    report = scene.run(8)[-1]
+    assert scene.out == set()
+    assert report.candidate_bytes == 98 * PAGE_BYTES
+    assert report.moved_bytes_total == 0
+
+
+def test_what_the_kernel_keeps_is_not_asked_for_again_at_once(scene: Scene) -> None:
+    scene.stuck = set(range(100))
+    asked = []
+    original = scene.engine.mover.replace
+
+    def note(tasks: list[MoveTask]) -> None:
+        asked.append(sum(task.spans.total_bytes for task in tasks))
+        original(tasks)
+
+    scene.engine.mover.replace = note  # type: ignore[method-assign, assignment]
+    scene.run(10)
+    assert sum(amount > 0 for amount in asked) == 2  # at 3 s, and after ageing anew
+
+
+def test_a_process_that_exits_in_mid_scan_is_forgotten_without_a_word(scene: Scene) -> None:
+    scene.run(2)
+    scene.tracker.failure = ProcessGone("read /proc/4242/pagemap", errno.ESRCH)
+    [report, *_] = scene.run(1.5)
+    assert report.processes == 0
+    assert report.errors == ()
+
+
+def test_a_process_that_refuses_is_told_once_and_left_alone(scene: Scene) -> None:
+    scene.tracker.failure = KernelCallError.from_errno("open /proc/4242/pagemap", errno.EACCES)
+    reports = scene.run(5)
+    assert [len(report.errors) for report in reports] == [1] + [0] * (len(reports) - 1)
+    assert "EACCES" in reports[0].errors[0]
+
+
+def test_an_arriving_process_is_followed_and_a_leaving_one_forgotten(scene: Scene) -> None:
+    other = ProcessId(99, 5)
+    scene.map_pages(other, 10)
+    scene.run(1.5)
+    scene.target.processes = frozenset({PROCESS, other})
+    assert scene.run(1)[-1].processes == 2
+    scene.target.processes = frozenset({other})
+    report = scene.run(1)[-1]
+    assert report.processes == 1
+    assert report.tracked_bytes == 10 * PAGE_BYTES
+
+
+def test_a_recycled_pid_starts_with_fresh_ages(scene: Scene) -> None:
+    scene.run(2.5)
+    scene.target.processes = frozenset({ProcessId(PROCESS.pid, PROCESS.start_ticks + 1)})
+    scene.run(2)
+    assert scene.out == set()
+
+
+def test_processes_born_a_moment_ago_wait(scene: Scene) -> None:
+    """A fork storm's children die before a scan of them would be worth anything."""
+    newborn = ProcessId(77, 1 << 60)
+    scene.target.processes = frozenset({PROCESS, newborn})
+    assert scene.run(1)[-1].processes == 1
+
+
+def test_a_late_scan_is_not_made_up_for(scene: Scene) -> None:
+    scene.run(1)
+    scene.clock.advance(10)
+    reports = scene.run(2.5)
+    assert len(reports) <= 3
+
+
+def test_run_yields_a_report_per_scan_and_closes_the_engine(scene: Scene) -> None:
+    reports = list(scene.engine.run(duration_s=5))
+    assert len(reports) == 5
+    assert scene.tracker.closed
+
+
+def test_run_ends_when_told_to(scene: Scene) -> None:
+    stop = threading.Event()
+    for number, _ in enumerate(scene.engine.run(stop=stop)):
+        if number == 2:
+            stop.set()
+    assert scene.engine.closed
+
+
+def test_the_runner_runs_engines_until_they_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real threads: two engines make progress, a failing one is stopped without harm to them."""
+    scenes = []
+    for name in ("a", "b", "c"):
+        root = tmp_path / name
+        root.mkdir()
+        scenes.append(Scene(root, monkeypatch))
+    for scene in scenes:
+        scene.engine.clock = _real_clock()
+        scene.engine._next_scan_s = 0.0
+    scenes[2].tracker.failure = RuntimeError("defect")
+    runner, seen, failed = Runner(workers=2), threading.Semaphore(0), threading.Event()
+    runner.start()
+    for scene in scenes:
+        runner.add(
+            scene.engine, on_report=lambda report: seen.release(), on_failure=lambda error: failed.set()
+        )
+    assert seen.acquire(timeout=10)
+    assert seen.acquire(timeout=10)
+    assert failed.wait(10)
+    assert runner.remove(scenes[0].engine)
+    assert scenes[0].tracker.closed
+    runner.stop()
+    assert all(scene.tracker.closed for scene in scenes)
+
+
+def _real_clock() -> FakeClock:
+    from memtier_engine.clock import SystemClock
+
+    return SystemClock()  # type: ignore[return-value]
+
+
+def test_an_interval_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="use 1 or more"):
+        EngineConfig(scan_interval_ms=0)
