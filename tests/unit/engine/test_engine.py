@@ -138,7 +138,7 @@ def test_what_the_kernel_keeps_is_not_asked_for_again_at_once(scene: Scene) -> N
 
     scene.engine.mover.replace = note  # type: ignore[method-assign, assignment]
     scene.run(10)
-    assert sum(amount > 0 for amount in asked) == 2  # at 3 s, and after ageing anew
+    assert sum(amount > 0 for amount in asked) == 3  # at 3 s, and each time after ageing anew
 
 
 def test_a_process_that_exits_in_mid_scan_is_forgotten_without_a_word(scene: Scene) -> None:

@@ -1,0 +1,102 @@
+"""The engine on a real process: cold memory leaves RAM, hot memory stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.errors import TrackerUnavailable
+from memtier_engine.hostfs.host import Host
+from memtier_engine.mover.mover import MoverConfig
+from memtier_engine.policies.age import AgePolicyConfig
+from memtier_engine.targets.pids import PidsTarget
+from memtier_engine.trackers.registry import TRACKERS, why_not
+from support.swap import temporary_zram_swap
+from support.workload import workload
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
+
+
+def config(tracker: str, *, bandwidth_mib_per_s: float | None = 400) -> EngineConfig:
+    return EngineConfig(
+        tracker=tracker,
+        scan_interval_ms=300,
+        policy=AgePolicyConfig(interval_ms=300, swap_out_ms=1200),
+        mover=MoverConfig(bandwidth_mib_per_s=bandwidth_mib_per_s),
+    )
+
+
+def tracker_or_skip(name: str) -> str:
+    why = why_not(name, Host())
+    if why is not None:
+        pytest.skip(
+            f"tracker {name} does not work on this kernel: {why[0]}; `make e2e` runs it in the test VM"
+        )
+    return name
+
+
+@pytest.mark.parametrize("name", sorted(set(TRACKERS) - {"userfault"}))
+@pytest.mark.parametrize("strips", [1, 8])
+def test_cold_memory_leaves_and_hot_memory_stays(name: str, strips: int) -> None:
+    """Hot memory is written, so that every tracker can see it."""
+    with (
+        temporary_zram_swap(512 << 20),
+        workload(16, 48, strips=strips, write=True) as load,
+        workload(4, 16, write=True) as bystander,
+    ):
+        engine = Engine(PidsTarget(Host(), [load.pid]), config(tracker_or_skip(name)))
+        reports = list(engine.run(duration_s=6))
+        assert load.swapped_share(load.cold) >= 0.95
+        assert load.swapped_share(load.hot) <= 0.02
+        assert reports[-1].paged_out_bytes >= 0.95 * load.cold.total_bytes
+        assert bystander.swapped_share(bystander.cold) == 0.0
+
+
+def test_what_is_paged_out_reads_back_unchanged_and_counts_as_refault() -> None:
+    """A frozen process is all cold; when it goes on, it finds its data."""
+    with temporary_zram_swap(512 << 20), workload(16, 16, write=True) as load:
+        os.kill(load.pid, signal.SIGSTOP)
+        engine = Engine(PidsTarget(Host(), [load.pid]), config("auto"))
+        for report in engine.run(duration_s=8):
+            if load.swapped_share(load.hot) >= 0.95:
+                os.kill(load.pid, signal.SIGCONT)
+            if report.refault_bytes_total >= 0.5 * load.hot.total_bytes:
+                break
+        assert report.refault_bytes_total >= 0.5 * load.hot.total_bytes
+        assert load.popen.poll() is None
+
+
+def test_the_real_rate_stays_within_the_limit() -> None:
+    with temporary_zram_swap(512 << 20), workload(1, 160) as load:
+        engine = Engine(PidsTarget(Host(), [load.pid]), config("auto", bandwidth_mib_per_s=20))
+        first = last = None
+        for report in engine.run(duration_s=7.5):
+            if report.moved_bytes_total and first is None:
+                first = report
+            last = report
+        assert first is not None
+        assert last is not None
+        rate = (last.moved_bytes_total - first.moved_bytes_total) / (last.time_s - first.time_s) / (1 << 20)
+        assert 17 <= rate <= 21
+
+
+def test_a_process_that_is_killed_in_between_costs_nothing() -> None:
+    with temporary_zram_swap(512 << 20), workload(8, 32) as load, workload(8, 32, write=True) as other:
+        engine = Engine(PidsTarget(Host(), [load.pid, other.pid]), config("auto", bandwidth_mib_per_s=10))
+        for number, report in enumerate(engine.run(duration_s=5)):  # noqa: B007
+            if number == 6:
+                load.popen.kill()
+        assert report.processes == 1
+        assert other.swapped_share(other.cold) > 0.5
+
+
+def test_userfault_refuses_other_processes() -> None:
+    tracker_or_skip("userfault")
+    with workload(1, 1) as load:
+        engine = Engine(PidsTarget(Host(), [load.pid]), config("userfault"))
+        with pytest.raises(TrackerUnavailable, match="own process"):
+            engine.step(1e9)
+        engine.close()

@@ -1,0 +1,98 @@
+"""A process with known hot and cold memory for tests on the real kernel."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.maps import process_id
+from memtier_engine.hostfs.pagemap import Pagemap
+from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
+
+_PROGRAM = """
+import json, mmap, sys, time, ctypes
+hot_mib, cold_mib, strips, write = map(int, sys.argv[1:5])
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+def area(mib):
+    held = mmap.mmap(-1, (mib << 20) + 8192, flags=PRIVATE)  # the last pages stay a gap between mappings
+    if sys.argv[5] == "4k":
+        held.madvise(mmap.MADV_NOHUGEPAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    libc.mprotect(ctypes.c_void_p(address + (mib << 20)), ctypes.c_size_t(8192), 0)
+    for at in range(0, mib << 20, 4096):
+        held[at:at + 8] = at.to_bytes(8, "little")
+    return held, address, mib << 20
+libc = ctypes.CDLL(None)
+hot, cold = [], []
+for _ in range(strips):
+    hot.append(area(hot_mib // strips))
+    cold.append(area(cold_mib // strips))
+print(json.dumps({"hot": [a[1:] for a in hot], "cold": [a[1:] for a in cold]}), flush=True)
+total = 0
+while True:
+    for held, _, size in hot:
+        if write:
+            for at in range(0, size, 4096):
+                held[at] = total & 255
+                total += 1
+        else:
+            total += sum(held[0:size:4096])
+    time.sleep(0.02)
+"""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Where its memory is."""
+
+    pid: int
+    process: ProcessId
+    hot: Spans
+    cold: Spans
+    popen: subprocess.Popen[str]
+
+    def swapped_share(self, spans: Spans) -> float:
+        """Share of `spans` that is swapped out, by the process's own pagemap."""
+        with Pagemap(Host(), self.pid) as pagemap:
+            return pagemap.swapped_bytes(spans.starts, spans.ends) / spans.total_bytes
+
+
+def _spans(areas: list[list[int]]) -> Spans:
+    starts = np.array(sorted(address for address, _ in areas), np.uint64)
+    sizes = np.array([size for _, size in sorted(areas)], np.uint64)
+    assert not (starts % np.uint64(PAGE_BYTES)).any()
+    return Spans(starts, starts + sizes)
+
+
+@contextmanager
+def workload(
+    hot_mib: int, cold_mib: int, *, strips: int = 1, write: bool = False, pages: str = "4k"
+) -> Iterator[Workload]:
+    """A process that touches its hot memory every 20 ms; each strip is a mapping of its own."""
+    command = [
+        sys.executable,
+        "-c",
+        _PROGRAM,
+        str(hot_mib),
+        str(cold_mib),
+        str(strips),
+        str(int(write)),
+        pages,
+    ]
+    popen = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert popen.stdout is not None
+    try:
+        where = json.loads(popen.stdout.readline())
+        process = process_id(Host(), popen.pid)
+        yield Workload(popen.pid, process, _spans(where["hot"]), _spans(where["cold"]), popen)
+    finally:
+        popen.kill()
+        popen.wait()
+        popen.stdout.close()
