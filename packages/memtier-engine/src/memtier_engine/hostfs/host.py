@@ -1,7 +1,7 @@
 """Where the kernel's files are, and reading them with the engine's errors.
 
-`Host()` is this machine; `Host(Path("/host"))` is one whose file systems are mounted below a folder, and in tests
-a folder dressed as one.
+`Host()` is this machine; `Host(Path("/host"))` is one whose file systems are mounted below a folder, and in
+tests a folder dressed as one.
 """
 
 from __future__ import annotations

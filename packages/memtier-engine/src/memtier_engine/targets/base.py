@@ -26,7 +26,7 @@ class Target(Protocol):
 def identify(host: Host, pids: Iterable[int]) -> frozenset[ProcessId]:
     """Identities of those of `pids` that are alive, user processes, and not this one.
 
-    One small file is read per process. A process that cannot be read (hidepid) is left out like one that exited.
+    One small file is read per process. One that cannot be read (hidepid) is left out like one that exited.
     """
     own = host.own_pid
     found = set()
