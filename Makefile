@@ -46,7 +46,7 @@ demo: $(STAMP)  ## Page out the idle memory of a real process and show it (root)
 	$(BIN)/memtier demo $(DEMO_ARGS)
 
 bench: $(STAMP)  ## Benchmarks: each line is a ratio against something else in the same run
-	$(BIN)/python -m tests.bench $(BENCH_ARGS)
+	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH_ARGS)
 
 vm: $(STAMP)  ## Open a shell in the test VM
 	tests/vm/run --shell

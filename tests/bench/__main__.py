@@ -21,7 +21,7 @@ def main(names: list[str]) -> int:
     failed = []
     for name in names or known:
         print(f"== {name}", flush=True)
-        if not importlib.import_module(f"tests.bench.bench_{name}").run():
+        if not importlib.import_module(f"bench.bench_{name}").run():
             failed.append(name)
     print(f"limits not held in: {', '.join(failed)}" if failed else "all limits hold", flush=True)
     return 1 if failed else 0

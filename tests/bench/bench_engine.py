@@ -20,7 +20,7 @@ from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, MoveTask, PageChunk, ProcessId, Spans
 from memtier_engine.mover.mover import Mover, MoverConfig
 from support.swap import temporary_zram_swap
-from tests.bench.measure import best_s, holder, ratio_line
+from bench.measure import best_s, holder, ratio_line
 
 GIB = 1 << 30
 BIN = Path(sys.executable).parent
@@ -151,7 +151,7 @@ def start_up() -> bool:
     )
     with holder(64 << 20) as (pid, _):
         began_s = time.perf_counter()
-        command = [BIN / "memtier", "run", "--pid", str(pid), "--dry-run", "--duration", "30s"]
+        command = [str(BIN / "memtier"), "run", "--pid", str(pid), "--dry-run", "--duration", "30s"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout is not None
         for line in process.stdout:

@@ -13,7 +13,7 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.targets.pids import PidsTarget
-from memtier_engine.trackers.registry import TRACKERS, why_not
+from memtier_engine.trackers.registry import TRACKERS, create_tracker, why_not
 from support.swap import temporary_zram_swap
 from support.workload import workload
 
@@ -96,7 +96,7 @@ def test_a_process_that_is_killed_in_between_costs_nothing() -> None:
 def test_userfault_refuses_other_processes() -> None:
     tracker_or_skip("userfault")
     with workload(1, 1) as load:
-        engine = Engine(PidsTarget(Host(), [load.pid]), config("userfault"))
+        tracker = create_tracker("userfault", Host()).tracker
         with pytest.raises(TrackerUnavailable, match="own process"):
-            engine.step(1e9)
-        engine.close()
+            tracker.watch(frozenset({load.process}))
+        tracker.close()

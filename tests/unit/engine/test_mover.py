@@ -219,5 +219,5 @@ def test_a_clock_that_jumps_gains_no_more_than_the_depth() -> None:
 )
 def test_a_value_out_of_range_is_refused_with_its_key(key: str, values: dict[str, int]) -> None:
     with pytest.raises(ConfigError) as caught:
-        MoverConfig(**values)  # type: ignore[arg-type]
+        MoverConfig(**values)
     assert caught.value.key_path == f"mover.{key}"

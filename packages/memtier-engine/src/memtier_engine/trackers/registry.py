@@ -78,9 +78,9 @@ def create_tracker(name: str, host: Host) -> TrackerChoice:
 
 def why_not(name: str, host: Host) -> tuple[str, str | None] | None:
     """(reason, what to do) why the tracker does not work here; None if it does."""
-    from memtier_engine.hostfs.probe import probe_features
+    from memtier_engine.hostfs.probe import probe
 
-    for feature in probe_features(host, _NEEDS.get(name, ())):
+    for feature in probe(host, _NEEDS.get(name, ())):
         if not feature.works:
             return feature.why or f"{feature.name} does not work", feature.fix
     return None
