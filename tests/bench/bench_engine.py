@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.measure import best_s, holder, ratio_line
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import MADV_PAGEOUT
 from memtier_engine.ages import AgeClock, ProcessPages
@@ -20,7 +21,6 @@ from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, MoveTask, PageChunk, ProcessId, Spans
 from memtier_engine.mover.mover import Mover, MoverConfig
 from support.swap import temporary_zram_swap
-from bench.measure import best_s, holder, ratio_line
 
 GIB = 1 << 30
 BIN = Path(sys.executable).parent

@@ -133,16 +133,17 @@ class ProcessPages:
         first = self.index_of(chunk.start)
         ages = self.ages[first : first + len(chunk.accessed)]
         before = ages.copy()
-        touched = chunk.accessed
+        quiet = ~chunk.accessed
         if chunk.movable is not None:
-            touched = touched | ~chunk.movable  # shared pages cannot be moved: never a candidate
+            quiet &= chunk.movable  # shared pages cannot be moved: never a candidate
         absent = ~chunk.resident
-        np.take(step_table, before, out=ages)
-        np.putmask(ages, touched, 0)
-        np.putmask(ages, absent, _ON_ABSENT[before])
+        np.take(step_table, before, out=ages, mode="clip")  # clip: "raise" would copy through a buffer
+        np.multiply(ages, quiet, out=ages)
+        if absent.any():
+            np.putmask(ages, absent, _ON_ABSENT[before])
         if self.streaks is not None:
             streaks = self.streaks[first : first + len(ages)]
-            np.copyto(streaks, np.where(touched & chunk.resident, np.minimum(streaks, 254) + 1, 0))
+            np.copyto(streaks, np.where(quiet | absent, 0, np.minimum(streaks, 254) + 1))
         if self.places is not None:
             np.putmask(self.places[first : first + len(ages)], absent, 0)
         return int(np.count_nonzero((before == PAGED_OUT) & chunk.resident))

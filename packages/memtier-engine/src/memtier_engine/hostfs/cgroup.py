@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from memtier_engine.errors import KernelCallError
+from memtier_engine.errors import ConfigError, KernelCallError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.psi import Pressure, read_pressure
 
@@ -15,12 +15,23 @@ _GONE = (errno.ENOENT, errno.ENODEV, errno.ENOTDIR)
 """What files of a removed cgroup answer: by name ENOENT, through an open file descriptor ENODEV."""
 
 
+def check_cgroup_name(name: str) -> None:
+    """Raise `ConfigError` for a name that could lead out of the tree."""
+    if ".." in Path(name).parts:
+        raise ConfigError(f"cgroup {name!r} has a '..' in it", hint="name it by its full path")
+
+
 def find_cgroup(host: Host, name: str) -> Path:
     """The directory of a cgroup that a person named.
 
     `name` is a path as on the machine (/sys/fs/cgroup/x) or relative to the cgroup v2 root (/x, x). In hybrid
     mode /sys/fs/cgroup/x also finds /sys/fs/cgroup/unified/x. The path need not exist yet.
+
+    Raises:
+        ConfigError: `name` has a `..` in it: names can come from people who may not see the whole tree.
+        Unavailable: no cgroup v2 is mounted.
     """
+    check_cgroup_name(name)
     as_given = host.path(name)
     if name.startswith("/") and (as_given / "cgroup.procs").exists():
         return as_given

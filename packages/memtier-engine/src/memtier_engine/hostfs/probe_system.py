@@ -149,7 +149,7 @@ def damon_vaddr(scene: Scene) -> None:
 
 
 def _damon_operations(scene: Scene) -> tuple[str, ...] | None:
-    """What DAMON can monitor: from a context somebody set up, the kernel's options, or a context of our own."""
+    """What DAMON can monitor: from somebody's context, the kernel's options, or a context of our own."""
     kdamonds = scene.host.path(_KDAMONDS)
     for path in sorted(kdamonds.glob("*/contexts/*/avail_operations")):
         try:

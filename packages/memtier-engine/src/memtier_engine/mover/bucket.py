@@ -18,7 +18,7 @@ class TokenBucket:
         now_s: float,
         interval_s: float = 0.0,
     ) -> None:
-        """`least_bytes`: the smallest amount worth moving; the bucket holds twice that or two intervals' worth."""
+        """`least_bytes`: the smallest amount worth moving; the bucket holds twice that, or two intervals."""
         self.rate_bytes_per_s = None if bandwidth_mib_per_s is None else bandwidth_mib_per_s * MIB
         rate = self.rate_bytes_per_s or 0.0
         self._depth = max(rate * max(BURST_S, 2 * interval_s), 2.0 * least_bytes)

@@ -8,7 +8,7 @@ from pathlib import Path
 from loguru import logger
 
 from memtier_engine.errors import KernelCallError, Unavailable
-from memtier_engine.hostfs.cgroup import Cgroup, find_cgroup
+from memtier_engine.hostfs.cgroup import Cgroup, check_cgroup_name, find_cgroup
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import ProcessId
 from memtier_engine.targets.base import identify
@@ -18,9 +18,15 @@ class CgroupsTarget:
     """The union of some cgroups' processes. A cgroup may be absent at first, vanish and come back."""
 
     def __init__(self, host: Host, paths: Iterable[str | Path]) -> None:
-        """`paths`: as a person names cgroups (`hostfs.cgroup.find_cgroup`)."""
+        """`paths`: as a person names cgroups (`hostfs.cgroup.find_cgroup`).
+
+        Raises:
+            ConfigError: a name with `..` in it.
+        """
         self._host = host
         self._names = tuple(dict.fromkeys(str(path) for path in paths))
+        for name in self._names:
+            check_cgroup_name(name)
         self._silent: set[str] = set()  # names already complained about
 
     def poll(self) -> frozenset[ProcessId]:
