@@ -137,7 +137,7 @@ def pagemap_scan(
         max_pages: stop after so many matching pages; 0: no limit.
         flags: `PmScan`; PM_SCAN_WP_MATCHING write-protects what matched.
     Returns:
-        Rows filled, and the address where the walk ended (`end` when it came that far).
+        Rows filled, and the address to go on at (`end` when the walk came that far).
     """
     if vec is not None and (vec.ndim != 2 or vec.shape[1] != 3 or vec.dtype != np.uint64):
         raise ValueError(f"vec must be uint64[k, 3], is {vec.dtype}{list(vec.shape)}")
@@ -159,7 +159,13 @@ def pagemap_scan(
     filled = _ioctl(fd, structs.PAGEMAP_SCAN, ctypes.byref(arg))
     if filled < 0:
         raise _failed(f"PAGEMAP_SCAN(fd={fd}, {start:#x}-{end:#x})")
-    return int(filled), int(arg.walk_end)
+    walk_end = int(arg.walk_end)
+    if vec is not None and filled:
+        # The kernel walks in steps of 512 rows (on x86_64) and reports the walk_end of the last step whose
+        # buffer was full, though it went on (seen on 6.18): going on from there would report pages twice.
+        finished = filled < len(vec) and not max_pages
+        walk_end = end if finished else max(walk_end, int(vec[filled - 1, 1]))
+    return int(filled), walk_end
 
 
 def userfaultfd(flags: int) -> int:

@@ -71,7 +71,7 @@ class PsiTrigger:
     """A file descriptor that polls POLLPRI when stalls exceed a threshold within a window."""
 
     def __init__(
-        self, host: Host, path: Path, *, stall_us: int, window_us: int = 1_000_000, full: bool = False
+        self, host: Host, path: Path, *, stall_us: int, window_us: int = 2_000_000, full: bool = False
     ) -> None:
         """Register it.
 
@@ -82,7 +82,8 @@ class PsiTrigger:
             window_us: 500 000 to 10 000 000; a multiple of 2 000 000 without CAP_SYS_RESOURCE.
             full: count only times in which all tasks were stalled.
         Raises:
-            KernelCallError: EINVAL for values the kernel does not take, ENOENT without CONFIG_PSI.
+            KernelCallError: EINVAL for values the kernel does not take or does not grant, ENOENT without
+                CONFIG_PSI.
         """
         self._fd = host.open(path, os.O_RDWR | os.O_NONBLOCK)
         try:
