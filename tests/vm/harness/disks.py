@@ -1,0 +1,42 @@
+"""The guest's disks: an empty swap area made per run, a scratch file system made once."""
+
+from __future__ import annotations
+
+import struct
+import uuid
+from pathlib import Path
+
+from vm.harness import host
+from vm.harness.cache import Cache, digest
+
+PAGE_BYTES = 4096
+SCRATCH_MIB = 3072
+
+
+def make_swap(path: Path, mib: int) -> None:
+    """A sparse file with the header of an empty swap area, as mkswap writes it.
+
+    Source: union swap_header in include/linux/swap.h: 1024 bytes of boot block, version, last page,
+    count of bad pages, uuid; the magic ends the first page.
+    """
+    pages = mib * (1 << 20) // PAGE_BYTES
+    with path.open("wb") as file:
+        file.truncate(pages * PAGE_BYTES)
+        file.seek(1024)
+        file.write(struct.pack("<III16s", 1, pages - 1, 0, uuid.uuid4().bytes))
+        file.seek(PAGE_BYTES - 10)
+        file.write(b"SWAPSPACE2")
+
+
+def ensure_scratch(cache: Cache) -> Path:
+    """An empty ext4 image for containerd's state. Runs lay a throw-away overlay over it (QEMU's snapshot=on)."""
+
+    def build(into: Path) -> None:
+        host.require({"mkfs.ext4": "e2fsprogs"})
+        image = into / "scratch.img"
+        with image.open("wb") as file:
+            file.truncate(SCRATCH_MIB << 20)
+        features = "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"
+        host.run(["mkfs.ext4", "-q", "-F", "-E", features, "-m", "0", image], log=into / "build.log")
+
+    return cache.entry("scratch", digest("1", str(SCRATCH_MIB)), build) / "scratch.img"

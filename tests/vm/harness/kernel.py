@@ -1,0 +1,184 @@
+"""The guest kernel: our option fragment + Debian's linux-source -> one bzImage without modules."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from vm.harness import host
+from vm.harness.cache import Cache, digest
+from vm.harness.errors import VmError
+
+SERIES = "6.12"
+"""Debian 13's kernel, supported upstream until 2026-12; the package is linux-source-6.12."""
+
+RECIPE = "1"
+"""Counts changes of how the kernel is built, beyond its options."""
+
+SUITES = ("trixie", "trixie-security trixie-updates")
+MIRROR = "http://deb.debian.org/debian"
+SECURITY_MIRROR = "http://deb.debian.org/debian-security"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+BUILD_PROGRAMS = {
+    "gcc": "gcc",
+    "make": "make",
+    "flex": "flex",
+    "bison": "bison",
+    "bc": "bc",
+    "perl": "perl",
+    "pahole": "dwarves",  # BTF
+    "cpio": "cpio",  # IKHEADERS
+    "xz": "xz-utils",
+    "lz4": "lz4",
+    "depmod": "kmod",
+    "rsync": "rsync",
+}
+BUILD_HEADERS = {"/usr/include/gelf.h": "libelf-dev", "/usr/include/openssl/evp.h": "libssl-dev"}
+
+_SET = re.compile(r"CONFIG_([A-Za-z0-9_]+)=(.+)")
+_UNSET = re.compile(r"# CONFIG_([A-Za-z0-9_]+) is not set")
+
+
+def parse_fragment(text: str) -> dict[str, str]:
+    """Options of a kernel configuration by name without CONFIG_; "=n" and "is not set" are both "n".
+
+    Raises: VmError for a line that is neither an option, a comment nor empty, and for two values of one option.
+    """
+    options: dict[str, str] = {}
+    for number, raw in enumerate(text.splitlines(), start=1):
+        line = raw.strip()
+        if found := _SET.fullmatch(line):
+            name, value = found[1], found[2]
+        elif found := _UNSET.fullmatch(line):
+            name, value = found[1], "n"
+        elif not line or (line.startswith("#") and "CONFIG_" not in line):
+            continue
+        else:
+            raise VmError(f"kernel configuration, line {number}: {raw!r} is not an option")
+        if options.setdefault(name, value) != value:
+            raise VmError(
+                f"kernel configuration, line {number}: {name} is {options[name]} above and {value} here"
+            )
+    return options
+
+
+def options_key(options: Mapping[str, str]) -> str:
+    """Cache key of a kernel: the set of options, in whatever order and grouping they were written."""
+    return digest(SERIES, RECIPE, *(f"{name}={value}" for name, value in sorted(options.items())))
+
+
+def seed_kernel(seed: Path | None, options: Mapping[str, str]) -> Path | None:
+    """A ready kernel in the folder `seed`, if its kernel.config asks for exactly our options and series."""
+    if seed is None:
+        return None
+    try:
+        theirs = parse_fragment((seed / "kernel.config").read_text())
+    except (OSError, VmError):
+        return None
+    images = sorted(seed.glob(f"vmlinuz-{SERIES}.*"))
+    if not images or theirs != dict(options):
+        return None
+    return images[-1]
+
+
+def ensure_kernel(cache: Cache, fragment: Path, seed: Path | None) -> Path:
+    """Path of the guest kernel image; builds it (about 15 minutes on two cores) if no cache has it."""
+    options = parse_fragment(fragment.read_text())
+
+    def build(into: Path) -> None:
+        if ready := seed_kernel(seed, options):
+            shutil.copyfile(ready, into / "vmlinuz")
+            (into / "origin").write_text(f"{ready.name}\n")
+        else:
+            build_kernel(into, fragment, options)
+
+    return cache.entry("kernel", options_key(options), build) / "vmlinuz"
+
+
+def fetch_source(into: Path, log: Path) -> Path:
+    """Download Debian's linux-source package and unpack it. Returns the root of the source tree.
+
+    Uses apt with a configuration of its own, so that it works on every release of Debian and Ubuntu and
+    touches nothing of the host's package state; signatures are checked against the Debian archive keyring.
+    """
+    if not KEYRING.exists():
+        host.apt_install(["debian-archive-keyring"])
+    for folder in ("lists/partial", "archives/partial", "parts"):
+        (into / "apt" / folder).mkdir(parents=True)
+    (into / "apt/status").touch()
+    signed = f"[signed-by={KEYRING}]"
+    (into / "apt/sources.list").write_text(
+        f"deb {signed} {MIRROR} trixie main\n"
+        f"deb {signed} {MIRROR} trixie-updates main\n"
+        f"deb {signed} {SECURITY_MIRROR} trixie-security main\n"
+    )
+    options = {
+        "Dir::Etc::SourceList": into / "apt/sources.list",
+        "Dir::Etc::SourceParts": into / "apt/parts",
+        "Dir::State": into / "apt",
+        "Dir::State::Lists": into / "apt/lists",
+        "Dir::State::status": into / "apt/status",
+        "Dir::Cache": into / "apt",
+        "Dir::Cache::pkgcache": "",
+        "Dir::Cache::srcpkgcache": "",
+        "APT::Sandbox::User": "root",  # the cache folder may be closed to the user _apt
+        "APT::Architecture": "amd64",
+        "APT::Architectures": "amd64",
+        "Acquire::Languages": "none",
+    }
+    words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    host.run(["apt-get", *words, "update"], log=log, cwd=into)
+    host.run(["apt-get", *words, "download", f"linux-source-{SERIES}"], log=log, cwd=into)
+    packages = list(into.glob("linux-source-*.deb"))
+    if len(packages) != 1:
+        raise VmError(f"apt-get downloaded {len(packages)} packages instead of linux-source-{SERIES}")
+    host.run(["dpkg-deb", "-x", packages[0], into / "deb"], log=log)
+    packages[0].unlink()
+    host.run(["tar", "-xf", into / f"deb/usr/src/linux-source-{SERIES}.tar.xz", "-C", into], log=log)
+    return into / f"linux-source-{SERIES}"
+
+
+def build_kernel(into: Path, fragment: Path, options: Mapping[str, str]) -> None:
+    """Configure and compile; leaves `vmlinuz`, the full `config` and `build.log` in `into`."""
+    host.require(BUILD_PROGRAMS)
+    if missing := [package for header, package in BUILD_HEADERS.items() if not Path(header).exists()]:
+        host.apt_install(missing)
+    jobs = os.environ.get("MEMTIER_VM_JOBS") or str(os.cpu_count() or 1)
+    log = into / "build.log"
+    with tempfile.TemporaryDirectory(prefix="kernel.", dir=into) as scratch:
+        host.say(f"fetching linux-source-{SERIES}")
+        source = fetch_source(Path(scratch), log)
+        host.say(f"compiling the guest kernel with {jobs} jobs: about 15 minutes on two cores; log: {log}")
+        env = {
+            "KCONFIG_ALLCONFIG": str(fragment.absolute()),
+            "KBUILD_BUILD_USER": "memtier",
+            "KBUILD_BUILD_HOST": "vm",
+        }
+        host.run(["make", "-s", "allnoconfig"], log=log, cwd=source, env=env)
+        check_options(options, parse_dotconfig((source / ".config").read_text()))
+        host.run(["make", "-s", f"-j{jobs}", "bzImage"], log=log, cwd=source, env=env)
+        shutil.copyfile(source / "arch/x86/boot/bzImage", into / "vmlinuz")
+        shutil.copyfile(source / ".config", into / "config")
+        (into / "origin").write_text(f"built from linux-source-{SERIES}\n")
+
+
+def parse_dotconfig(text: str) -> dict[str, str]:
+    """Options of a complete .config, which has headings that mention CONFIG_ in free text."""
+    lines = (line for line in text.splitlines() if _SET.fullmatch(line) or _UNSET.fullmatch(line))
+    return parse_fragment("\n".join(lines))
+
+
+def check_options(wanted: Mapping[str, str], got: Mapping[str, str]) -> None:
+    """Raises: VmError naming each option that kconfig silently dropped or changed."""
+    lost = [
+        f"{name}: wanted {value}, got {got.get(name, 'n')}"
+        for name, value in wanted.items()
+        if got.get(name, "n") != value
+    ]
+    if lost:
+        raise VmError("the kernel source does not accept these options: " + "; ".join(lost))

@@ -1,0 +1,341 @@
+"""A running VM: start it, run commands in it one after the other, get rid of it whatever happens.
+
+Every wait has a deadline. QEMU and the virtiofsd processes get a parent-death signal, so that they go even when this
+process is killed with SIGKILL; the run folder it leaves then is removed by the next run.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import os
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from vm.harness.build import Parts
+from vm.harness.disks import make_swap
+from vm.harness.errors import VmError, VmTimeout
+from vm.harness.qemu import Machine, default_nodes, parse_nodes, virtiofsd_command
+
+BOOT_TIMEOUT_S = 180.0
+"""A boot takes 5 s under emulation on an idle machine; this is for one that is busy with something else."""
+
+OFF_TIMEOUT_S = 5.0
+_RUN_PREFIX = "memtier-vm."
+
+Sink = Callable[[bytes], object]
+Command = str | Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a guest command gave: exit status as a shell sees it, all output bytes, host seconds it took."""
+
+    status: int
+    output: bytes
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The shape of the machine."""
+
+    smp: int = 2
+    nodes: str | None = None
+    """NUMA nodes as "MIB:CPUS ..."; None: four nodes, two of them with CPUs."""
+    swap_mib: int = 1024
+    """Size of the swap disk; 0: no swap."""
+    scratch: bool = True
+    """A disk for containerd's state under /var/lib/containerd, thrown away afterwards."""
+    append: str = ""
+    """More kernel arguments."""
+    out: Path | None = None
+    """A host folder that the guest sees, writable, as /out; None: /out is in the guest's memory."""
+
+
+class Vm:
+    """One guest. Use as a context manager: it is booted inside, and gone after."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        options: Options | None = None,
+        *,
+        terminal: bool = False,
+        boot_timeout_s: float = BOOT_TIMEOUT_S,
+    ) -> None:
+        self._parts = parts
+        self._options = options or Options()
+        self._terminal = terminal
+        self._boot_timeout_s = min(boot_timeout_s, BOOT_TIMEOUT_S)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._stack = contextlib.ExitStack()
+        self._control_buffer = b""
+        self.boot_seconds = 0.0
+        """From the start of QEMU until the guest took commands."""
+
+    def __enter__(self) -> Vm:
+        try:
+            self.boot()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def boot(self) -> None:
+        """Start QEMU and wait until the guest takes commands.
+
+        Raises: VmTimeout, or VmError with the end of the guest's console if it died.
+        """
+        started = time.monotonic()
+        options, parts = self._options, self._parts
+        nodes = parse_nodes(options.nodes or default_nodes(options.smp), options.smp)
+        self._folder = self._make_run_folder()
+        shares = {
+            "root": (parts.rootfs, "always"),
+            "layer": (parts.layer, "always"),
+            "host": (parts.repo, "auto"),
+        }
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            shares["out"] = (options.out.absolute(), "never")
+        connections = {name: self._start_virtiofsd(name, *what) for name, what in shares.items()}
+        disks: dict[str, tuple[Path, bool]] = {}
+        if options.swap_mib:
+            make_swap(self._folder / "swap.img", options.swap_mib)
+            disks["swap"] = (self._folder / "swap.img", False)
+        if options.scratch:
+            disks["scratch"] = (parts.scratch, True)
+        self._control, control_end = self._socket_pair()
+        self._output, output_end = self._socket_pair()
+        machine = Machine(
+            qemu=parts.qemu,
+            accelerator=parts.accelerator,
+            kernel=parts.kernel,
+            initramfs=parts.initramfs,
+            console_log=self._folder / "console.log",
+            smp=options.smp,
+            nodes=nodes,
+            control_fd=control_end.fileno(),
+            output_fd=output_end.fileno(),
+            share_fds={name: connection.fileno() for name, connection in connections.items()},
+            disks=disks,
+            append=options.append,
+            terminal=self._terminal,
+        )
+        self._spawn(
+            machine.command(),
+            [control_end, output_end, *connections.values()],
+            log="qemu.log",
+            terminal=self._terminal,
+        )
+        self._control.setblocking(False)
+        self._output.setblocking(False)
+        self._wait_for("ready", started + self._boot_timeout_s, lambda data: None, what="boot")
+        self.boot_seconds = time.monotonic() - started
+
+    def run(self, command: Command, timeout_s: float, sink: Sink | None = None) -> Result:
+        """Run a shell command (or an argument list) in the guest, in /host, with no standard input.
+
+        Args:
+            timeout_s: host seconds; the whole VM is killed when they are over.
+            sink: gets the output as it comes; it is collected in the result in any case.
+        Raises:
+            VmTimeout: time is over; carries the output so far.
+            VmError: the guest died; the message ends with its last console lines.
+        """
+        script = command if isinstance(command, str) else shlex.join(command)
+        started = time.monotonic()
+        collected = bytearray()
+
+        def take(data: bytes) -> None:
+            collected.extend(data)
+            if sink is not None:
+                sink(data)
+
+        deadline = started + timeout_s
+        self._send(f"run {base64.b64encode(script.encode()).decode()}", deadline)
+        try:
+            fields = self._wait_for("exit", deadline, take, what=f"command `{script[:60]}`")
+        except VmTimeout as error:
+            raise VmTimeout(str(error), output=bytes(collected)) from None
+        return Result(int(fields[1]), bytes(collected), time.monotonic() - started)
+
+    def shell(self) -> int:
+        """An interactive shell on this process's terminal, until it exits. Returns its status."""
+        columns, rows = shutil.get_terminal_size()
+        term = os.environ.get("TERM", "dumb")
+        self._send(f"shell {rows} {columns} {term}", time.monotonic() + 10)
+        return int(self._wait_for("exit", None, lambda data: None, what="shell")[1])
+
+    def close(self) -> None:
+        """Switch the guest off and remove all that the run left. Safe to call twice."""
+        qemu = self._processes[-1] if self._processes else None
+        if qemu is not None and qemu.poll() is None and getattr(self, "_control", None) is not None:
+            with contextlib.suppress(VmError, OSError, subprocess.TimeoutExpired):
+                self._send("off", time.monotonic() + 1)
+                qemu.wait(OFF_TIMEOUT_S)
+        self.kill()
+        self._stack.close()
+
+    def kill(self) -> None:
+        """End QEMU and the virtiofsd processes now."""
+        for process in reversed(self._processes):
+            if process.poll() is None:
+                process.kill()
+        for process in self._processes:
+            process.wait()
+
+    # -- the parts of a run ----------------------------------------------------------------------
+
+    def _make_run_folder(self) -> Path:
+        sweep_run_folders()
+        folder = Path(tempfile.mkdtemp(prefix=_RUN_PREFIX))  # 0700: the sockets in it are for us only
+        self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        lock = self._stack.enter_context((folder / "lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return folder
+
+    def _socket_pair(self) -> tuple[socket.socket, socket.socket]:
+        ours, theirs = socket.socketpair()
+        self._stack.enter_context(ours)
+        return ours, theirs
+
+    def _start_virtiofsd(self, name: str, folder: Path, cache: str) -> socket.socket:
+        """Start a file server; returns QEMU's end of the connection, already made: nobody has to wait for a socket."""
+        path = self._folder / f"{name}.sock"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen(1)
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(str(path))
+            command = virtiofsd_command(
+                self._parts.virtiofsd, self._parts.virtiofsd_help, listener.fileno(), folder, cache
+            )
+            self._spawn(command, [listener], log=f"virtiofsd-{name}.log")
+        return connection
+
+    def _spawn(
+        self, command: list[str], inherited: Sequence[socket.socket], *, log: str, terminal: bool = False
+    ) -> None:
+        """Start a child that dies with us and holds `inherited`; our copies of those are closed."""
+        with (self._folder / log).open("wb") as file:
+            self._processes.append(
+                subprocess.Popen(
+                    ["setpriv", "--pdeathsig", "KILL", *command],
+                    stdin=None if terminal else subprocess.DEVNULL,
+                    stdout=None if terminal else file,
+                    stderr=file,
+                    pass_fds=[end.fileno() for end in inherited],
+                    start_new_session=not terminal,  # Ctrl-C is ours to handle; a terminal needs its own session
+                )
+            )
+        for end in inherited:
+            end.close()
+
+    def _send(self, line: str, deadline: float) -> None:
+        data = f"{line}\n".encode()
+        try:
+            while data:
+                if time.monotonic() > deadline:
+                    raise VmTimeout("the guest does not take commands")
+                try:
+                    data = data[self._control.send(data) :]
+                except BlockingIOError:
+                    time.sleep(0.01)
+        except OSError as error:
+            raise self._died(f"sending a command: {error}") from None
+
+    def _wait_for(self, verb: str, deadline: float | None, take: Sink, *, what: str) -> list[str]:
+        """Hand output to `take` until the guest says `verb`. Returns the words of its line."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            selector.register(self._output, selectors.EVENT_READ)
+            while True:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    self.kill()
+                    raise VmTimeout(f"{what}: time is over, the VM was killed")
+                ready = {key.fileobj for key, _ in selector.select(left)}
+                if self._output in ready:
+                    self._drain(take, once=True)
+                if self._control in ready:
+                    data = self._control.recv(65536)
+                    if not data:
+                        self._drain(take)
+                        raise self._died(f"{what}: the guest went away")
+                    self._control_buffer += data
+                while b"\n" in self._control_buffer:
+                    line, _, self._control_buffer = self._control_buffer.partition(b"\n")
+                    words = line.decode(errors="replace").split()
+                    if words and words[0] == verb:
+                        # The guest's write to `out` returned after QEMU had passed the bytes on: they are all here.
+                        self._drain(take)
+                        return words
+
+    def _drain(self, take: Sink, *, once: bool = False) -> None:
+        while True:
+            try:
+                data = self._output.recv(1 << 20)
+            except BlockingIOError:
+                return
+            if data:
+                take(data)
+            if once or not data:
+                return
+
+    def _died(self, what: str) -> VmError:
+        self.kill()
+        logs = []
+        for name in (
+            "qemu.log",
+            "console.log",
+            *(f"virtiofsd-{name}.log" for name in ("root", "layer", "host", "out")),
+        ):
+            path = self._folder / name
+            if path.exists() and (text := path.read_text(errors="replace").strip()):
+                logs.append(f"--- {name}\n" + "\n".join(text.splitlines()[-20:]))
+        return VmError("\n".join([what, *logs]))
+
+
+def sweep_run_folders(base: Path | None = None) -> list[Path]:
+    """Remove run folders whose owner is gone without cleaning up (SIGKILL, power loss). Returns those removed."""
+    removed = []
+    for folder in (base or Path(tempfile.gettempdir())).glob(f"{_RUN_PREFIX}*"):
+        try:
+            if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+                continue
+            with (folder / "lock").open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: it is in use
+                shutil.rmtree(folder, ignore_errors=True)
+                removed.append(folder)
+        except OSError:
+            continue
+    return removed
+
+
+def exit_on_signals(signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGHUP)) -> None:
+    """Make these signals raise SystemExit(128 + number), so that context managers clean up."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    for each in signals:
+        signal.signal(each, leave)
