@@ -42,7 +42,7 @@ def default_seed(repo: Path, environ: Mapping[str, str] = os.environ) -> Path | 
 
 
 def prepare(repo: Path = REPO, cache: Cache | None = None, seed: Path | None = None) -> Parts:
-    """Everything for a boot. Takes a fraction of a second when nothing is missing, many minutes at the first time.
+    """Everything for a boot: a fraction of a second when nothing is missing, many minutes at the first time.
 
     Raises: VmError.
     """

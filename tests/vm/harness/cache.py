@@ -100,7 +100,7 @@ class Cache:
                 remove_tree(final)
 
     def prune(self, kind: str, keep: int = LAYERS_KEPT, min_age_s: float = LAYER_MIN_AGE_S) -> None:
-        """Remove the least recently used entries of `kind` beyond `keep`, but none used in the last `min_age_s`."""
+        """Remove the least recently used entries beyond `keep`, but none used in the last `min_age_s`."""
         entries = sorted(self.root.glob(f"{kind}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in entries[keep:]:
             if time.time() - path.stat().st_mtime > min_age_s:

@@ -24,7 +24,7 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
     """tests/vm/run: a command in the guest; its output and exit status are ours."""
     parser = argparse.ArgumentParser(
         prog="tests/vm/run",
-        description="Boots the test VM, runs a command in it (in /host, the checkout) and exits with its status.",
+        description="Boots the test VM, runs a command in its /host (the checkout), exits with its status.",
         epilog=f"Exits {TIMED_OUT} when the time is over and {VM_FAILED} when the VM itself failed.",
     )
     parser.add_argument(
@@ -76,7 +76,7 @@ def _run(given: argparse.Namespace, options: Options) -> int:
     with Vm(parts, options, terminal=given.shell, boot_timeout_s=given.timeout) as vm:
         if given.shell:
             host.say(
-                f"a shell in the test VM ({parts.accelerator}); the checkout is in /host; leave it with `exit`"
+                f"a shell in the test VM ({parts.accelerator}); /host is the checkout; leave with `exit`"
             )
             return vm.shell()
         command = given.command[0] if len(given.command) == 1 else given.command
@@ -96,7 +96,7 @@ def build_main(arguments: Sequence[str] | None = None) -> int:
     """tests/vm/build: make what a boot needs, and say where it is."""
     parser = argparse.ArgumentParser(
         prog="tests/vm/build",
-        description="Builds the parts of the test VM that the cache lacks: kernel, root filesystem, our packages.",
+        description="Builds what the cache lacks of the test VM: kernel, root filesystem, our packages.",
         epilog="The cache is $MEMTIER_VM_CACHE, else ~/.cache/memtier/vm.",
     )
     parser.add_argument(

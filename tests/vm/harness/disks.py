@@ -29,7 +29,7 @@ def make_swap(path: Path, mib: int) -> None:
 
 
 def ensure_scratch(cache: Cache) -> Path:
-    """An empty ext4 image for containerd's state. Runs lay a throw-away overlay over it (QEMU's snapshot=on)."""
+    """An empty ext4 image for containerd's state. Runs write to a throw-away overlay (QEMU's snapshot=on)."""
 
     def build(into: Path) -> None:
         host.require({"mkfs.ext4": "e2fsprogs"})

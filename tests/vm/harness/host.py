@@ -12,7 +12,7 @@ from pathlib import Path
 from vm.harness.errors import VmError
 
 VIRTIOFSD_PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
-"""Not on PATH in Debian and Ubuntu: the first from the `virtiofsd` package, the second from older QEMU packages."""
+"""None is on PATH. Debian: the first is of the `virtiofsd` package, the second of older QEMU packages."""
 
 
 def say(message: str) -> None:

@@ -24,7 +24,7 @@ _OCI = "application/vnd.oci.image"
 
 
 class _Layout:
-    """Collects blobs by digest and writes them out as an OCI image layout (image-layout.md of the OCI image spec)."""
+    """Collects blobs and writes them as an OCI image layout (image-layout.md of the OCI image spec)."""
 
     def __init__(self) -> None:
         self._blobs: dict[str, bytes] = {}

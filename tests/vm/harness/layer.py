@@ -62,7 +62,7 @@ def build_wheel(package: Path, into: Path) -> None:
         command = [uv if uv.exists() else "uv", "build", "--wheel", "--quiet", "--out-dir", into, package]
     else:
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", into, package]
-    # A copy: build backends write into the source folder, and a checkout may be read-only or in use by another build.
+    # A copy: build backends write into the source folder, and the checkout may be read-only.
     with tempfile.TemporaryDirectory(prefix="memtier-wheel.") as scratch:
         copy = Path(scratch) / package.name
         shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__", "dist", "build"))

@@ -1,7 +1,7 @@
 """A running VM: start it, run commands in it one after the other, get rid of it whatever happens.
 
-Every wait has a deadline. QEMU and the virtiofsd processes get a parent-death signal, so that they go even when this
-process is killed with SIGKILL; the run folder it leaves then is removed by the next run.
+Every wait has a deadline. QEMU and the virtiofsd processes get a parent-death signal, so that they go even
+when this process is killed with SIGKILL; the run folder it leaves then is removed by the next run.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Vm:
         return ours, theirs
 
     def _start_virtiofsd(self, name: str, folder: Path, cache: str) -> socket.socket:
-        """Start a file server; returns QEMU's end of the connection, already made: nobody has to wait for a socket."""
+        """Start a file server. Returns QEMU's end of the connection, which is made already."""
         path = self._folder / f"{name}.sock"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
@@ -244,7 +244,7 @@ class Vm:
                     stdout=None if terminal else file,
                     stderr=file,
                     pass_fds=[end.fileno() for end in inherited],
-                    start_new_session=not terminal,  # Ctrl-C is ours to handle; a terminal needs its own session
+                    start_new_session=not terminal,  # Ctrl-C is for us only
                 )
             )
         for end in inherited:
@@ -286,7 +286,7 @@ class Vm:
                     line, _, self._control_buffer = self._control_buffer.partition(b"\n")
                     words = line.decode(errors="replace").split()
                     if words and words[0] == verb:
-                        # The guest's write to `out` returned after QEMU had passed the bytes on: they are all here.
+                        # The guest's write to `out` ended after QEMU had passed it on: all bytes are here.
                         self._drain(take)
                         return words
 
@@ -316,7 +316,7 @@ class Vm:
 
 
 def sweep_run_folders(base: Path | None = None) -> list[Path]:
-    """Remove run folders whose owner is gone without cleaning up (SIGKILL, power loss). Returns those removed."""
+    """Remove the run folders of owners that went without cleaning up, by SIGKILL. Returns those removed."""
     removed = []
     for folder in (base or Path(tempfile.gettempdir())).glob(f"{_RUN_PREFIX}*"):
         try:

@@ -11,7 +11,7 @@ from vm.harness.errors import VmError
 
 CPU_DISTANCE = 20
 SLOW_DISTANCE = 40
-"""ACPI SLIT distance of nodes with CPUs from each other, and of nodes without CPUs (slow memory) from all others."""
+"""ACPI SLIT distances: nodes with CPUs from each other, nodes without (slow memory) from all others."""
 
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable psi=1"
 

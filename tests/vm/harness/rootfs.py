@@ -40,7 +40,7 @@ DEPENDENCIES = {
     "pyyaml": "python3-yaml",
     "rich": "python3-rich",
 }
-"""What our packages depend on, by PyPI name: Debian has it all, so the wheels go in without their dependencies."""
+"""What our packages depend on, by PyPI name. Debian has it all, so the wheels go in with --no-deps."""
 
 PACKAGES = tuple(sorted({*TOOLS, *RUNTIMES, *PYTHON, *DEPENDENCIES.values()}))
 
@@ -53,7 +53,7 @@ def rootfs_key() -> str:
 
 
 def ensure_rootfs(cache: Cache) -> Path:
-    """Path of the unpacked root filesystem (about 600 MB); built in one to two minutes if the cache has none."""
+    """Path of the unpacked root filesystem (about 600 MB), built in one to two minutes if need be."""
     return cache.entry("rootfs", rootfs_key(), _build) / "root"
 
 
