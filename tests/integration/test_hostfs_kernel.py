@@ -44,9 +44,13 @@ def pages_from(start: int, end: int, *, step: int = 1) -> U64:
 
 def test_maps_agree_with_what_the_kernel_counts() -> None:
     """The mappings add up to VmSize, but for [vsyscall], which is the kernel's own."""
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None
+    assert child.stdout is not None
     try:
-        time.sleep(0.1)
+        child.stdin.write(b"up\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == b"up\n"
         mappings = read_mappings(HOST, child.pid)
         listed = sum(
             int(end - start)
@@ -58,7 +62,7 @@ def test_maps_agree_with_what_the_kernel_counts() -> None:
         assert mappings.tierable().total_bytes < listed
     finally:
         child.kill()
-        child.wait()
+        child.communicate()
 
 
 def test_bulk_pagemap_is_word_for_word_what_single_reads_give() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -15,6 +14,7 @@ from memtier_engine.abi.constants import Capability
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.kernel_config import KernelConfig, read_kernel_config
+from memtier_engine.hostfs.proc import effective_capabilities
 from memtier_engine.model import PAGE_BYTES
 
 TRIAL_PAGES = 64
@@ -95,11 +95,9 @@ class Scene:
     def capabilities(self) -> int | None:
         """CapEff of this process; None where /proc does not say."""
         try:
-            text = self.host.read_text(self.host.path("proc", "self", "status"))
+            return effective_capabilities(self.host)
         except KernelCallError:
             return None
-        found = re.search(r"^CapEff:\s+([0-9a-f]+)$", text, re.M)
-        return int(found[1], 16) if found else None
 
     def lacks(self, capability: Capability) -> bool:
         """Whether this process is known not to have `capability`."""

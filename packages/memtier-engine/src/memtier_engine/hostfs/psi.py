@@ -5,6 +5,7 @@ Source: Documentation/accounting/psi.rst.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
 
 
@@ -57,14 +59,19 @@ def parse_pressure(text: str) -> Pressure:
 
 
 def read_pressure(host: Host, path: Path) -> Pressure | None:
-    """The pressure in file `path`; None when there is none: no CONFIG_PSI, psi=0, or an older kernel."""
-    if not path.exists():
-        return None
-    # With PSI compiled in but switched off (psi=0), reading gives EOPNOTSUPP; the probe tells them apart.
+    """The pressure in file `path`; None when there is none: no CONFIG_PSI, psi=0, or an older kernel.
+
+    Raises:
+        ValueError: not in the kernel's format.
+        AccessDenied: not ours to read.
+    """
     try:
         return parse_pressure(host.read_text(path))
-    except ValueError:
-        return None
+    except KernelCallError as error:
+        # EOPNOTSUPP: built in but switched off. ENODEV: the cgroup was removed while the file was open.
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+            return None
+        raise
 
 
 class PsiTrigger:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from memtier_engine.errors import KernelCallError, ProcessGone
+from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_stat_fields
 from memtier_engine.model import ProcessId
@@ -35,7 +35,7 @@ def identify(host: Host, pids: Iterable[int]) -> frozenset[ProcessId]:
             continue
         try:
             fields = read_stat_fields(host, pid)
-        except (ProcessGone, KernelCallError):
+        except KernelCallError:
             continue
         if fields[0] in (b"Z", b"X") or int(fields[_FLAGS_FIELD - 3]) & PF_KTHREAD:
             continue
