@@ -1,0 +1,155 @@
+"""`memtier demo`: real memory leaves RAM, and you watch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from typing import Protocol
+
+import click
+
+HOT_MIB, COLD_MIB = 128, 384
+IDLE_AFTER_S = 3.0
+SCAN_INTERVAL_MS = 500
+BANDWIDTH_MIB_PER_S = 200
+SETTLE_S = 3.0
+"""The run ends early once the cold memory has been out for this long."""
+
+
+class Screen(Protocol):
+    """Where progress goes."""
+
+    def show(self, rows: dict[str, str]) -> None:
+        """Show the state."""
+
+
+class PlainScreen:
+    """One line per update, for files and pipes."""
+
+    def show(self, rows: dict[str, str]) -> None:
+        """Print the state as one line."""
+        print("  ".join(f"{name}: {value}" for name, value in rows.items()), flush=True)
+
+
+class NoScreen:
+    """Nothing, for `--json`."""
+
+    def show(self, rows: dict[str, str]) -> None:
+        """Show nothing."""
+
+
+@click.command("demo")
+@click.option("--tracker", default="auto", show_default=True, help="Which tracker to use; auto: the best that works.")
+@click.option("--duration", default=40.0, show_default=True, help="Longest time to run, in seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as one JSON object.")
+def command(tracker: str, duration: float, as_json: bool) -> int:
+    """Page out the idle memory of a real process and show it.
+
+    Starts a process with 512 MiB, 128 MiB of it in use, in a cgroup of its own, and runs the engine on the cgroup.
+    Exit status: 0 at least 95 % of the cold memory went out and at most 2 % of the hot memory; 1 it did not.
+    """
+    from memtier_cli.demo.scene import own_cgroup, workload
+    from memtier_cli.demo.verdict import judge
+    from memtier_cli.demo.zram import swap_for_now
+    from memtier_cli.signals import stop_on_signals
+    from memtier_engine.engine import Engine, EngineConfig
+    from memtier_engine.hostfs.host import Host
+    from memtier_engine.mover.mover import MoverConfig
+    from memtier_engine.policies.age import AgePolicyConfig
+    from memtier_engine.targets.cgroups import CgroupsTarget
+    from memtier_engine.trackers.registry import create_tracker
+
+    host = Host()
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        choice = create_tracker(tracker, host)
+        swap = stack.enter_context(swap_for_now((HOT_MIB + COLD_MIB) << 20))
+        cgroup = stack.enter_context(own_cgroup())
+        if not as_json:
+            for name, why in choice.rejected:
+                print(f"tracker {name} is out: {why}")
+            print(f"tracker: {choice.tracker.name}    swap: {swap}    cgroup: {cgroup}")
+            print(
+                f"starting a process with {HOT_MIB + COLD_MIB} MiB, {HOT_MIB} MiB of it in use ...",
+                flush=True,
+            )
+        layout = "pages" if choice.tracker.page_exact else "mappings"
+        load = stack.enter_context(workload(cgroup, HOT_MIB, COLD_MIB, layout))
+        config = EngineConfig(
+            scan_interval_ms=SCAN_INTERVAL_MS,
+            policy=AgePolicyConfig(interval_ms=SCAN_INTERVAL_MS, swap_out_ms=int(IDLE_AFTER_S * 1000)),
+            mover=MoverConfig(bandwidth_mib_per_s=BANDWIDTH_MIB_PER_S),
+        )
+        engine = Engine(CgroupsTarget(host, [cgroup]), config, host=host, tracker=choice.tracker)
+        screen = _screen(stack, as_json)
+        began_s = engine.clock.now_s()
+        out_since_s = None
+        last = None
+        for report in engine.run(duration_s=duration, stop=stop):
+            memory = load.memory()
+            speed = (
+                0.0
+                if last is None
+                else (report.moved_bytes_total - last.moved_bytes_total) / (report.time_s - last.time_s)
+            )
+            last = report
+            screen.show(
+                {
+                    "time": f"{report.time_s - began_s:4.1f} s",
+                    "in RAM": _mib(memory.hot_bytes + memory.cold_bytes - memory.hot_out_bytes - memory.cold_out_bytes),
+                    "swapped out": _mib(memory.hot_out_bytes + memory.cold_out_bytes),
+                    "hot kept": f"{100 * (1 - memory.hot_out_bytes / memory.hot_bytes):5.1f} %",
+                    "moving": f"{speed / (1 << 20):4.0f} MiB/s",
+                    "refaults": _mib(memory.refault_bytes),
+                    "engine CPU": f"{report.cpu_seconds_total:.2f} s",
+                }
+            )
+            if memory.cold_out_bytes < 0.99 * memory.cold_bytes:
+                out_since_s = None
+            elif out_since_s is None:
+                out_since_s = report.time_s
+            elif report.time_s - out_since_s >= SETTLE_S:
+                break
+        if stop.is_set() or last is None:
+            return 128 + (stop.number or 2)
+        verdict = judge(
+            load.memory(),
+            tracker=engine.tracker.name,
+            engine_cpu_s=last.cpu_seconds_total,
+            duration_s=engine.clock.now_s() - began_s,
+        )
+    if as_json:
+        print(json.dumps(verdict.as_dict()))
+    else:
+        print(
+            f"\nverdict: {verdict.cold_out_share:.1%} of the cold memory is out ({_mib(verdict.saved_bytes)} of RAM saved),"
+            f" {verdict.hot_wrongly_out_share:.1%} of the hot memory was wrongly out,"
+            f" the engine used {verdict.engine_cpu_s:.2f} s of CPU in {verdict.duration_s:.0f} s"
+            f" (tracker {verdict.tracker}): {'good' if verdict.passed else 'NOT GOOD'}"
+        )
+    return 0 if verdict.passed else 1
+
+
+def _mib(amount_bytes: float) -> str:
+    return f"{amount_bytes / (1 << 20):.0f} MiB"
+
+
+def _screen(stack: ExitStack, as_json: bool) -> Screen:
+    if as_json:
+        return NoScreen()
+    if not sys.stdout.isatty():
+        return PlainScreen()
+    from rich.live import Live
+    from rich.table import Table
+
+    live = stack.enter_context(Live(refresh_per_second=4))
+
+    class TableScreen:
+        def show(self, rows: dict[str, str]) -> None:
+            table = Table(title="memtier demo", show_header=False)
+            for name, value in rows.items():
+                table.add_row(name, value)
+            live.update(table)
+
+    return TableScreen()

@@ -1,0 +1,1 @@
+"""Programs that take the flags, files and formats of the ones they replace."""
