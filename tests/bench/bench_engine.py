@@ -67,9 +67,7 @@ def ages_per_gib() -> bool:
         own.region_counts(1)
 
     update_s = best_s(update, 9)
-    return ratio_line(
-        "age update and region counts per GiB", f"{update_s * 1e3:.2f} ms", update_s / 0.002, 1.0
-    )
+    return ratio_line("age update and region counts per GiB", f"{update_s * 1e3:.2f} ms", update_s / 0.002, 1.0)
 
 
 def mover_against_one_call() -> bool:
@@ -139,9 +137,7 @@ def memory() -> bool:
 
 def start_up() -> bool:
     """`memtier --version` against the bare interpreter; `run` to its first scan."""
-    version_s = best_s(
-        lambda: subprocess.run([BIN / "memtier", "--version"], check=True, capture_output=True)
-    )
+    version_s = best_s(lambda: subprocess.run([BIN / "memtier", "--version"], check=True, capture_output=True))
     bare_s = best_s(lambda: subprocess.run([sys.executable, "-c", ""], check=True))
     held = ratio_line(
         f"start-up of memtier --version ({version_s / bare_s:.1f} times the bare interpreter)",

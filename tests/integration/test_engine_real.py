@@ -32,9 +32,7 @@ def config(tracker: str, *, bandwidth_mib_per_s: float | None = 400) -> EngineCo
 def tracker_or_skip(name: str) -> str:
     why = why_not(name, Host())
     if why is not None:
-        pytest.skip(
-            f"tracker {name} does not work on this kernel: {why[0]}; `make e2e` runs it in the test VM"
-        )
+        pytest.skip(f"tracker {name} does not work on this kernel: {why[0]}; `make e2e` runs it in the test VM")
     return name
 
 

@@ -72,8 +72,7 @@ def test_bulk_pagemap_is_word_for_word_what_single_reads_give() -> None:
         words = pages.read(start, end)
         with open(f"/proc/{load.pid}/pagemap", "rb", buffering=0) as file:
             single = [
-                os.pread(file.fileno(), 8, (address >> PAGE_SHIFT) * 8)
-                for address in range(start, end, PAGE_BYTES)
+                os.pread(file.fileno(), 8, (address >> PAGE_SHIFT) * 8) for address in range(start, end, PAGE_BYTES)
             ]
         assert words.tobytes() == b"".join(single)
         assert pm.present(words).all()
@@ -218,14 +217,10 @@ def test_every_page_of_a_huge_page_has_the_same_head() -> None:
         child.stdout.readline()
         huge_bytes = proc.smaps_rollup(HOST, child.pid)["AnonHugePages"]
         if not huge_bytes:
-            pytest.skip(
-                "no transparent huge page: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
-            )
+            pytest.skip("no transparent huge page: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled")
         spans = read_mappings(HOST, child.pid).tierable()
         with pm.Pagemap(HOST, child.pid) as pages, KpageFlags(HOST) as flags:
-            words = np.concatenate(
-                [pages.read(int(a), int(b)) for a, b in zip(spans.starts, spans.ends, strict=True)]
-            )
+            words = np.concatenate([pages.read(int(a), int(b)) for a, b in zip(spans.starts, spans.ends, strict=True)])
             frames = pm.pfns(words[pm.present(words)])
             heads = flags.compound_heads(frames)
             tails = heads != frames

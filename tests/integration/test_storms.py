@@ -81,9 +81,7 @@ def test_processes_killed_at_any_moment_cost_only_their_own_data() -> None:
             for victim in victims:
                 assert victim.stdout is not None
                 victim.stdout.readline()
-            config = EngineConfig(
-                scan_interval_ms=100, policy=AgePolicyConfig(interval_ms=100, swap_out_ms=200)
-            )
+            config = EngineConfig(scan_interval_ms=100, policy=AgePolicyConfig(interval_ms=100, swap_out_ms=200))
             engine = Engine(PidsTarget(Host(), [survivor.pid, *(victim.pid for victim in victims)]), config)
             doomed = list(victims)
             for report in engine.run(duration_s=2):

@@ -1,7 +1,7 @@
 """For tests in tests/e2e: run commands and guest-side test scripts in the test VM.
 
 A boot costs about five seconds under emulation, so scenarios that leave the guest as they found it share one:
-`VmSession` boots on first use, and again only for another shape of machine or after a command ran out of time.
+`VmSession` boots on first use, and again only for another machine shape or after a command ran out of time.
 """
 
 from __future__ import annotations
@@ -176,14 +176,10 @@ def run_in_vm(
 ) -> VmResult:
     """Boot a guest for this one command. For what it takes and raises see VmSession.run."""
     with VmSession() as session:
-        return session.run(
-            command, timeout_s=timeout_s, nodes=nodes, smp=smp, swap_mib=swap_mib, append=append
-        )
+        return session.run(command, timeout_s=timeout_s, nodes=nodes, smp=smp, swap_mib=swap_mib, append=append)
 
 
-def run_guest_script(
-    name: str, *arguments: str, timeout_s: float = 120, **shape: Any
-) -> list[dict[str, Any]]:
+def run_guest_script(name: str, *arguments: str, timeout_s: float = 120, **shape: Any) -> list[dict[str, Any]]:
     """Boot a guest for tests/e2e/guest/NAME. Returns its records; fails with its output if it failed."""
     with VmSession() as session:
         return session.run_script(name, *arguments, timeout_s=timeout_s, **shape).check().records()

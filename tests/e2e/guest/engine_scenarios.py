@@ -111,9 +111,7 @@ class Toucher:
     def seen_by(self, tracker: IdlePageTracker) -> set[int]:
         found: set[int] = set()
         for chunk in tracker.scan(self.process, self.spans):
-            found |= set(
-                (np.flatnonzero(chunk.accessed) + (chunk.start - self.address) // PAGE_BYTES).tolist()
-            )
+            found |= set((np.flatnonzero(chunk.accessed) + (chunk.start - self.address) // PAGE_BYTES).tolist())
         return found
 
     def words(self) -> set[int]:

@@ -31,9 +31,7 @@ def clock_of(scans: int, interval_s: float = 1.0) -> AgeClock:
     return clock
 
 
-def decide(
-    config: AgePolicyConfig, pages: ProcessPages, clock: AgeClock, budget: int | None = None
-) -> list[MoveTask]:
+def decide(config: AgePolicyConfig, pages: ProcessPages, clock: AgeClock, budget: int | None = None) -> list[MoveTask]:
     return AgePolicy(config).decide({PROCESS: pages}, clock, budget)
 
 

@@ -27,9 +27,7 @@ def aged(*page_ranges: tuple[int, int]) -> tuple[ProcessPages, AgeClock]:
     return pages, AgeClock()
 
 
-def scan(
-    pages: ProcessPages, clock: AgeClock, now_s: float, accessed: list[int], **columns: list[int]
-) -> int:
+def scan(pages: ProcessPages, clock: AgeClock, now_s: float, accessed: list[int], **columns: list[int]) -> int:
     clock.begin_scan(now_s)
     return pages.update(chunk(0, accessed, **columns), clock.step_table())
 

@@ -203,9 +203,7 @@ def test_run_ends_when_told_to(scene: Scene) -> None:
     assert scene.engine.closed
 
 
-def test_the_runner_runs_engines_until_they_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_runner_runs_engines_until_they_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real threads: two engines make progress, a failing one is stopped without harm to them."""
     scenes = []
     for name in ("a", "b", "c"):
@@ -219,9 +217,7 @@ def test_the_runner_runs_engines_until_they_are_removed(
     runner, seen, failed = Runner(workers=2), threading.Semaphore(0), threading.Event()
     runner.start()
     for scene in scenes:
-        runner.add(
-            scene.engine, on_report=lambda report: seen.release(), on_failure=lambda error: failed.set()
-        )
+        runner.add(scene.engine, on_report=lambda report: seen.release(), on_failure=lambda error: failed.set())
     assert seen.acquire(timeout=10)
     assert seen.acquire(timeout=10)
     assert failed.wait(10)

@@ -117,13 +117,9 @@ VmFlags: rd wr mr mw me ac {flags}
 
 def test_smaps_becomes_one_row_per_mapping(folder: HostFolder) -> None:
     rows = [
-        SMAPS_ROW.format(
-            start=0x10000, end=0x20000, name="[heap]", rss=64, referenced=12, swap=0, flags="sd"
-        ),
+        SMAPS_ROW.format(start=0x10000, end=0x20000, name="[heap]", rss=64, referenced=12, swap=0, flags="sd"),
         SMAPS_ROW.format(start=0x30000, end=0x40000, name="", rss=8, referenced=0, swap=56, flags="lo sd"),
-        SMAPS_ROW.format(
-            start=0x50000, end=0x60000, name="/x Rss: 1 kB", rss=0, referenced=0, swap=0, flags="ht"
-        ),
+        SMAPS_ROW.format(start=0x50000, end=0x60000, name="/x Rss: 1 kB", rss=0, referenced=0, swap=0, flags="ht"),
     ]
     folder.process(7)
     folder.write("proc/7/smaps", "".join(rows))
@@ -140,9 +136,7 @@ def test_smaps_becomes_one_row_per_mapping(folder: HostFolder) -> None:
 def test_a_kernel_thread_has_no_sizes(folder: HostFolder) -> None:
     folder.write("proc/7/status", "Name:\tkswapd0\nState:\tS (sleeping)\n")
     assert proc.read_status(folder.host, 7) == proc.ProcessStatus("kswapd0", None, None, None)
-    folder.write(
-        "proc/8/status", "Name:\twork\nVmSize:\t  20 kB\nVmRSS:\t      12 kB\nVmSwap:\t       4 kB\n"
-    )
+    folder.write("proc/8/status", "Name:\twork\nVmSize:\t  20 kB\nVmRSS:\t      12 kB\nVmSwap:\t       4 kB\n")
     assert proc.read_status(folder.host, 8) == proc.ProcessStatus("work", 20480, 12288, 4096)
 
 
@@ -158,10 +152,7 @@ def test_swap_areas_are_read_even_with_blanks_in_a_name(folder: HostFolder) -> N
 
 
 def test_pressure_lines_are_numbers_in_percent_and_microseconds() -> None:
-    text = (
-        "some avg10=1.50 avg60=0.25 avg300=0.00 total=12345\n"
-        "full avg10=0.50 avg60=0.00 avg300=0.00 total=99\n"
-    )
+    text = "some avg10=1.50 avg60=0.25 avg300=0.00 total=12345\nfull avg10=0.50 avg60=0.00 avg300=0.00 total=99\n"
     pressure = psi.parse_pressure(text)
     assert pressure.some == psi.PressureLine(1.5, 0.25, 0.0, 12345)
     assert pressure.full is not None
@@ -189,9 +180,7 @@ def test_frames_belong_to_the_node_of_their_memory_block(folder: HostFolder) -> 
     folder.write("sys/devices/system/node/online", "0-1\n")
     for node, block in ((0, 0), (0, 1), (1, 3)):
         folder.write(f"sys/devices/system/node/node{node}/memory{block}/state", "online")
-    folder.write(
-        "sys/devices/system/node/node1/meminfo", "Node 1 MemTotal:     131072 kB\nNode 1 MemFree:  4 kB\n"
-    )
+    folder.write("sys/devices/system/node/node1/meminfo", "Node 1 MemTotal:     131072 kB\nNode 1 MemFree:  4 kB\n")
     folder.write("sys/devices/system/node/node0/distance", "10 20\n")
     folder.write("sys/devices/system/node/node1/distance", "20 10\n")
     frames = np.array([0, 32767, 65535, 65536, 98304, 131071, 131072], np.uint64)
@@ -202,8 +191,7 @@ def test_frames_belong_to_the_node_of_their_memory_block(folder: HostFolder) -> 
 
 def test_frames_belong_to_the_node_of_their_zone_where_there_are_no_blocks(folder: HostFolder) -> None:
     zones = "".join(
-        f"Node {node}, zone   {zone}\n  pages free     1\n        spanned  {spanned}\n"
-        f"  start_pfn:           {first}\n"
+        f"Node {node}, zone   {zone}\n  pages free     1\n        spanned  {spanned}\n  start_pfn:           {first}\n"
         for node, zone, first, spanned in (
             (0, "DMA", 1, 4095),
             (0, "Normal", 4096, 4096),
@@ -223,9 +211,7 @@ def test_kernel_options_are_found_for_the_running_release(folder: HostFolder) ->
     config = read_kernel_config(folder.host)
     assert config.has("CONFIG_SWAP") is True
     assert config.is_module("CONFIG_ZRAM")
-    assert (
-        config.missing("CONFIG_DAMON") == "the kernel is built without CONFIG_DAMON (/boot/config-6.1.0-test)"
-    )
+    assert config.missing("CONFIG_DAMON") == "the kernel is built without CONFIG_DAMON (/boot/config-6.1.0-test)"
 
 
 def test_numbers_that_are_none_are_an_error_that_names_the_file(folder: HostFolder) -> None:

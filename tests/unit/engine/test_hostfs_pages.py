@@ -30,9 +30,7 @@ def u64(numbers: list[int]) -> np.ndarray:
 
 
 @given(frames=FRAMES, before=st.lists(st.integers(0, (1 << 64) - 1), min_size=WORDS, max_size=WORDS))
-def test_setting_frames_idle_writes_exactly_their_bits_and_no_other_word(
-    frames: list[int], before: list[int]
-) -> None:
+def test_setting_frames_idle_writes_exactly_their_bits_and_no_other_word(frames: list[int], before: list[int]) -> None:
     """The kernel ignores a 0 written, so a word written must hold the bits of our frames only."""
     with tempfile.TemporaryDirectory() as directory:
         folder = HostFolder(Path(directory))

@@ -71,9 +71,7 @@ def pump_all(mover: Mover, now_s: float = 0.0) -> list[MoveOutcome]:
 
 @pytest.mark.parametrize("mib_per_s", [10, 50, 200])
 @pytest.mark.parametrize("interval_ms", [1, 10, 100, 200])
-def test_the_rate_stays_within_five_percent_of_the_limit_over_ten_seconds(
-    mib_per_s: int, interval_ms: int
-) -> None:
+def test_the_rate_stays_within_five_percent_of_the_limit_over_ten_seconds(mib_per_s: int, interval_ms: int) -> None:
     kernel = Kernel()
     moving = mover(kernel, mib_per_s, interval_ms)
     moving.add(task((0, 1_000_000)))
@@ -185,9 +183,7 @@ def test_dropping_a_process_closes_its_handle() -> None:
     assert handle.closed == 1  # type: ignore[attr-defined]
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 5)), min_size=1, max_size=30), st.integers(1, 400)
-)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 5)), min_size=1, max_size=30), st.integers(1, 400))
 def test_a_batch_is_a_prefix_and_the_rest_is_what_follows(shape: list[tuple[int, int]], pages: int) -> None:
     at, ranges = 0, []
     for length, gap in shape:

@@ -47,9 +47,7 @@ def test_an_empty_machine_offers_nothing_and_every_refusal_has_a_reason(folder: 
         ("pagemap", "CONFIG_PROC_PAGE_MONITOR"),
     ],
 )
-def test_a_missing_option_is_named_with_the_file_that_says_so(
-    folder: HostFolder, name: str, option: str
-) -> None:
+def test_a_missing_option_is_named_with_the_file_that_says_so(folder: HostFolder, name: str, option: str) -> None:
     folder.write("proc/config.gz", gzip.compress(WITHOUT.encode()))
     feature = probe(folder.host)[name]
     assert not feature.works

@@ -78,9 +78,7 @@ def test_a_cgroup_that_is_made_later_is_found(folder: HostFolder) -> None:
     assert pids(target) == {13}
 
 
-def test_a_machine_without_cgroup_v2_has_no_processes_and_says_so_once(
-    tmp_path: Path, warnings: list[str]
-) -> None:
+def test_a_machine_without_cgroup_v2_has_no_processes_and_says_so_once(tmp_path: Path, warnings: list[str]) -> None:
     target = CgroupsTarget(HostFolder(tmp_path).host, ["/a"])
     assert pids(target) == set()
     assert pids(target) == set()

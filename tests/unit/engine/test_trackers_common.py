@@ -22,9 +22,7 @@ def test_chunks_are_bounded_and_stay_within_their_span() -> None:
 
 
 @given(st.sets(st.integers(0, 30)), st.integers(0, 20), st.integers(1, 15))
-def test_exactly_the_pages_outside_the_known_spans_are_marked(
-    known: set[int], first: int, length: int
-) -> None:
+def test_exactly_the_pages_outside_the_known_spans_are_marked(known: set[int], first: int, length: int) -> None:
     known_spans = spans(*[(page, page + 1) for page in sorted(known)]) if known else Spans.empty()
     accessed = np.zeros(length, np.bool_)
     mark_new(accessed, BASE + first * PAGE_BYTES, known_spans)

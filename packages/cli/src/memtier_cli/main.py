@@ -47,8 +47,6 @@ def memtier() -> None:
 
 def main() -> None:
     """Entry point of `memtier`."""
-    from memtier_engine.errors import MemtierError
-
     try:
         status = memtier.main(standalone_mode=False)
     except click.UsageError as error:
@@ -59,7 +57,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
-    except MemtierError as error:
+    except Exception as error:
+        from memtier_engine.errors import MemtierError  # here: importing it costs `--version` a third
+
+        if not isinstance(error, MemtierError):
+            raise
         print(f"memtier: {error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

@@ -158,8 +158,7 @@ class ProcessPages:
     def region_counts(self, age_below: int, pages_in_region: int = 512) -> NDArray[np.int64]:
         """int64[r]: pages younger than `age_below` in each region, regions cut from each span's start."""
         cuts = [
-            np.arange(int(self.offsets[i]), int(self.offsets[i + 1]), pages_in_region)
-            for i in range(len(self.spans))
+            np.arange(int(self.offsets[i]), int(self.offsets[i + 1]), pages_in_region) for i in range(len(self.spans))
         ]
         if not cuts or not len(self.ages):
             return np.zeros(0, np.int64)

@@ -113,9 +113,7 @@ class Engine:
         self.clock = clock or SystemClock()
         self.target = target
         self.tracker = tracker or create_tracker(self.config.tracker, self.host).tracker
-        self.policy: Policy = policy or AgePolicy(
-            self.config.policy, scan_interval_ms=self.config.scan_interval_ms
-        )
+        self.policy: Policy = policy or AgePolicy(self.config.policy, scan_interval_ms=self.config.scan_interval_ms)
         now_s = self.clock.now_s()
         self.mover = mover or Mover(self.config.mover, self.host, now_s=now_s)
         self.pages: dict[ProcessId, ProcessPages] = {}
@@ -138,9 +136,7 @@ class Engine:
         return cls(PidsTarget(host, [pid]), _swap_config(config, idle_after_s), host=host)
 
     @classmethod
-    def for_cgroup(
-        cls, path: str | Path, *, idle_after_s: float, config: EngineConfig | None = None
-    ) -> Engine:
+    def for_cgroup(cls, path: str | Path, *, idle_after_s: float, config: EngineConfig | None = None) -> Engine:
         """An engine for all processes in the cgroup directory `path` and below."""
         from memtier_engine.targets.cgroups import CgroupsTarget
 
@@ -186,9 +182,7 @@ class Engine:
         self._cpu_s += time.thread_time() - began_cpu_s
         return self._report(now_s, scan_seconds)
 
-    def run(
-        self, duration_s: float | None = None, stop: threading.Event | None = None
-    ) -> Iterator[StepReport]:
+    def run(self, duration_s: float | None = None, stop: threading.Event | None = None) -> Iterator[StepReport]:
         """Work until `duration_s` is over or `stop` is set, yielding a report per scan. Closes the engine."""
         stop = stop or threading.Event()
         end_s = None if duration_s is None else self.clock.now_s() + duration_s
@@ -225,10 +219,7 @@ class Engine:
             process
             for process in current
             if process in self.pages
-            or (
-                process not in self._refused
-                and uptime_s - process.start_ticks / _CLOCK_TICKS_PER_S >= young_s
-            )
+            or (process not in self._refused and uptime_s - process.start_ticks / _CLOCK_TICKS_PER_S >= young_s)
         ]
         self.tracker.watch(frozenset(wanted))
         return wanted

@@ -125,9 +125,7 @@ def smaps_referenced(scene: Scene) -> None:
     grown = referenced_bytes() - before
     # A neighbour page counted before may be reclaimed or freed in between: most is enough.
     if grown < touched_pages * PAGE_BYTES // 2:
-        raise Failed(
-            f"{touched_pages} pages were touched, smaps counts {grown // PAGE_BYTES} more as referenced"
-        )
+        raise Failed(f"{touched_pages} pages were touched, smaps counts {grown // PAGE_BYTES} more as referenced")
 
 
 def kpageflags(scene: Scene) -> None:
@@ -206,9 +204,7 @@ def move_pages(scene: Scene) -> None:
         status = syscalls.move_pages(0, np.array([scene.trial.start], np.uint64), None)
     except KernelCallError as error:
         if error.errno == errno.ENOSYS:
-            raise Failed(
-                f"move_pages: {scene.config.missing('CONFIG_NUMA', 'CONFIG_MIGRATION')}", fix
-            ) from None
+            raise Failed(f"move_pages: {scene.config.missing('CONFIG_NUMA', 'CONFIG_MIGRATION')}", fix) from None
         raise scene.refused(error, Capability.CAP_SYS_NICE) from None
     if status[0] < 0:
         raise Failed(f"move_pages does not find a page of this process: {os.strerror(-int(status[0]))}")
@@ -223,9 +219,7 @@ def userfaultfd_wp_async(scene: Scene) -> None:
         if error.errno == errno.ENOSYS:
             why = f"userfaultfd: {scene.config.missing('CONFIG_USERFAULTFD')}"
             raise Failed(why, "a kernel with CONFIG_USERFAULTFD=y") from None
-        raise scene.refused(
-            error, Capability.CAP_SYS_PTRACE, fix="sysctl vm.unprivileged_userfaultfd=1"
-        ) from None
+        raise scene.refused(error, Capability.CAP_SYS_PTRACE, fix="sysctl vm.unprivileged_userfaultfd=1") from None
     trial = TrialPages(2)
     length = trial.end - trial.start
     try:

@@ -57,9 +57,7 @@ def memory_controller(scene: Scene) -> None:
     if scene.config.has("CONFIG_MEMCG"):
         why = f"{scene.host.kernel_file(root.path)} does not offer the memory controller"
         raise Failed(why, "boot with cgroup_enable=memory, or delegate the controller to this container")
-    raise Failed(
-        f"no memory controller: {scene.config.missing('CONFIG_MEMCG')}", "a kernel with CONFIG_MEMCG=y"
-    )
+    raise Failed(f"no memory controller: {scene.config.missing('CONFIG_MEMCG')}", "a kernel with CONFIG_MEMCG=y")
 
 
 def memory_reclaim(scene: Scene) -> None:
@@ -119,9 +117,7 @@ def zram(scene: Scene) -> str | None:
         raise Failed("the zram module is not loaded", "modprobe zram")
     if scene.config.known:
         raise Failed(f"no zram: {scene.config.missing('CONFIG_ZRAM')}", "a kernel with CONFIG_ZRAM=y or m")
-    raise Failed(
-        "zram is not loaded, or this kernel has none", "modprobe zram, or a kernel with CONFIG_ZRAM=m"
-    )
+    raise Failed("zram is not loaded, or this kernel has none", "modprobe zram, or a kernel with CONFIG_ZRAM=m")
 
 
 def damon(scene: Scene) -> str:
@@ -130,9 +126,7 @@ def damon(scene: Scene) -> str:
     count = scene.host.path(_KDAMONDS, "nr_kdamonds")
     running = scene.host.read_int(count)
     if not os.access(count, os.W_OK):
-        raise Failed(
-            f"{scene.host.kernel_file(count)} cannot be written", "run as root, with /sys read-write"
-        )
+        raise Failed(f"{scene.host.kernel_file(count)} cannot be written", "run as root, with /sys read-write")
     operations = _damon_operations(scene)
     return f"{running} kdamond(s) set up; operations: {', '.join(operations) if operations else 'not known'}"
 

@@ -116,8 +116,7 @@ class PsiTrigger:
         poller = select.poll()
         poller.register(self._fd, select.POLLPRI)
         return any(
-            events & select.POLLPRI and not events & select.POLLERR
-            for _, events in poller.poll(timeout_s * 1000)
+            events & select.POLLPRI and not events & select.POLLERR for _, events in poller.poll(timeout_s * 1000)
         )
 
     def close(self) -> None:

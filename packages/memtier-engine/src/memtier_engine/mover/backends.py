@@ -83,9 +83,7 @@ def _advise(handle: ProcessHandle, starts: U64, lengths: U64, result: BatchResul
     interrupted = splits = 0
     while len(starts):
         try:
-            done = syscalls.process_madvise(
-                handle.pidfd, starts[:IOVECS_MAX], lengths[:IOVECS_MAX], MADV_PAGEOUT
-            )
+            done = syscalls.process_madvise(handle.pidfd, starts[:IOVECS_MAX], lengths[:IOVECS_MAX], MADV_PAGEOUT)
         except ProcessGone:
             raise
         except KernelCallError as failure:

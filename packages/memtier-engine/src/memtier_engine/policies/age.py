@@ -27,9 +27,7 @@ class AgePolicyConfig:
 
     def __post_init__(self) -> None:
         if self.interval_ms <= 0:
-            raise ConfigError(
-                f"value {self.interval_ms}", key_path="intervalms", hint="use 1 or more; default 5000"
-            )
+            raise ConfigError(f"value {self.interval_ms}", key_path="intervalms", hint="use 1 or more; default 5000")
         for key, value in (
             ("swapoutms", self.swap_out_ms),
             ("idledurationms", self.idle_duration_ms),
@@ -77,9 +75,7 @@ class AgePolicy:
             last = AGE_MAX if out is None else out - 1
             if idle is not None and idle <= last:
                 for process, own in pages.items():
-                    _add(
-                        tasks, budget, own, process, config.idle_numas[0], "idle", age_from=idle, age_to=last
-                    )
+                    _add(tasks, budget, own, process, config.idle_numas[0], "idle", age_from=idle, age_to=last)
         return tasks
 
 
