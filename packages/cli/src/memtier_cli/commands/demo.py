@@ -123,7 +123,8 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
         print(json.dumps(verdict.as_dict()))
     else:
         print(
-            f"\nverdict: {verdict.cold_out_share:.1%} of the cold memory is out ({_mib(verdict.saved_bytes)} of RAM saved),"
+            f"\nverdict: {verdict.cold_out_share:.1%} of the cold memory is out,"
+            f" {_mib(verdict.saved_bytes)} of RAM saved,"
             f" {verdict.hot_wrongly_out_share:.1%} of the hot memory was wrongly out,"
             f" the engine used {verdict.engine_cpu_s:.2f} s of CPU in {verdict.duration_s:.0f} s"
             f" (tracker {verdict.tracker}): {'good' if verdict.passed else 'NOT GOOD'}"

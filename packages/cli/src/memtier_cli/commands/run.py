@@ -139,9 +139,9 @@ def _from_options(
 
 
 def _from_file(path: Path, dry_run: bool) -> Engine:
-    from memtier_cli.config_file import engine_from_file
+    from memtier_engine.config import load
 
-    return engine_from_file(path, dry_run=dry_run)
+    return load(path).build(dry_run=dry_run)
 
 
 def _line(report: StepReport, engine: Engine, dry_run: bool) -> str:

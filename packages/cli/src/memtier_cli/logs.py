@@ -1,0 +1,31 @@
+"""Log messages: the only place where loguru is configured."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from loguru import logger
+
+LIBRARIES = ("memtier_engine", "nri_core")
+
+
+def configure(*, debug: bool = False, sink: TextIO | str | None = None, as_json: bool = False) -> None:
+    """Messages of the programs and of both libraries to `sink` (default: standard error).
+
+    Lines have no time stamp: `LEVEL: message`, as the reference writes them; `as_json` gives one object per line.
+    """
+    logger.remove()
+    level = "DEBUG" if debug else "INFO"
+    target = sys.stderr if sink is None else sink
+    if as_json:
+        logger.add(target, level=level, serialize=True)
+    else:
+        logger.add(target, level=level, format=_line, colorize=False)
+    for library in LIBRARIES:
+        logger.enable(library)
+
+
+def _line(record: object) -> str:
+    level: str = record["level"].name  # type: ignore[index]
+    return f"{ {'WARNING': 'WARN'}.get(level, level) }: {{message}}\n{{exception}}"

@@ -1,0 +1,274 @@
+"""YAML and JSON text into checked values: every error names file, line, key path, value and what is allowed.
+
+A `Section` is a mapping of which a decoder takes the keys it knows; `allow` refuses all others. Conversions are
+those of the reference (YAML 1.1 integers, floats for integers cut off, quoted numbers refused), its zero for a
+missing key is not: each key has a default of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from memtier_engine.errors import ConfigError
+
+_TAG = "tag:yaml.org,2002:"
+_KINDS = {
+    "str": "text",
+    "int": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "map": "a mapping",
+    "seq": "a list",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in which file a value is."""
+
+    file: str | None
+    first_line: int
+    """Line of the file on which line 0 of the text being read lies."""
+
+    def error(self, node: yaml.Node | None, path: str, message: str, hint: str | None = None) -> ConfigError:
+        """An error at `node`."""
+        line = None if node is None else self.first_line + node.start_mark.line
+        return ConfigError(message, key_path=path or None, file=self.file, line=line, hint=hint)
+
+
+class Section:
+    """A mapping being decoded."""
+
+    def __init__(self, node: yaml.MappingNode, path: str, place: Place, *, any_case: bool = False) -> None:
+        """Raises ConfigError for keys that are no text, or stand twice."""
+        self.path = path
+        self.place = place
+        self._node = node
+        self._any_case = any_case
+        self._values: dict[str, yaml.Node] = {}
+        self._written: dict[str, str] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise place.error(key_node, path, "a key must be a word")
+            key = key_node.value.lower() if any_case else key_node.value
+            if key in self._values:
+                raise place.error(key_node, self.at(key_node.value), "the key stands twice", "keep one")
+            self._values[key] = value_node
+            self._written[key] = key_node.value
+
+    def at(self, key: str) -> str:
+        """Key path of `key` in this section."""
+        return f"{self.path}.{key}" if self.path else key
+
+    def error(self, key: str, message: str, hint: str | None = None) -> ConfigError:
+        """An error at the value of `key`, or at the section if it has none."""
+        return self.place.error(self._values.get(key, self._node), self.at(key), message, hint)
+
+    def has(self, key: str) -> bool:
+        """Whether `key` is there and not null."""
+        return self._get(key) is not None
+
+    def integer(self, key: str, default: int | None, *, least: int = 0, most: int = (1 << 63) - 1) -> int | None:
+        """An integer from `least` to `most`; a missing key or null is the default."""
+        node = self._get(key)
+        return default if node is None else self._integer(node, self.at(key), least, most, default)
+
+    def number(self, key: str, default: float | None, *, least: float, most: float = float("inf")) -> float | None:
+        """A number from `least` to `most`."""
+        node = self._get(key)
+        if node is None:
+            return default
+        value = _scalar(node)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self._wrong(node, self.at(key), _span(least, most), default)
+        if not least <= value <= most:
+            raise self._range(node, self.at(key), least, most, default)
+        return float(value)
+
+    def text(self, key: str, default: str | None) -> str | None:
+        """Any scalar, as it is written."""
+        node = self._get(key)
+        if node is None:
+            return default
+        if not isinstance(node, yaml.ScalarNode):
+            raise self._wrong(node, self.at(key), "text", default)
+        return str(node.value)
+
+    def choice(self, key: str, allowed: Sequence[str]) -> str:
+        """One of `allowed`; the key must be there."""
+        found = self.text(key, None)
+        listed = ", ".join(sorted(allowed))
+        if not found:
+            raise self.error(key, "is missing", f"one of: {listed}")
+        if found not in allowed:
+            near = difflib.get_close_matches(found, allowed, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise self.error(key, f"{found!r} is not known", f"{meant}one of: {listed}")
+        return found
+
+    def flag(self, key: str, default: bool | None) -> bool | None:
+        """true or false."""
+        node = self._get(key)
+        if node is None:
+            return default
+        value = _scalar(node)
+        if not isinstance(value, bool):
+            raise self._wrong(node, self.at(key), "true or false", default)
+        return value
+
+    def integers(self, key: str, *, least: int, most: int) -> tuple[int, ...]:
+        """A list of integers; empty if missing."""
+        path = self.at(key)
+        nodes = enumerate(self._sequence(key))
+        return tuple(self._integer(node, f"{path}[{index}]", least, most, None) for index, node in nodes)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of texts; empty if missing."""
+        found = []
+        for index, node in enumerate(self._sequence(key)):
+            if not isinstance(node, yaml.ScalarNode):
+                raise self._wrong(node, f"{self.at(key)}[{index}]", "text", None)
+            found.append(str(node.value))
+        return tuple(found)
+
+    def section(self, key: str) -> Section | None:
+        """A nested mapping; None if missing."""
+        node = self._get(key)
+        if node is None:
+            return None
+        if not isinstance(node, yaml.MappingNode):
+            raise self._wrong(node, self.at(key), "a mapping", None)
+        return Section(node, self.at(key), self.place, any_case=self._any_case)
+
+    def sections(self, key: str) -> list[Section]:
+        """A list of mappings; empty if missing."""
+        found = []
+        for index, node in enumerate(self._sequence(key)):
+            path = f"{self.at(key)}[{index}]"
+            if not isinstance(node, yaml.MappingNode):
+                raise self._wrong(node, path, "a mapping", None)
+            found.append(Section(node, path, self.place, any_case=self._any_case))
+        return found
+
+    def config(self, key: str = "config") -> Section | None:
+        """The text of a `name` and `config` block, read as JSON or YAML; a mapping is taken as it is. None if missing.
+
+        JSON is tried first, and its keys may have any case: that is how the reference reads it.
+        """
+        node = self._get(key)
+        if node is None:
+            return None
+        path = self.at(key)
+        if isinstance(node, yaml.MappingNode):
+            return Section(node, path, self.place, any_case=self._any_case)
+        if not isinstance(node, yaml.ScalarNode) or _scalar(node) is not node.value:
+            raise self._wrong(node, path, "text or a mapping", None)
+        # A literal block starts on the line after its `|`; of folded and quoted text only the start is known.
+        first_line = self.place.first_line + node.start_mark.line + (1 if node.style == "|" else 0)
+        place = Place(self.place.file, first_line)
+        text, any_case = node.value, False
+        try:
+            value, end = json.JSONDecoder().raw_decode(text.lstrip())
+            if isinstance(value, dict):
+                text, any_case = text[: len(text) - len(text.lstrip()) + end], True
+        except ValueError:
+            pass
+        inner = compose(text, place, path)
+        if inner is None:
+            raise self.place.error(node, path, "is empty", "write keys, or leave `config` out")
+        return Section(inner, path, place, any_case=any_case)
+
+    def allow(self, *keys: str) -> None:
+        """Refuse every key but `keys`; called first, so that a misspelt key is told before a missing one."""
+        for key, node in self._values.items():
+            if key not in keys:
+                near = difflib.get_close_matches(key.lower(), keys, 1)
+                meant = f"did you mean {near[0]}? " if near else ""
+                known = ", ".join(sorted(keys))
+                raise self.place.error(node, self.at(self._written[key]), "is not a key here", f"{meant}keys: {known}")
+
+    def _get(self, key: str) -> yaml.Node | None:
+        node = self._values.get(key)
+        return None if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}null") else node
+
+    def _sequence(self, key: str) -> list[yaml.Node]:
+        node = self._get(key)
+        if node is None:
+            return []
+        if not isinstance(node, yaml.SequenceNode):
+            raise self._wrong(node, self.at(key), "a list", None)
+        return list(node.value)
+
+    def _integer(self, node: yaml.Node, path: str, least: int, most: int, default: int | None) -> int:
+        value = _scalar(node)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise self._wrong(node, path, _span(least, most), default)
+        if not least <= value <= most:
+            raise self._range(node, path, least, most, default)
+        return int(value)
+
+    def _wrong(self, node: yaml.Node, path: str, allowed: str, default: object) -> ConfigError:
+        kind = _KINDS.get(node.tag.removeprefix(_TAG), "something else")
+        shown = f"{node.value!r} is {kind}" if isinstance(node, yaml.ScalarNode) else f"is {kind}"
+        return self.place.error(node, path, shown, f"use {allowed}{_default(default)}")
+
+    def _range(self, node: yaml.Node, path: str, least: float, most: float, default: object) -> ConfigError:
+        shown = node.value if isinstance(node, yaml.ScalarNode) else ""
+        return self.place.error(node, path, f"{shown} is out of range", f"use {_span(least, most)}{_default(default)}")
+
+
+def _span(least: float, most: float) -> str:
+    open_ended = most >= (1 << 30)  # nobody needs to know such a limit
+    return f"a number of {_plain(least)} or more" if open_ended else f"a number from {_plain(least)} to {_plain(most)}"
+
+
+def _plain(value: float) -> str:
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _default(default: object) -> str:
+    return "" if default is None else f"; default {default}"
+
+
+def _scalar(node: yaml.Node) -> object:
+    """The Python value of a scalar; the node itself for anything else."""
+    if not isinstance(node, yaml.ScalarNode):
+        return node
+    kind = node.tag.removeprefix(_TAG)
+    if kind in ("int", "float", "bool"):
+        if ":" in node.value:  # 1:30 is a number to YAML 1.1 only
+            return node.value
+        return yaml.SafeLoader("").construct_object(node)
+    return node.value
+
+
+def compose(text: str, place: Place, path: str) -> yaml.MappingNode | None:
+    """The first YAML document as a node tree; None if it is empty.
+
+    Raises:
+        ConfigError: it is no YAML, or no mapping.
+    """
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        if not loader.check_node():
+            return None
+        node = loader.get_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = None if mark is None else place.first_line + mark.line
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"not YAML: {problem}", key_path=path or None, file=place.file, line=line) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    if isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}null":
+        return yaml.MappingNode(f"{_TAG}map", [], node.start_mark, node.end_mark)
+    if not isinstance(node, yaml.MappingNode):
+        raise place.error(node, path, f"is {_KINDS.get(node.tag.removeprefix(_TAG), 'a value')}", "use a mapping")
+    return node
