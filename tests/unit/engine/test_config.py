@@ -69,6 +69,11 @@ def test_config_text_may_be_json_with_keys_of_any_case_and_junk_behind_it() -> N
     assert parse(text).target.pids == (7,)
 
 
+def test_json_may_be_indented_with_tabs() -> None:
+    text = changed("        pids: [4242]\n", """        {\n        \t"PIDs":\t[7]\n        }\n""")
+    assert parse(text).target.pids == (7,)
+
+
 def test_yaml_keys_must_be_lower_case() -> None:
     error = failure(changed("        pids: [4242]", "        Pids: [4242]"))
     assert error.key_path == "policy.config.pidwatcher.config.Pids"
@@ -76,7 +81,18 @@ def test_yaml_keys_must_be_lower_case() -> None:
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("0x10", 16), ("010", 8), ("1_000", 1000), ("100.7", 100), ("5000", 5000)],
+    [
+        ("0x10", 16),
+        ("010", 8),
+        ("0o10", 8),
+        ("0b11", 3),
+        ("1_000", 1000),
+        ("100.7", 100),
+        ("1e3", 1000),
+        ("08", 8),
+        ("+7", 7),
+        ("5000", 5000),
+    ],
 )
 def test_numbers_are_read_as_the_reference_reads_them(written: str, value: int) -> None:
     assert parse(changed("swapoutms: 5000", f"swapoutms: {written}")).policy.swap_out_ms == value
@@ -144,6 +160,8 @@ def test_an_error_names_file_line_key_value_and_what_is_allowed(
         ("policy: {name: age, config: 'a: [1'}\n", ["policy.config", "not YAML"]),
         ("routines: []\npolicy: {name: age}\n", ["routines"]),
         ("other: 1\n", ["other", "not a key here"]),
+        ("policy: " + "[" * 3000, ["nested too deeply"]),
+        ("policy: {name: age, config: 'swapoutms: !!int \"x\"'}\n", ["swapoutms", "'x'"]),
     ],
 )
 def test_a_file_of_the_wrong_shape_is_refused(text: str, words: list[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,15 @@ _KINDS = {
     "bool": "true or false",
     "map": "a mapping",
     "seq": "a list",
+    "timestamp": "text",
+    "value": "text",
 }
+_INTEGER = re.compile(r"([-+]?)(?:0b([01]+)|0o?([0-7]+)|0x([0-9a-fA-F]+)|(0|[1-9][0-9]*))")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_STRING_OR_TAB = re.compile(r'"(?:\\.|[^"\\])*"|\t')
+"""JSON may be indented with tabs, YAML may not."""
+_DIGITS_MOST = 1000
+"""Longer integers are read as floats: converting them takes quadratic time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +180,13 @@ class Section:
         # A literal block starts on the line after its `|`; of folded and quoted text only the start is known.
         first_line = self.place.first_line + node.start_mark.line + (1 if node.style == "|" else 0)
         place = Place(self.place.file, first_line)
-        text, any_case = node.value, False
+        text, any_case = str(node.value), False
         try:
             value, end = json.JSONDecoder().raw_decode(text.lstrip())
             if isinstance(value, dict):
                 text, any_case = text[: len(text) - len(text.lstrip()) + end], True
-        except ValueError:
+                text = _STRING_OR_TAB.sub(lambda found: found[0].replace("\t", " "), text)
+        except (ValueError, RecursionError):
             pass
         inner = compose(text, place, path)
         if inner is None:
@@ -236,15 +246,37 @@ def _default(default: object) -> str:
 
 
 def _scalar(node: yaml.Node) -> object:
-    """The Python value of a scalar; the node itself for anything else."""
+    """The value of a scalar: number or bool, its text for everything else; the node itself for what is no scalar."""
     if not isinstance(node, yaml.ScalarNode):
         return node
     kind = node.tag.removeprefix(_TAG)
-    if kind in ("int", "float", "bool"):
-        if ":" in node.value:  # 1:30 is a number to YAML 1.1 only
-            return node.value
-        return yaml.SafeLoader("").construct_object(node)
+    if kind == "bool":
+        return yaml.SafeLoader.bool_values.get(node.value.lower(), node.value)
+    if kind in ("int", "float") or node.style is None:  # quoted text is never a number
+        number = _number(node.value)
+        return node.value if number is None else number
     return node.value
+
+
+def _number(text: str) -> int | float | None:
+    """A number in YAML 1.1 or 1.2 (0x10, 010, 0o10, 0b1, 1_000, 1e3, .5, .inf), as the reference takes both.
+
+    1:30 and the like, numbers to the base of 60 in YAML 1.1, are text to the reference and here.
+    """
+    plain = text.replace("_", "")
+    found = _INTEGER.fullmatch(plain)
+    if found and len(plain) <= _DIGITS_MOST:
+        sign, binary, octal, hexadecimal, decimal = found.groups()
+        value = int(
+            binary or octal or hexadecimal or decimal, 2 if binary else 8 if octal else 16 if hexadecimal else 10
+        )
+        return -value if sign == "-" else value
+    if _FLOAT.fullmatch(plain):
+        return float(plain)
+    special = plain.lower().lstrip("+-")
+    if special in (".inf", ".nan") and len(plain) - len(special) <= 1:
+        return float(plain.replace(".", "", 1))
+    return None
 
 
 def compose(text: str, place: Place, path: str) -> yaml.MappingNode | None:
@@ -264,11 +296,14 @@ def compose(text: str, place: Place, path: str) -> yaml.MappingNode | None:
         line = None if mark is None else place.first_line + mark.line
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ConfigError(f"not YAML: {problem}", key_path=path or None, file=place.file, line=line) from None
+    except RecursionError:
+        raise ConfigError("is nested too deeply", key_path=path or None, file=place.file) from None
     finally:
         if loader is not None:
             loader.dispose()
     if isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}null":
         return yaml.MappingNode(f"{_TAG}map", [], node.start_mark, node.end_mark)
     if not isinstance(node, yaml.MappingNode):
+        assert node is not None  # there is a document
         raise place.error(node, path, f"is {_KINDS.get(node.tag.removeprefix(_TAG), 'a value')}", "use a mapping")
     return node
