@@ -1,0 +1,335 @@
+"""Configuration text of nri-memtierd -> `PluginConfig`, checked as a whole: also the engine templates.
+
+Every error names file, line, key path, value and what is allowed. Keys are matched without regard to case, as
+the reference does; a key that means nothing is an error here, where the reference says nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memtier_engine.errors import ConfigError
+
+CGROUP_VARIABLE = "$CGROUP2_ABS_PATH"
+STATS_VARIABLE = "$MEMTIERD_SWAP_STATS_PATH"
+MEMORY_KEYS = (
+    "memory.high",
+    "memory.low",
+    "memory.max",
+    "memory.min",
+    "memory.swap.high",
+    "memory.swap.max",
+    "memory.zswap.max",
+)
+"""cgroup v2 files that hold `max` or bytes. Source: Documentation/admin-guide/cgroup-v2.rst."""
+DEFAULT_ALLOWED = ("memory.swap.max", "memory.high")
+EXAMPLE_CGROUP = "/sys/fs/cgroup/example"
+EXAMPLE_STATS = "/run/nri-memtierd/namespace/pod/container/memtierd.stats"
+
+CheckTemplate = Callable[[str], None]
+"""Raises ConfigError, line and key path counted from the text's own start."""
+
+_TOP_KEYS = ("classes", "allowannotations", "grace", "bandwidth")
+_CLASS_KEYS = ("name", "allowswap", "memtierdconfig", "namespaces")
+_NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LIKE_VARIABLE = re.compile(r"\$(?:CGROUP|MEMTIERD)[A-Z0-9_]*")
+_SAFE_VALUE = re.compile(r"[A-Za-z0-9_.:/@+~\\=-]*[A-Za-z0-9_./@+~\\=-]")
+"""Nothing that has a meaning in YAML at such a place, and no blank."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadClass:
+    """One entry of `classes`."""
+
+    name: str
+    allow_swap: bool | None = None
+    """memory.swap.max: True `max`, False `0`, None untouched."""
+    template: str | None = None
+    """A memtierd configuration with variables. None: no engine."""
+    namespaces: tuple[str, ...] | None = None
+    """Where it may be used. None: everywhere."""
+
+    def allows(self, namespace: str) -> bool:
+        """Whether pods of that namespace may name it."""
+        return self.namespaces is None or namespace in self.namespaces
+
+
+@dataclass(frozen=True, slots=True)
+class PluginConfig:
+    """A configuration file."""
+
+    classes: tuple[WorkloadClass, ...] = ()
+    allow_annotations: tuple[str, ...] = DEFAULT_ALLOWED
+    """memory.* annotations that pods may set."""
+    grace_s: float = 0.0
+    """How long a container is left alone after its start."""
+    bandwidth_mib_per_s: float | None = None
+    """Ceiling on what all engines of the node move together. None: each has only its own."""
+
+    def find(self, name: str) -> WorkloadClass | None:
+        """The class of exactly that name."""
+        return next((each for each in self.classes if each.name == name), None)
+
+
+def render(template: str, *, cgroup: str, stats: str) -> str:
+    """Put the values in. Plain replacement, as the reference does, so the values must be plain.
+
+    Raises:
+        ConfigError: a value holds characters that YAML could read as something else (no runtime that follows
+            Kubernetes' naming rules makes such names).
+    """
+    text = template
+    for variable, value in ((CGROUP_VARIABLE, cgroup), (STATS_VARIABLE, stats)):
+        if variable not in text:
+            continue
+        if _SAFE_VALUE.fullmatch(value) is None:
+            raise ConfigError(f"value {value!r} for {variable}", hint="only letters, digits and _.:/@+~=- are safe")
+        text = text.replace(variable, value)
+    return text
+
+
+def load_file(path: Path, check_template: CheckTemplate) -> PluginConfig:
+    """Read and check a file.
+
+    Raises:
+        ConfigError: it cannot be read, or its content cannot be used.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not UTF-8 text: {error.reason} at byte {error.start}", file=str(path)) from None
+    return load(text, check_template, file=str(path))
+
+
+def load(text: str, check_template: CheckTemplate, *, file: str | None = None) -> PluginConfig:
+    """Check a whole configuration; the first thing wrong is raised as ConfigError."""
+    loader: yaml.SafeLoader | None = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return PluginConfig()
+        return _Reader(loader, check_template, file).config(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else None
+        raise ConfigError(f"is not YAML: {error.problem or error.context}", file=file, line=line) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is not YAML: {str(error).splitlines()[0]}", file=file) from None
+    except RecursionError:
+        raise ConfigError("is nested too deeply", file=file) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def template_text(document: Mapping[str, Any]) -> str:
+    """A memtierd configuration given as a mapping, as the text that memtierd reads.
+
+    `config:` of policies, routines, trackers and pid watchers is a string in memtierd's files: where the mapping
+    has a mapping there, it becomes the text of it.
+    """
+
+    def stringify(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: _dump(stringify(inner)) if key == "config" and isinstance(inner, dict) else stringify(inner)
+                for key, inner in value.items()
+            }
+        if isinstance(value, list):
+            return [stringify(inner) for inner in value]
+        return value
+
+    return _dump(stringify(dict(document)))
+
+
+def _dump(value: Any) -> str:
+    text: str = yaml.safe_dump(value, sort_keys=False, default_flow_style=False)
+    return text
+
+
+class _Reader:
+    """Walks the YAML nodes, so that every complaint knows its line."""
+
+    def __init__(self, loader: yaml.SafeLoader, check_template: CheckTemplate, file: str | None) -> None:
+        self._loader = loader
+        self._check_template = check_template
+        self._file = file
+
+    def config(self, node: yaml.Node) -> PluginConfig:
+        if _is_null(node):
+            return PluginConfig()
+        entries = self._mapping(node, "", _TOP_KEYS)
+        config = PluginConfig()
+        return PluginConfig(
+            classes=self._classes(entries["classes"]) if "classes" in entries else (),
+            allow_annotations=(
+                self._allowed(entries["allowannotations"])
+                if "allowannotations" in entries
+                else config.allow_annotations
+            ),
+            grace_s=self._duration(entries["grace"], "grace") if "grace" in entries else config.grace_s,
+            bandwidth_mib_per_s=(
+                self._bandwidth(entries["bandwidth"], "bandwidth") if "bandwidth" in entries else None
+            ),
+        )
+
+    def _classes(self, node: yaml.Node) -> tuple[WorkloadClass, ...]:
+        classes: list[WorkloadClass] = []
+        lines: dict[str, int] = {}
+        for index, item in enumerate(self._sequence(node, "classes")):
+            path = f"classes[{index}]"
+            found = self._class(item, path)
+            if found.name in lines:
+                raise self._error(
+                    item, f"{path}.name", f"value {found.name!r} is taken by line {lines[found.name]}",
+                    "give each class a name of its own",
+                )  # fmt: skip
+            lines[found.name] = item.start_mark.line + 1
+            classes.append(found)
+        return tuple(classes)
+
+    def _class(self, node: yaml.Node, path: str) -> WorkloadClass:
+        entries = self._mapping(node, path, _CLASS_KEYS)
+        name = self._text(entries["name"], f"{path}.name") if "name" in entries else ""
+        if not name:
+            raise self._error(node, f"{path}.name", "is missing or empty", "a pod names the class by it")
+        allow_swap = None
+        if "allowswap" in entries and not _is_null(entries["allowswap"]):
+            allow_swap = self._boolean(entries["allowswap"], f"{path}.allowswap")
+        template = None
+        if "memtierdconfig" in entries and not _is_null(entries["memtierdconfig"]):
+            template = self._template(entries["memtierdconfig"], f"{path}.memtierdconfig")
+        namespaces = None
+        if "namespaces" in entries and not _is_null(entries["namespaces"]):
+            namespaces = self._namespaces(entries["namespaces"], f"{path}.namespaces")
+        return WorkloadClass(name, allow_swap, template, namespaces)
+
+    def _template(self, node: yaml.Node, path: str) -> str | None:
+        in_block = False
+        if isinstance(node, yaml.MappingNode):
+            text = template_text(self._loader.construct_document(node))
+        elif isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str":
+            text = node.value
+            in_block = node.style == "|"
+        else:
+            raise self._error(node, path, f"is {_kind(node)}", "use text (|) or a mapping of memtierd's keys")
+        if not text.strip():
+            return None  # as the reference: an empty text starts nothing
+        for word in _LIKE_VARIABLE.findall(text):
+            # A longer word that begins with a variable is replaced too, as in the reference.
+            if not word.startswith((CGROUP_VARIABLE, STATS_VARIABLE)):
+                raise self._error(node, path, f"value {word}", f"use {CGROUP_VARIABLE} or {STATS_VARIABLE}")
+        try:
+            self._check_template(render(text, cgroup=EXAMPLE_CGROUP, stats=EXAMPLE_STATS))
+        except ConfigError as error:
+            line = node.start_mark.line + 1
+            if in_block and error.line:
+                line += error.line  # the text begins on the line below its `|`
+            inner = f"{path}.{error.key_path}" if error.key_path else path
+            raise ConfigError(error.message, key_path=inner, file=self._file, line=line, hint=error.hint) from None
+        return text
+
+    def _allowed(self, node: yaml.Node) -> tuple[str, ...]:
+        names = []
+        for index, item in enumerate(self._sequence(node, "allowannotations")):
+            path = f"allowannotations[{index}]"
+            name = self._text(item, path)
+            if name not in MEMORY_KEYS:
+                raise self._error(item, path, f"value {name!r}", f"use any of {', '.join(MEMORY_KEYS)}")
+            names.append(name)
+        return tuple(dict.fromkeys(names))
+
+    def _namespaces(self, node: yaml.Node, path: str) -> tuple[str, ...]:
+        names = []
+        for index, item in enumerate(self._sequence(node, path)):
+            name = self._text(item, f"{path}[{index}]")
+            if _NAMESPACE.fullmatch(name) is None:
+                raise self._error(item, f"{path}[{index}]", f"value {name!r}", "use names of namespaces")
+            names.append(name)
+        return tuple(dict.fromkeys(names))
+
+    def _duration(self, node: yaml.Node, path: str) -> float:
+        text = self._text(node, path).strip()
+        parts = _DURATION_PART.findall(text)
+        if "".join(number + unit for number, unit in parts) != text or not parts:
+            if text == "0":
+                return 0.0
+            raise self._error(node, path, f"value {text!r}", "write it like 500ms, 10s, 5m or 1m30s")
+        return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+    def _bandwidth(self, node: yaml.Node, path: str) -> float | None:
+        if _is_null(node):
+            return None
+        text = self._text(node, path).strip()
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(?: ?MiB/s)?", text)
+        if found is None or float(found[1]) <= 0:
+            raise self._error(node, path, f"value {text!r}", "use MiB/s above 0, like 200 or 200MiB/s")
+        return float(found[1])
+
+    def _mapping(self, node: yaml.Node, path: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            raise self._error(node, path, f"is {_kind(node)}", f"use a mapping with {', '.join(known)}")
+        own = [id(key_node) for key_node, _ in node.value]
+        self._loader.flatten_mapping(node)  # merge keys: what is merged comes first, and is overridden
+        entries: dict[str, yaml.Node] = {}
+        written_here: set[str] = set()
+        for key_node, value in node.value:
+            written = key_node.value if isinstance(key_node, yaml.ScalarNode) else _kind(key_node)
+            key = written.lower()
+            where = f"{path}.{written}" if path else written
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"use {', '.join(known)}"
+                raise self._error(key_node, where, "no such key", hint)
+            if key in written_here:
+                raise self._error(key_node, where, "is there twice", "remove one")
+            if id(key_node) in own:
+                written_here.add(key)
+            entries[key] = value
+        return entries
+
+    def _sequence(self, node: yaml.Node, path: str) -> list[yaml.Node]:
+        if _is_null(node):
+            return []
+        if not isinstance(node, yaml.SequenceNode):
+            raise self._error(node, path, f"is {_kind(node)}", "use a list")
+        items: list[yaml.Node] = node.value
+        return items
+
+    def _text(self, node: yaml.Node, path: str) -> str:
+        if not isinstance(node, yaml.ScalarNode):
+            raise self._error(node, path, f"is {_kind(node)}", "use text")
+        return "" if _is_null(node) else str(node.value)
+
+    def _boolean(self, node: yaml.Node, path: str) -> bool:
+        if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:bool":
+            value = repr(node.value) if isinstance(node, yaml.ScalarNode) else _kind(node)
+            raise self._error(node, path, f"value {value}", "use true, false (not quoted), or leave it out")
+        return bool(self._loader.construct_yaml_bool(node))
+
+    def _error(self, node: yaml.Node, path: str, message: str, hint: str) -> ConfigError:
+        return ConfigError(message, key_path=path or None, file=self._file, line=node.start_mark.line + 1, hint=hint)
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return node.tag == "tag:yaml.org,2002:null"
+
+
+def _kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    return f"{node.value[:40]!r}"

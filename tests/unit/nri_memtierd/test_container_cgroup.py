@@ -1,0 +1,172 @@
+"""From what the runtime says about a container to its cgroup directory."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtier_cli.container_cgroup import (
+    BadCgroupsPath,
+    CgroupNotFound,
+    ContainerCgroup,
+    expand_slice,
+    find_container_cgroup,
+    names_container,
+    relative_path,
+)
+
+ID = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+UID = "1b4e28ba_2fa1_11d2_883f_0016d3cca427"
+SLICES = "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + UID + ".slice"
+
+
+@pytest.mark.parametrize(
+    ("cgroups_path", "directory"),
+    [
+        (f"kubepods-burstable-pod{UID}.slice:cri-containerd:{ID}", f"{SLICES}/cri-containerd-{ID}.scope"),
+        (f"kubepods-burstable-pod{UID}.slice:crio:{ID}", f"{SLICES}/crio-{ID}.scope"),
+        (f"kubepods-pod{UID}.slice:crio:{ID}", f"kubepods.slice/kubepods-pod{UID}.slice/crio-{ID}.scope"),
+        (f"/kubepods/burstable/pod1-2/{ID}", f"kubepods/burstable/pod1-2/{ID}"),
+        (f"/kubepods/besteffort/pod1-2/crio-{ID}", f"kubepods/besteffort/pod1-2/crio-{ID}"),
+        (f"kubepods/pod1/{ID}", f"kubepods/pod1/{ID}"),
+        (f"//a//{ID}/", f"a/{ID}"),
+        (":cri-containerd:x", "system.slice/cri-containerd-x.scope"),
+        ("a.slice::x", "a.slice/x.scope"),
+        ("-.slice:p:x", "p-x.scope"),
+        ("a.slice:p:a-b.slice", "a.slice/a-b.slice"),
+        (
+            "kubelet-kubepods.slice:cri-containerd:x",
+            "kubelet.slice/kubelet-kubepods.slice/cri-containerd-x.scope",
+        ),
+    ],
+)
+def test_both_drivers_and_both_runtimes_are_understood(cgroups_path: str, directory: str) -> None:
+    assert relative_path(cgroups_path) == PurePosixPath(directory)
+
+
+@pytest.mark.parametrize(
+    "cgroups_path",
+    ["", "/", "..", "/a/../b", "/..", "a/./b", "a.slice:p:", "a:p:x", "a--b.slice:p:x", "-a.slice:p:x", "a-.slice:p:x",
+     ".slice:p:x", "a.slice:p:..", "a\0b/c"],
+)  # fmt: skip
+def test_a_path_that_no_runtime_makes_is_refused(cgroups_path: str) -> None:
+    with pytest.raises(BadCgroupsPath):
+        relative_path(cgroups_path)
+
+
+def test_slices_expand_as_systemd_says() -> None:
+    assert expand_slice("a-b-c.slice") == PurePosixPath("a.slice/a-b.slice/a-b-c.slice")
+    assert expand_slice("-.slice") == PurePosixPath()
+
+
+@given(st.text(max_size=40))
+def test_no_text_leads_out_of_the_tree(text: str) -> None:
+    try:
+        path = relative_path(text)
+    except BadCgroupsPath:
+        return
+    assert not path.is_absolute()
+    assert ".." not in path.parts
+    assert path.parts
+
+
+@pytest.mark.parametrize("name", [ID, f"crio-{ID}", f"cri-containerd-{ID}.scope", f"{ID}.scope"])
+def test_the_names_that_runtimes_give_are_known(name: str) -> None:
+    assert names_container(name, ID)
+
+
+@pytest.mark.parametrize(
+    "name", [f"crio-conmon-{ID}", f"crio-conmon-{ID}.scope", f"x{ID}", f"{ID}0", f"{ID}.slice", ""]
+)
+def test_a_name_that_only_has_the_id_in_it_is_not_the_containers(name: str) -> None:
+    assert not names_container(name, ID)
+    assert not names_container(name, "")
+
+
+class Node:
+    """A cgroup tree and a /proc in a folder."""
+
+    def __init__(self, base: Path) -> None:
+        self.root = base / "cgroup"
+        self.root.mkdir()
+        self.proc = base / "proc"
+
+    def make(self, path: str) -> Path:
+        made = self.root / path
+        made.mkdir(parents=True)
+        return made
+
+    def process(self, pid: int, cgroup: str) -> None:
+        (self.proc / str(pid)).mkdir(parents=True)
+        (self.proc / str(pid) / "cgroup").write_text(f"1:name=systemd:/x\n0::{cgroup}\n")
+
+    def find(self, cgroups_path: str, pid: int | None = None, container_id: str = ID) -> ContainerCgroup:
+        return find_container_cgroup(
+            self.root, container_id=container_id, cgroups_path=cgroups_path, pid=pid, proc=self.proc
+        )
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+def test_the_runtimes_word_comes_first(node: Node) -> None:
+    node.make(f"kubepods/pod1/crio-conmon-{ID}")
+    made = node.make(f"kubepods/pod1/crio-{ID}")
+    found = node.find(f"/kubepods/pod1/crio-{ID}")
+    assert found == ContainerCgroup(made, made.stat().st_ino)
+
+
+def test_the_containers_process_is_asked_next_and_cruns_inner_cgroup_is_left(node: Node) -> None:
+    """crun runs the processes in SCOPE/container; the engine reads everything below the scope."""
+    made = node.make(f"kind/kubepods.slice/cri-containerd-{ID}.scope")
+    (made / "container").mkdir()
+    node.process(7, f"/kind/kubepods.slice/cri-containerd-{ID}.scope/container")
+    assert node.find(f"kubepods.slice:cri-containerd:{ID}", pid=7).path == made
+
+
+@pytest.mark.parametrize("cgroup", ["/", "/system.slice/x.service", f"/../../pod/{ID}"])
+def test_a_process_elsewhere_does_not_count(node: Node, cgroup: str) -> None:
+    """Its pid may belong to another process by now; and the root would be the whole node."""
+    node.make("system.slice/x.service")
+    node.process(7, cgroup)
+    with pytest.raises(CgroupNotFound):
+        node.find(f"/kubepods/{ID}", pid=7)
+
+
+def test_at_last_the_tree_is_searched_by_the_last_name_only(node: Node) -> None:
+    node.make(f"a/crio-conmon-{ID}/inner")
+    node.make(f"b/prefix-{ID}-suffix")
+    made = node.make(f"c/pod/crio-{ID}.scope")
+    assert node.find("").path == made
+
+
+def test_without_a_cgroup_there_is_an_error_and_never_another_cgroup(node: Node) -> None:
+    node.make("kubepods/pod1/other")
+    with pytest.raises(CgroupNotFound, match="does not exist"):
+        node.find(f"/kubepods/pod1/{ID}")
+    with pytest.raises(CgroupNotFound, match="no container id"):
+        node.find("/kubepods/pod1/other", container_id="")
+    with pytest.raises(CgroupNotFound):
+        node.find("/")
+
+
+def test_a_link_out_of_the_tree_is_not_followed(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (node.root / "pod").symlink_to(tmp_path / "outside")
+    with pytest.raises(CgroupNotFound):
+        node.find("/pod")
+
+
+def test_a_cgroup_made_again_under_the_same_name_is_another(node: Node) -> None:
+    made = node.make(f"pod/{ID}")
+    found = node.find(f"/pod/{ID}")
+    assert found.is_there()
+    made.rmdir()
+    (node.root / "placeholder").mkdir()  # so that the inode is not handed out again at once
+    made.mkdir()
+    assert not found.is_there()
