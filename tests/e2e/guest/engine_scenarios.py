@@ -1,4 +1,4 @@
-"""Scenarios of the engine in the test VM; each says its measurements as RESULT lines."""
+"""Scenarios of the engine in the test VM; each says its measurements as one JSON line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def swap_scenario(tracker: str, *, write: bool) -> None:
         load.signal(signal.SIGCONT)
         back_s = wait_for(lambda: load.hot_out() <= 0.02, OUT_TIMEOUT_S)
         say(
-            tracker=tracker,
+            kind=f"swap-{tracker}",
             cold_out_s=took_s,
             hot_out_worst=hot_worst,
             cold_out_least=cold_least,
@@ -61,6 +61,7 @@ def two_cgroups() -> None:
         took_s = wait_for(lambda: min(first.cold_out(), second.cold_out()) >= 0.95, OUT_TIMEOUT_S)
         time.sleep(10)
         say(
+            kind="two-cgroups",
             took_s=took_s,
             cold_out=[first.cold_out(), second.cold_out()],
             hot_out=[first.hot_out(), second.hot_out()],
@@ -150,7 +151,7 @@ def shared_words() -> None:
                 b.touch(others)
             seen_a, seen_b = a.seen_by(of_a), b.seen_by(of_b)
             wrong += (seen_a != set(mine)) + (seen_b != set(others))
-        say(seed=seed, shared_words=shared, rounds=rounds, wrong=wrong)
+        say(kind="shared-words", seed=seed, shared_words=shared, rounds=rounds, wrong=wrong)
     finally:
         a.close()
         b.close()
@@ -203,6 +204,7 @@ def churn() -> None:
         took_s = wait_for(lambda: steady.cold_out() >= 0.95, OUT_TIMEOUT_S)
         output, _ = churner.communicate(timeout=120)
         say(
+            kind="churn",
             took_s=took_s,
             churner=[churner.returncode, output.strip()],
             hot_out=steady.hot_out(),
@@ -239,7 +241,14 @@ def killed_engine() -> None:
     checker.stdin.write("again\n")
     checker.stdin.flush()
     after = checker.stdout.readline().strip()
-    say(started_s=started_s, swap_used_at_kill=used, before=before, after=after, alive=checker.poll() is None)
+    say(
+        kind="killed-engine",
+        started_s=started_s,
+        swap_used_at_kill=used,
+        before=before,
+        after=after,
+        alive=checker.poll() is None,
+    )
     checker.kill()
     checker.wait()
 

@@ -28,7 +28,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 def say(**values: object) -> None:
     """One JSON line for the test on the host."""
-    print("RESULT " + json.dumps(values), flush=True)
+    print(json.dumps(values), flush=True)
 
 
 def share_out(pid: int, ranges: list[tuple[int, int]]) -> float:
@@ -173,12 +173,12 @@ def memtierd(
                 popen.wait(10)
             except subprocess.TimeoutExpired:
                 popen.kill()
-                say(problem="memtierd did not end within 10 s of SIGTERM")
+                say(kind="problem", text="memtierd did not end within 10 s of SIGTERM")
         popen.wait()
         log.close()
         output = Path(log.name).read_text()
         if popen.returncode not in (0, -signal.SIGKILL) or "Traceback" in output:
-            say(problem=f"memtierd ended with {popen.returncode}: {output[-2000:]}")
+            say(kind="problem", text=f"memtierd ended with {popen.returncode}: {output[-2000:]}")
 
 
 def swap_used() -> int:
