@@ -56,6 +56,11 @@ class AgeClock:
         self.scans += 1
         self._times_s[self.scans % len(self._times_s)] = now_s
 
+    @property
+    def now_s(self) -> float:
+        """Time of the last scan; -inf before the first."""
+        return float(self._times_s[self.scans % len(self._times_s)])
+
     def step_table(self) -> U8:
         """uint8[256]: the age after this scan of a resident page that was not touched."""
         table = np.arange(256, dtype=np.uint8)

@@ -232,6 +232,7 @@ class Engine:
                 process, streaks=self.policy.needs_streaks, places=self.policy.needs_places
             )
         own.set_spans(spans)
+        self.policy.begin(process, spans)
         for chunk in self.tracker.scan(process, spans):
             self._refault_bytes += own.update(chunk, table) * PAGE_BYTES
             self.policy.observe(process, chunk)
@@ -241,7 +242,7 @@ class Engine:
         self.mover.drop(process)
 
     def _decide(self, now_s: float) -> None:
-        interval_s = self.config.policy.interval_ms / 1000
+        interval_s = (self.policy.interval_ms or self.config.scan_interval_ms) / 1000
         self._next_decision_s = max(self._next_decision_s, now_s - interval_s / 2) + interval_s
         until_next_s = max(interval_s, self.config.scan_interval_ms / 1000)
         budget = None if self.config.dry_run else self.mover.budget_bytes(until_next_s)

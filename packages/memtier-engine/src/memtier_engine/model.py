@@ -18,6 +18,10 @@ PAGE_BYTES = mmap.PAGESIZE
 PAGE_SHIFT = PAGE_BYTES.bit_length() - 1
 SWAP_NODE = -1
 """Destination "swap out", as the reference writes it in node lists."""
+NOWHERE = -2
+"""In an array of nodes: never touched, or freed."""
+NOT_OURS = -3
+"""In an array of nodes: shared with other processes, so neither movable nor on this one's account."""
 
 U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]
@@ -68,6 +72,7 @@ class PageChunk:
     resident: Bools  # [m] in RAM; False: swapped out or never touched
     written: Bools | None = None  # [m] None: this tracker cannot tell writes from reads
     movable: Bools | None = None  # [m] exclusively mapped; None: not known, taken as True
+    rates: NDArray[np.float32] | None = None  # [m] observed accesses per page; None: 1 where `accessed`
 
 
 class Tracker(Protocol):

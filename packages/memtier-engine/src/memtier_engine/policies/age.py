@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from memtier_engine.ages import AGE_MAX, AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError
-from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, PageChunk, ProcessId
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
+from memtier_engine.policies.base import BasePolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class AgePolicyConfig:
                 raise ConfigError(f"value {value}", key_path=key, hint="use 0 or more, or leave it out")
 
 
-class AgePolicy:
+class AgePolicy(BasePolicy):
     """Three rules, promotions before demotions, swapping out before demoting."""
 
     name = "age"
@@ -50,8 +51,10 @@ class AgePolicy:
         demotes = config.idle_duration_ms is not None and bool(config.idle_numas)
         self.needs_places = self.needs_streaks or demotes
 
-    def observe(self, process: ProcessId, chunk: PageChunk) -> None:
-        """Nothing: ages say it all."""
+    @property
+    def interval_ms(self) -> int | None:
+        """As configured."""
+        return self.config.interval_ms
 
     def decide(
         self, pages: Mapping[ProcessId, ProcessPages], clock: AgeClock, budget_bytes: int | None

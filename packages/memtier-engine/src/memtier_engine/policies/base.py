@@ -1,12 +1,19 @@
-"""What every policy is: page ages and a time in, move tasks out. No IO."""
+"""What every policy is: page ages and a time in, move tasks out. No IO.
+
+What a policy wants to know beyond page ages, such as which node a page is on, it is given as an object that
+answers questions (`Locator`): the policy decides, others read the kernel's files.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from memtier_engine.ages import AgeClock, ProcessPages
-from memtier_engine.model import MoveTask, PageChunk, ProcessId
+from memtier_engine.model import MoveTask, PageChunk, ProcessId, Spans
 
 
 class Policy(Protocol):
@@ -18,6 +25,13 @@ class Policy(Protocol):
     needs_places: bool
     """Keep `ProcessPages.places` for it."""
 
+    @property
+    def interval_ms(self) -> int | None:
+        """Least time between two decisions; None: decide after every scan."""
+
+    def begin(self, process: ProcessId, spans: Spans) -> None:
+        """A scan of `process` begins and will cover `spans`. Most policies have no need of it."""
+
     def observe(self, process: ProcessId, chunk: PageChunk) -> None:
         """See every chunk of a scan, before `decide`. Most policies have no need of it."""
 
@@ -28,6 +42,36 @@ class Policy(Protocol):
 
         Args:
             pages: every tracked process.
-            clock: translates ages to seconds.
+            clock: translates ages to seconds, and knows the time of the scan.
             budget_bytes: the mover cannot move more than this before the next decision; None: no limit.
+        """
+
+
+class BasePolicy:
+    """What most policies have in common: inherit it and write `decide`."""
+
+    name = "unnamed"
+    needs_streaks = False
+    needs_places = False
+
+    @property
+    def interval_ms(self) -> int | None:
+        """See `Policy.interval_ms`."""
+        return None
+
+    def begin(self, process: ProcessId, spans: Spans) -> None:
+        """See `Policy.begin`."""
+
+    def observe(self, process: ProcessId, chunk: PageChunk) -> None:
+        """See `Policy.observe`."""
+
+
+class Locator(Protocol):
+    """Knows where pages are."""
+
+    def nodes(self, process: ProcessId, spans: Spans) -> NDArray[np.int16]:
+        """int16[pages of spans]: NUMA node, `SWAP_NODE`, `NOWHERE` or `NOT_OURS`.
+
+        Raises:
+            ProcessGone: it exited.
         """
