@@ -158,7 +158,7 @@ def test_an_error_names_file_line_key_value_and_what_is_allowed(
         ("policy: {name: age}\n", ["policy.config", "missing"]),
         ("policy: {name: age, config: ''}\n", ["policy.config", "empty"]),
         ("policy: {name: age, config: 'a: [1'}\n", ["policy.config", "not YAML"]),
-        ("routines: []\npolicy: {name: age}\n", ["routines"]),
+        ("routines: 3\npolicy: {name: age}\n", ["routines", "a list"]),
         ("other: 1\n", ["other", "not a key here"]),
         ("policy: " + "[" * 3000, ["nested too deeply"]),
         ("policy: {name: age, config: 'swapoutms: !!int \"x\"'}\n", ["swapoutms", "'x'"]),

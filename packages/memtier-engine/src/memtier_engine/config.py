@@ -7,10 +7,11 @@ text that is YAML or JSON again. A part that may stand in a file has a decoder i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memtier_engine.config_reader import Place, Section, compose
+from memtier_engine.config_routines import RoutineSpec, decode_routines
 from memtier_engine.engine import Engine, EngineConfig
 from memtier_engine.errors import ConfigError
 from memtier_engine.hostfs.host import Host
@@ -72,6 +73,7 @@ class Spec:
     tracker: TrackerSpec
     target: TargetSpec
     mover: MoverConfig
+    routines: tuple[RoutineSpec, ...] = ()
 
     def build(self, host: Host | None = None, *, dry_run: bool = False) -> Engine:
         """The engine on this machine.
@@ -122,11 +124,10 @@ def parse(text: str, *, file: str | None = None, first_line: int = 1) -> Spec:
     section = Section(root, "", place)
     section.allow("policy", "routines")
     policy = section.section("policy")
-    if section.has("routines"):
-        raise section.error("routines", "routines are not supported yet", "leave `routines` out")
+    routines = decode_routines(section)
     if policy is None:
         raise ConfigError("is missing", key_path="policy", file=file, hint="a mapping with `name` and `config`")
-    return POLICIES[policy.choice("name", tuple(POLICIES))](policy)
+    return replace(POLICIES[policy.choice("name", tuple(POLICIES))](policy), routines=routines)
 
 
 def _age(block: Section) -> Spec:
