@@ -23,9 +23,7 @@ PROBE_TIMEOUT_S = 15.0
 """A guest under KVM needs about one second for the probe."""
 
 
-def choose(
-    cache: Cache, qemu: str, kernel: Path, initramfs: Path, environ: Mapping[str, str] = os.environ
-) -> str:
+def choose(cache: Cache, qemu: str, kernel: Path, initramfs: Path, environ: Mapping[str, str] = os.environ) -> str:
     """Returns "kvm" or "tcg". $MEMTIER_VM_ACCEL decides where it is set to one of them."""
     wanted = environ.get("MEMTIER_VM_ACCEL", "auto")
     if wanted in ACCELERATORS:
@@ -54,9 +52,7 @@ def probe_kvm(qemu: str, kernel: Path, initramfs: Path, timeout_s: float = PROBE
         command += ["-kernel", str(kernel), "-initrd", str(initramfs)]
         command += ["-append", "console=ttyS0 quiet panic=-1 memtier.probe"]
         try:
-            subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False
-            )
+            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired:
             return False
         return console.exists() and "memtier-vm: probe ok" in console.read_text(errors="replace")

@@ -55,9 +55,7 @@ class Cache:
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise VmError(
-                f"VM cache {root}: {error}", hint="set MEMTIER_VM_CACHE to a folder of yours"
-            ) from error
+            raise VmError(f"VM cache {root}: {error}", hint="set MEMTIER_VM_CACHE to a folder of yours") from error
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
@@ -78,9 +76,7 @@ class Cache:
         with self.locked(f"{kind}-{key}"):
             if final.is_dir():  # another process built it while this one waited
                 return final
-            for stale in self.root.glob(
-                f"tmp-{kind}-{key}.*"
-            ):  # of a builder that was killed; we hold its lock
+            for stale in self.root.glob(f"tmp-{kind}-{key}.*"):  # of a builder that was killed; we hold its lock
                 remove_tree(stale)
             partial = self.root / f"tmp-{kind}-{key}.{os.getpid()}"
             partial.mkdir()

@@ -27,20 +27,12 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
         description="Boots the test VM, runs a command in its /host (the checkout), exits with its status.",
         epilog=f"Exits {TIMED_OUT} when the time is over and {VM_FAILED} when the VM itself failed.",
     )
-    parser.add_argument(
-        "--timeout", type=float, default=600, metavar="S", help="for boot and command; default 600"
-    )
-    parser.add_argument(
-        "--nodes", metavar="SPEC", help='NUMA nodes as MIB:CPUS, default "1024:0 512:1 512: 512:"'
-    )
+    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="for boot and command; default 600")
+    parser.add_argument("--nodes", metavar="SPEC", help='NUMA nodes as MIB:CPUS, default "1024:0 512:1 512: 512:"')
     parser.add_argument("--smp", type=int, default=2, metavar="N", help="number of CPUs, default 2")
-    parser.add_argument(
-        "--swap", type=int, default=1024, metavar="MIB", help="size of the swap disk, 0 for none"
-    )
+    parser.add_argument("--swap", type=int, default=1024, metavar="MIB", help="size of the swap disk, 0 for none")
     parser.add_argument("--append", default="", metavar="ARGS", help="more kernel arguments")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="host folder that the guest sees writable as /out"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="host folder that the guest sees writable as /out")
     parser.add_argument("--shell", action="store_true", help="an interactive shell instead of a command")
     parser.add_argument("--verbose", action="store_true", help="say how long the boot and the command took")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help="one word is a shell script")
@@ -75,9 +67,7 @@ def _run(given: argparse.Namespace, options: Options) -> int:
     started = time.monotonic()  # building the parts is not on the clock of --timeout
     with Vm(parts, options, terminal=given.shell, boot_timeout_s=given.timeout) as vm:
         if given.shell:
-            host.say(
-                f"a shell in the test VM ({parts.accelerator}); /host is the checkout; leave with `exit`"
-            )
+            host.say(f"a shell in the test VM ({parts.accelerator}); /host is the checkout; leave with `exit`")
             return vm.shell()
         command = given.command[0] if len(given.command) == 1 else given.command
         left = given.timeout - (time.monotonic() - started)
@@ -99,12 +89,8 @@ def build_main(arguments: Sequence[str] | None = None) -> int:
         description="Builds what the cache lacks of the test VM: kernel, root filesystem, our packages.",
         epilog="The cache is $MEMTIER_VM_CACHE, else ~/.cache/memtier/vm.",
     )
-    parser.add_argument(
-        "--fresh", action="store_true", help="rebuild the root filesystem from today's packages"
-    )
-    parser.add_argument(
-        "--no-seed", action="store_true", help="compile the kernel even if a ready one is at hand"
-    )
+    parser.add_argument("--fresh", action="store_true", help="rebuild the root filesystem from today's packages")
+    parser.add_argument("--no-seed", action="store_true", help="compile the kernel even if a ready one is at hand")
     given = parser.parse_args(arguments)
     exit_on_signals()
     try:

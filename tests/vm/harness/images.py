@@ -87,9 +87,7 @@ def ensure_images(cache: Cache, rootfs: Path, pause_c: Path) -> Path:
     def build(into: Path) -> None:
         _build(into, busybox, pause_c)
 
-    return cache.entry(
-        "images", digest(RECIPE, PAUSE, BUSYBOX, pause_c.read_bytes(), busybox.read_bytes()), build
-    )
+    return cache.entry("images", digest(RECIPE, PAUSE, BUSYBOX, pause_c.read_bytes(), busybox.read_bytes()), build)
 
 
 def _build(into: Path, busybox: Path, pause_c: Path) -> None:

@@ -60,9 +60,7 @@ def parse_fragment(text: str) -> dict[str, str]:
         else:
             raise VmError(f"kernel configuration, line {number}: {raw!r} is not an option")
         if options.setdefault(name, value) != value:
-            raise VmError(
-                f"kernel configuration, line {number}: {name} is {options[name]} above and {value} here"
-            )
+            raise VmError(f"kernel configuration, line {number}: {name} is {options[name]} above and {value} here")
     return options
 
 

@@ -209,6 +209,8 @@ class Vm:
         sweep_run_folders()
         folder = Path(tempfile.mkdtemp(prefix=_RUN_PREFIX))  # 0700: the sockets in it are for us only
         self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        self._folder_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._stack.callback(os.close, self._folder_fd)
         lock = self._stack.enter_context((folder / "lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
         return folder
@@ -220,12 +222,12 @@ class Vm:
 
     def _start_virtiofsd(self, name: str, folder: Path, cache: str) -> socket.socket:
         """Start a file server. Returns QEMU's end of the connection, which is made already."""
-        path = self._folder / f"{name}.sock"
+        path = f"/proc/self/fd/{self._folder_fd}/{name}.sock"  # a socket's path has 107 bytes at most
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(path))
+            listener.bind(path)
             listener.listen(1)
             connection = socket.socket(socket.AF_UNIX)
-            connection.connect(str(path))
+            connection.connect(path)
             command = virtiofsd_command(
                 self._parts.virtiofsd, self._parts.virtiofsd_help, listener.fileno(), folder, cache
             )

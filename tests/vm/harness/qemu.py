@@ -41,9 +41,7 @@ class Node:
 
 def default_nodes(smp: int) -> str:
     """Four nodes: two with CPUs (one, when there is one CPU) and the others without."""
-    return (
-        "1024:0 512: 512: 512:" if smp == 1 else f"1024:0 512:1{f'-{smp - 1}' if smp > 2 else ''} 512: 512:"
-    )
+    return "1024:0 512: 512: 512:" if smp == 1 else f"1024:0 512:1{f'-{smp - 1}' if smp > 2 else ''} 512: 512:"
 
 
 def parse_nodes(spec: str, smp: int) -> tuple[Node, ...]:
@@ -55,9 +53,7 @@ def parse_nodes(spec: str, smp: int) -> tuple[Node, ...]:
     for word in spec.split():
         found = _NODE.fullmatch(word)
         if found is None or int(found[1]) == 0:
-            raise VmError(
-                f"NUMA node {word!r} is not MIB:CPUS", hint="such as 1024:0, 512:1-2, or 512: without CPUs"
-            )
+            raise VmError(f"NUMA node {word!r} is not MIB:CPUS", hint="such as 1024:0, 512:1-2, or 512: without CPUs")
         nodes.append(Node(int(found[1]), found[2]))
     placed = sorted(cpu for node in nodes for cpu in node.cpu_numbers())
     if placed != list(range(smp)):
@@ -144,7 +140,14 @@ def virtiofsd_command(program: str, help_text: str, fd: int, folder: Path, cache
     `cache` is "always", "auto" or "never"; `help_text` is what the program prints on --help.
     """
     if "--shared-dir" in help_text:  # Rust, virtiofsd 1.x
-        return [program, f"--fd={fd}", f"--shared-dir={folder}", f"--cache={cache}", "--sandbox=chroot"]
+        return [
+            program,
+            f"--fd={fd}",
+            f"--shared-dir={folder}",
+            f"--cache={cache}",
+            "--sandbox=chroot",
+            "--log-level=warn",
+        ]
     mode = {"never": "none"}.get(cache, cache)  # C, part of QEMU until 7.2
-    options = (f"source={folder}", f"cache={mode}", "sandbox=chroot")
+    options = (f"source={folder}", f"cache={mode}", "sandbox=chroot", "log_level=warn")
     return [program, f"--fd={fd}", *(word for option in options for word in ("-o", option)), "-f"]

@@ -59,9 +59,7 @@ def ensure_rootfs(cache: Cache) -> Path:
 
 def _build(into: Path) -> None:
     if os.geteuid() != 0:
-        raise VmError(
-            "the root filesystem of the test VM is built by root", hint="run the same command with sudo"
-        )
+        raise VmError("the root filesystem of the test VM is built by root", hint="run the same command with sudo")
     host.require({"mmdebstrap": "mmdebstrap"})
     if not Path("/usr/share/keyrings/debian-archive-keyring.gpg").exists():
         host.apt_install(["debian-archive-keyring"])
@@ -81,9 +79,7 @@ def _build(into: Path) -> None:
 def guest_python(rootfs: Path) -> str:
     """Version of the guest's Python as in folder names, such as "3.13"."""
     found = sorted((rootfs / "usr/bin").glob("python3.[0-9]*"))
-    versions = [
-        path.name.removeprefix("python") for path in found if path.name[7:].replace(".", "").isdigit()
-    ]
+    versions = [path.name.removeprefix("python") for path in found if path.name[7:].replace(".", "").isdigit()]
     if not versions:
         raise VmError(f"no Python in {rootfs}", hint="rebuild it: tests/vm/build --fresh")
     return versions[-1]
@@ -107,6 +103,4 @@ def run_guest_python(rootfs: Path, *arguments: str | Path) -> None:
         check=False,
     )
     if done.returncode != 0:
-        raise VmError(
-            f"the guest's Python failed on the host:\n{done.stdout.decode(errors='replace')[-2000:]}"
-        )
+        raise VmError(f"the guest's Python failed on the host:\n{done.stdout.decode(errors='replace')[-2000:]}")
