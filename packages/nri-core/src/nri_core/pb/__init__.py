@@ -1,0 +1,1 @@
+"""Generated protobuf modules: nri_pb2, ttrpc_pb2."""

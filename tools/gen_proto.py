@@ -1,0 +1,91 @@
+"""Generate the protobuf modules of nri_core from proto/. With --check: fail if what is there is stale.
+
+protoc's own Python output works only with the protobuf release it was made for, or newer. What is written here
+holds the compiled descriptor and builds the classes with whatever protobuf (4.21 or newer) is installed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from google.protobuf import descriptor_pb2
+
+ROOT = Path(__file__).resolve().parents[1]
+PROTO = ROOT / "proto"
+OUT = ROOT / "packages/nri-core/src/nri_core/pb"
+FILES = {"nri/api.proto": "nri_pb2", "ttrpc/ttrpc.proto": "ttrpc_pb2"}
+HEADER = '"""Generated from proto/{source} by `make proto`. Do not edit."""\n'
+MODULE = (
+    HEADER
+    + """
+{imports}from google.protobuf import descriptor_pool
+from google.protobuf.internal import builder
+
+DESCRIPTOR = descriptor_pool.Default().AddSerializedFile(
+{data}
+)
+builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, globals())
+builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, {module!r}, globals())
+"""
+)
+
+
+def compiled(source: str) -> descriptor_pb2.FileDescriptorProto:
+    """The descriptor of one file, with a name that no other package's file has."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "set"
+        _protoc(f"--descriptor_set_out={target}", source)
+        found = descriptor_pb2.FileDescriptorSet.FromString(target.read_bytes()).file
+    [descriptor] = found
+    descriptor.name = f"nri_core/pb/{source}"
+    return descriptor
+
+
+def _protoc(*arguments: str) -> None:
+    import grpc_tools
+
+    include = Path(grpc_tools.__file__).parent / "_proto"
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}", f"-I{include}", *arguments]
+    subprocess.run(command, check=True, cwd=PROTO)
+
+
+def generated() -> dict[Path, str]:
+    """Every file that should be there, with its text."""
+    files = {OUT / "__init__.py": '"""Generated protobuf modules: nri_pb2, ttrpc_pb2."""\n'}
+    for source, name in FILES.items():
+        descriptor = compiled(source)
+        data = descriptor.SerializeToString(deterministic=True)
+        lines = [f"    {data[at : at + 64]!r}" for at in range(0, len(data), 64)]
+        imports = "".join(
+            f"from {Path(used).parent.as_posix().replace('/', '.')} import {Path(used).stem}_pb2  # noqa: F401\n"
+            for used in descriptor.dependency
+        )
+        files[OUT / f"{name}.py"] = MODULE.format(
+            source=source, imports=imports, data="\n".join(lines), module=f"nri_core.pb.{name}"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            _protoc(f"--pyi_out={folder}", source)
+            [stub] = Path(folder).glob("**/*.pyi")
+            files[OUT / f"{name}.pyi"] = HEADER.format(source=source) + stub.read_text()
+    return files
+
+
+def main() -> int:
+    """Write the files, or compare them."""
+    files = generated()
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale: run `make proto`", file=sys.stderr)
+        return 1 if stale else 0
+    OUT.mkdir(exist_ok=True)
+    for path in stale:
+        path.write_text(files[path])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
