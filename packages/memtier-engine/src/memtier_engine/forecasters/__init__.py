@@ -1,0 +1,1 @@
+"""Heats as they are into heats as they will be, for policy heat."""
