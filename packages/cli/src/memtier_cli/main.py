@@ -1,7 +1,7 @@
 """Program `memtier`: the only file that turns errors into a line on stderr and an exit status.
 
 Exit status: 0 done, 1 a configuration or kernel call failed, 2 wrong usage, 3 (`check`) nothing works here,
-130 and 143 ended by Ctrl-C and SIGTERM before there was a result.
+128 + N ended by signal N (130: Ctrl-C) before there was a result.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It allocates byte arrays, touches every page once, then reads or writes parts of them in rounds, one thread per
 exerciser. Each array is one anonymous mapping, so nothing but the exercised bytes is ever touched.
-Exit status: 0 at the end of -ttl or at Enter, 1 a bad value, 2 an unknown flag.
+Exit status: 0 at the end of -ttl or at Enter, 1 a bad value, 2 wrong usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_cli.compat.goflags import Flag, HelpWanted, Parsed, UsageError, parse, usage
+from memtier_cli.compat.goflags import Flag, HelpWanted, Parsed, UsageError, parse, usage, version_text
 
 FLAGS = (
     Flag("bc", "number of byte arrays", "int", "1"),
@@ -48,6 +46,7 @@ FLAGS = (
     Flag("ttl", "run for TIME; empty: until Enter", "string"),
     Flag("version", "print the version and exit"),
 )
+_libc = ctypes.CDLL(None, use_errno=True)
 _SIZES = {"": 1, "k": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _TIMES_NS = {"": 1, "ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 
@@ -89,9 +88,15 @@ class ByteArray:
     def __init__(self, size: int) -> None:
         if size <= 0:
             raise BadValue(f"invalid size {size} of an array: it must be more than 0")
-        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.bytes: NDArray[np.uint8] = np.frombuffer(self.memory, np.uint8)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        # Guard pages at both ends: the kernel would make one area of neighbours.
+        held = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.memory = mmap.mmap(-1, held + 2 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.address = start + mmap.PAGESIZE
+        for guard in (start, self.address + held):
+            if _libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(mmap.PAGESIZE), ctypes.c_int(0)) != 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self.memory, np.uint8, size, mmap.PAGESIZE)
         self.bytes[:: mmap.PAGESIZE] = 1
 
     def describe(self) -> str:
@@ -209,14 +214,17 @@ class Meme:
         self.stop.set()
 
     def _text(self, name: str) -> str:
-        default = next(flag.default for flag in FLAGS if flag.name == name)
-        return self.flags.text(name, default)
+        return self.flags.text(name, self._default(name))
+
+    @staticmethod
+    def _default(name: str) -> str:
+        return next(flag.default for flag in FLAGS if flag.name == name)
 
     def _count(self, name: str) -> int:
-        text = self._text(name)
-        if not re.fullmatch(r"[0-9]+", text):
-            raise BadValue(f"invalid value {text!r} for -{name}: write a count of 0 or more")
-        return int(text)
+        count = self.flags.integer(name, int(self._default(name)))
+        if count < 0:
+            raise BadValue(f"invalid value {count} for -{name}: write a count of 0 or more")
+        return count
 
     def _exercisers(self, letter: str) -> Callable[[int, ByteArray], Exerciser]:
         prefix, kind = f"b{letter}", "read" if letter == "r" else "write"
@@ -256,31 +264,38 @@ class Meme:
                 print(f"avgspeed exerciser {exerciser.number}: {speed:.6f} s/round", flush=True)
 
 
-def main() -> None:
-    """Entry point of `memtier-meme`."""
+def main() -> int:
+    """Entry point of `memtier-meme`; returns the exit status."""
     program = Path(sys.argv[0]).name
     try:
         flags = parse(FLAGS, sys.argv[1:])
     except HelpWanted:
         print(usage(program, FLAGS), file=sys.stderr)
-        sys.exit(0)
+        return 0
     except UsageError as error:
         print(f"{error}\n{usage(program, FLAGS)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     if flags.boolean("version"):
-        number = version("memtier-cli")
-        print(f"{program} version information:\n  - version: {number}\n  - build:   memtier-cli {number}")
-        sys.exit(0)
+        print(version_text(program))
+        return 0
     try:
         Meme(flags).run()
-    except (BadValue, OSError, MemoryError) as error:
-        _fail(program, str(error) or "out of memory")
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # nobody reads on: as a program that SIGPIPE ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except BadValue as error:
+        return _fail(program, str(error))
+    except OSError as error:
+        return _fail(program, f"-bs: {(error.strerror or str(error)).lower()}")
+    return 0
 
 
-def _fail(program: str, message: str) -> NoReturn:
+def _fail(program: str, message: str) -> int:
     print(f"{program}: {message}", file=sys.stderr)
-    sys.exit(1)
+    return 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM become an event, so that everything is taken back before the program ends."""
+"""SIGINT, SIGTERM and SIGHUP become an event, so that everything is taken back before the program ends."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop(threading.Event):
@@ -17,14 +19,18 @@ class Stop(threading.Event):
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """An event that SIGINT and SIGTERM set; the handlers before are put back at the end."""
+    """An event that SIGINT, SIGTERM and SIGHUP set; the handlers before are put back at the end.
+
+    A signal that is ignored, as nohup does with SIGHUP, stays so.
+    """
     stop = Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.number = number
         stop.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
     finally:

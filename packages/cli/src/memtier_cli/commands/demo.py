@@ -47,7 +47,8 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
     """Page out the idle memory of a real process and show it.
 
     Starts a process with 512 MiB, 128 MiB of it in use, in a cgroup of its own, and runs the engine on the cgroup.
-    Exit status: 0 at least 95 % of the cold memory went out and at most 2 % of the hot memory; 1 it did not.
+    Exit status: 0 at least 95 % of the cold memory went out and at most 2 % of the hot memory; 1 it did not, or
+    something it needs is missing; 129, 130, 143 ended by SIGHUP, Ctrl-C, SIGTERM, and all was taken back.
     """
     from memtier_cli.demo.scene import own_cgroup, workload
     from memtier_cli.demo.verdict import judge
@@ -67,8 +68,8 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
         swap = stack.enter_context(swap_for_now((HOT_MIB + COLD_MIB) << 20))
         cgroup = stack.enter_context(own_cgroup())
         if not as_json:
-            for name, why in choice.rejected:
-                print(f"tracker {name} is out: {why}")
+            for _, why in choice.rejected:
+                print(f"not used: {why}")
             print(f"tracker: {choice.tracker.name}    swap: {swap}    cgroup: {cgroup}")
             print(
                 f"starting a process with {HOT_MIB + COLD_MIB} MiB, {HOT_MIB} MiB of it in use ...",
@@ -86,8 +87,10 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
         began_s = engine.clock.now_s()
         out_since_s = None
         last = None
+        errors: dict[str, None] = {}
         for report in engine.run(duration_s=duration, stop=stop):
             memory = load.memory()
+            errors.update(dict.fromkeys(report.errors))
             speed = (
                 0.0
                 if last is None
@@ -120,8 +123,10 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
             duration_s=engine.clock.now_s() - began_s,
         )
     if as_json:
-        print(json.dumps(verdict.as_dict()))
+        print(json.dumps({**verdict.as_dict(), "errors": list(errors)}))
     else:
+        for error in errors:
+            print(f"warning: {error}")
         print(
             f"\nverdict: {verdict.cold_out_share:.1%} of the cold memory is out,"
             f" {_mib(verdict.saved_bytes)} of RAM saved,"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,28 +68,57 @@ def command(
 ) -> int:
     """Run the engine on cgroups or processes and page out what they do not use.
 
-    A line per scan tells the state. What is swapped out stays so at the end, and is read back when it is needed.
+    A line per scan tells the state. It ends by itself when all processes given by --pid have. What is swapped out
+    stays so at the end, and is read back when it is needed.
     Exit status: 0 also after Ctrl-C or SIGTERM, 1 if a cgroup, process, tracker or swap is missing.
     """
+    from memtier_cli.logs import configure
     from memtier_cli.signals import stop_on_signals
 
     given = [bool(cgroups), bool(pids), config_file is not None]
     if sum(given) != 1:
         raise click.UsageError("give one of --cgroup, --pid and --config")
+    configure()  # the engine says what goes wrong by itself, on stderr
     if config_file is not None:
         engine = _from_file(config_file, dry_run)
     else:
         engine = _from_options(cgroups, pids, idle_after, bandwidth, tracker, interval, dry_run)
     with stop_on_signals() as stop:
         last = None
+        line = ProgressLine()
+        would_move_bytes = 0
         for report in engine.run(duration_s=duration, stop=stop):
-            for error in report.errors:
-                click.echo(f"warning: {error}", err=True)
-            click.echo(_line(report, engine, dry_run))
+            line.show(_line(report, engine, dry_run))
+            would_move_bytes = max(would_move_bytes, report.candidate_bytes)
             last = report
+            if pids and not engine.target.poll():
+                stop.set()
+        line.end()
     if last is not None:
-        click.echo(_summary(last, dry_run))
+        click.echo(_summary(last, would_move_bytes if dry_run else None))
     return 0
+
+
+class ProgressLine:
+    """One line that changes in place on a terminal; one line after the other elsewhere."""
+
+    def __init__(self) -> None:
+        self._in_place = sys.stdout.isatty()
+        self._open = False
+
+    def show(self, text: str) -> None:
+        """Show the state."""
+        if self._in_place:
+            width = shutil.get_terminal_size().columns
+            click.echo(f"{text[: width - 1]}\x1b[K\r", nl=False)  # log messages go over it
+            self._open = True
+        else:
+            click.echo(text)
+
+    def end(self) -> None:
+        """Leave the last state standing."""
+        if self._open:
+            click.echo()
 
 
 def _from_options(
@@ -159,9 +190,9 @@ def _line(report: StepReport, engine: Engine, dry_run: bool) -> str:
     return f"[{report.tracker}] " + ", ".join(parts)
 
 
-def _summary(report: StepReport, dry_run: bool) -> str:
-    if dry_run:
-        return f"dry run: nothing was moved; {_mib(report.candidate_bytes)} would have been"
+def _summary(report: StepReport, would_move_bytes: int | None) -> str:
+    if would_move_bytes is not None:
+        return f"dry run: nothing was moved; {_mib(would_move_bytes)} would have been"
     return (
         f"moved {_mib(report.moved_bytes_total)}, {_mib(report.refault_bytes_total)} of it came back;"
         f" {report.cpu_seconds_total:.2f} s of CPU in {report.scans} scans"

@@ -5,8 +5,10 @@ Booleans take a value only after `=`; parsing stops at the first word that is no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 _TRUE = {"1", "t", "T", "true", "TRUE", "True"}
 _FALSE = {"0", "f", "F", "false", "FALSE", "False"}
@@ -27,8 +29,11 @@ class Flag:
     name: str
     help: str
     value_name: str | None = None
-    """None: a boolean flag."""
+    """None: a boolean flag. "int": the value is a whole number."""
     default: str = ""
+
+
+_INT = re.compile(r"[-+]?(0[xX][0-9a-fA-F_]+|0[oO]?[0-7_]+|0[bB][01_]+|0|[1-9][0-9_]*)")
 
 
 @dataclass(slots=True)
@@ -42,6 +47,15 @@ class Parsed:
     def text(self, flag: str, default: str = "") -> str:
         """The value of a flag with a value."""
         return self.texts.get(flag, default)
+
+    def integer(self, flag: str, default: int) -> int:
+        """The value of an "int" flag, written as Go writes integers: 0x10, 0o10 and 010, 0b1, 1_000."""
+        text = self.texts.get(flag)
+        if text is None:
+            return default
+        plain = text.replace("_", "").lower()
+        octal = re.fullmatch(r"([-+]?)0([0-7]+)", plain)
+        return int(f"{octal[1]}0o{octal[2]}" if octal else plain, 0)
 
     def boolean(self, flag: str) -> bool:
         """The value of a boolean flag."""
@@ -77,12 +91,14 @@ def parse(flags: Sequence[Flag], words: Sequence[str]) -> Parsed:
             if equals and value not in _TRUE | _FALSE:
                 raise UsageError(f'invalid boolean value "{value}" for -{name}: use true or false')
             parsed.booleans[name] = not equals or value in _TRUE
-        elif equals:
-            parsed.texts[name] = value
-        elif left:
-            parsed.texts[name] = left.pop(0)
         else:
-            raise UsageError(f"flag needs an argument: -{name}")
+            if not equals:
+                if not left:
+                    raise UsageError(f"flag needs an argument: -{name}")
+                value = left.pop(0)
+            if flag.value_name == "int" and not _INT.fullmatch(value):
+                raise UsageError(f'invalid value "{value}" for flag -{name}: parse error')
+            parsed.texts[name] = value
     parsed.rest = left
     return parsed
 
@@ -95,3 +111,9 @@ def usage(program: str, flags: Sequence[Flag]) -> str:
         default = f" (default {flag.default})" if flag.default else ""
         lines.append(f"    \t{flag.help}{default}")
     return "\n".join(lines)
+
+
+def version_text(program: str) -> str:
+    """What -version prints, in the reference's shape."""
+    number = version("memtier-cli")
+    return f"{program} version information:\n  - version: {number}\n  - build:   memtier-cli {number}"

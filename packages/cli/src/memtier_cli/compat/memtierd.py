@@ -7,11 +7,10 @@ SIGTERM and SIGINT end it cleanly with 0; what is swapped out stays so.
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TextIO
 
-from memtier_cli.compat.goflags import Flag, HelpWanted, Parsed, UsageError, parse, usage
+from memtier_cli.compat.goflags import Flag, HelpWanted, Parsed, UsageError, parse, usage, version_text
 
 FLAGS = (
     Flag("config", "load the policy from a FILE", "FILE"),
@@ -26,28 +25,27 @@ FLAGS = (
 _PROMPT_FLAGS = ("prompt", "c", "f", "echo")
 
 
-def main() -> None:
-    """Entry point of `memtierd`."""
+def main() -> int:
+    """Entry point of `memtierd`; returns the exit status."""
     program = Path(sys.argv[0]).name
     try:
         flags = parse(FLAGS, sys.argv[1:])
     except HelpWanted:
         print(usage(program, FLAGS), file=sys.stderr)
-        sys.exit(0)
+        return 0
     except UsageError as error:
         print(f"{error}\n{usage(program, FLAGS)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     if flags.boolean("version"):
-        number = version("memtier-cli")
-        print(f"{program} version information:\n  - version: {number}\n  - build:   memtier-cli {number}")
-        sys.exit(0)
-    # The reference's own launcher passes an empty -c along with -config: that asks for nothing.
-    for name in _PROMPT_FLAGS:
-        if flags.boolean(name) or flags.text(name):
-            _fail(f"-{name}: the command prompt is not supported yet; use -config FILE, or `memtier run`")
-    if not flags.text("config"):
-        _fail("nothing to do; give -config FILE")
-    sys.exit(_serve(flags))
+        print(version_text(program))
+        return 0
+    from memtier_engine.errors import MemtierError
+
+    try:
+        return _serve(flags)
+    except MemtierError as error:
+        print(f"memtierd: {error}", file=sys.stderr)
+        return 1
 
 
 def _serve(flags: Parsed) -> int:
@@ -55,20 +53,33 @@ def _serve(flags: Parsed) -> int:
 
     from memtier_cli.logs import configure
     from memtier_cli.signals import stop_on_signals
+    from memtier_cli.statactions import StatActions
     from memtier_engine.config import load
     from memtier_engine.errors import MemtierError
+    from memtier_engine.hostfs.host import Host
+    from memtier_engine.hostfs.proc import read_swaps
 
+    # The reference's own launcher passes an empty -c along with -config: that asks for nothing.
+    for name in _PROMPT_FLAGS:
+        if flags.boolean(name) or flags.text(name):
+            raise MemtierError(f"-{name}: the command prompt is not supported yet; use -config FILE, or `memtier run`")
+    if not flags.text("config"):
+        raise MemtierError("nothing to do; give -config FILE")
     destination = flags.text("l")
     try:
         configure(debug=flags.boolean("debug"), sink=_sink(destination))
-        engine = load(flags.text("config")).build()
-    except MemtierError as error:
-        _fail(str(error))
     except OSError as error:
-        _fail(f"-l {destination}: {error.strerror}")
+        raise MemtierError(f"-l {destination}: {error.strerror}") from None
+    host = Host()
+    spec = load(flags.text("config"))
+    engine = spec.build(host)
+    routines = StatActions(spec.routines, _print, now_s=engine.clock.now_s())
     logger.info("tracker {}, policy {}", engine.tracker.name, engine.policy.name)
+    if spec.policy.swap_out_ms and not read_swaps(host):
+        logger.warning("there is no swap: nothing can be paged out until some is turned on (swapon)")
     with stop_on_signals() as stop:
         for report in engine.run(stop=stop):
+            routines.run_due(engine, report.time_s)
             logger.debug(
                 "{} processes, {} MiB resident, {} MiB paged out, {} MiB refaulted, scan {:.0f} ms",
                 report.processes,
@@ -80,6 +91,10 @@ def _serve(flags: Parsed) -> int:
     return 0
 
 
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
+
+
 def _sink(destination: str) -> TextIO:
     if destination in ("", "stderr"):
         return sys.stderr
@@ -88,10 +103,5 @@ def _sink(destination: str) -> TextIO:
     return Path(destination).open("a")
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"memtierd: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

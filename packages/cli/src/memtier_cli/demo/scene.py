@@ -96,7 +96,10 @@ def workload(cgroup: Path, hot_mib: int, cold_mib: int, layout: str) -> Iterator
     """The workload in `cgroup`, ready and touching its memory; killed at the end."""
     arguments = [str(hot_mib), str(cold_mib), layout]
     command = [sys.executable, "-m", "memtier_cli.demo.workload", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    # A session of its own: Ctrl-C in the terminal ends the demo, and the demo ends the workload.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     try:
         try:
             (cgroup / "cgroup.procs").write_text(str(process.pid))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,8 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.proc import read_swaps
 
 CONTROL = Path("/sys/class/zram-control")
+REMOVE_TRIES = 100
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # a root shell made by su may lack them
 
 
 @contextmanager
@@ -38,7 +42,8 @@ def _make(size_bytes: int) -> str:
     if os.geteuid() != 0:
         raise Unavailable("there is not enough swap, and making some needs root", hint="run as root")
     if not CONTROL.exists():
-        subprocess.run(["modprobe", "zram", "num_devices=0"], check=False, capture_output=True)
+        with suppress(OSError):
+            _call("modprobe", "zram", "num_devices=0")
     try:
         number = int((CONTROL / "hot_add").read_text())
     except OSError as error:
@@ -46,16 +51,38 @@ def _make(size_bytes: int) -> str:
     device = f"/dev/zram{number}"
     try:
         Path(f"/sys/block/zram{number}/disksize").write_text(str(size_bytes))
-        for command in (["mkswap", device], ["swapon", device]):
-            subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+        for program in ("mkswap", "swapon"):
+            done = _call(program, device)
+            if done.returncode != 0:
+                raise OSError(f"{program}: {done.stderr.strip()}")
+    except OSError as error:
         _remove(device)
-        detail = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        raise Unavailable(f"{device} cannot be made swap: {detail}", hint=hint) from None
+        raise Unavailable(f"{device} cannot be made swap: {error}", hint=hint) from None
     return device
 
 
+def _call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # A session of its own: Ctrl-C must not end it half way.
+    return subprocess.run(
+        [program, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PATH": _PATH},
+    )
+
+
 def _remove(device: str) -> None:
-    subprocess.run(["swapoff", device], check=False, capture_output=True)
-    with suppress(OSError):
-        (CONTROL / "hot_remove").write_text(device.removeprefix("/dev/zram"))
+    failure: object = None
+    for _ in range(REMOVE_TRIES):
+        if any(area.path == device for area in read_swaps(Host())):
+            failure = _call("swapoff", device).stderr.strip()
+        try:
+            (CONTROL / "hot_remove").write_text(device.removeprefix("/dev/zram"))
+        except OSError as error:  # EBUSY while udev looks at a device that has changed
+            failure = failure or error
+            time.sleep(0.05)
+        else:
+            return
+    print(f"{device} could not be removed: {failure}", file=sys.stderr)
