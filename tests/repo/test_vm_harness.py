@@ -28,7 +28,7 @@ from vm.harness.build import Parts
 from vm.harness.cache import Cache, digest, digest_files
 from vm.harness.errors import VmError, VmTimeout
 from vm.harness.machine import Options, Vm, sweep_run_folders
-from vm.harness.qemu import Machine, Node, default_nodes, numa_arguments, parse_nodes, virtiofsd_command
+from vm.harness.qemu import Machine, Node, Writes, default_nodes, numa_arguments, parse_nodes
 
 ROOT = Path(__file__).parents[2]
 FRAGMENT = ROOT / "tests/vm/kernel.config"
@@ -63,7 +63,7 @@ for line in os.fdopen(os.dup(fds["ctl"]), "rb"):
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for the run folders of this test alone."""
-    folder = tmp_path / ("long-name-" * 9)  # longer than the path of a socket may be
+    folder = tmp_path / "run-folders"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
@@ -71,13 +71,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Parts:
-    """A VM whose QEMU and virtiofsd are scripts."""
+    """A VM whose QEMU is a script."""
     qemu = tmp_path / "qemu"
     qemu.write_text(f"#!{sys.executable} -SE\n{FAKE_QEMU}")
-    virtiofsd = tmp_path / "virtiofsd"
-    virtiofsd.write_text("#!/bin/sh\nexec sleep 1000\n")
-    for program in (qemu, virtiofsd):
-        program.chmod(0o755)
+    qemu.chmod(0o755)
     return Parts(
         repo=tmp_path,
         kernel=tmp_path / "vmlinuz",
@@ -86,8 +83,6 @@ def parts(tmp_path: Path) -> Parts:
         layer=tmp_path,
         scratch=tmp_path / "scratch.img",
         qemu=str(qemu),
-        virtiofsd=str(virtiofsd),
-        virtiofsd_help="",
         accelerator="tcg",
     )
 
@@ -308,6 +303,25 @@ def test_the_initramfs_is_a_cpio_archive_for_other_tools_too(tmp_path: Path) -> 
     assert (tmp_path / ("x" * 33)).is_dir()
 
 
+def test_a_disk_image_holds_what_the_folder_holds(tmp_path: Path) -> None:
+    """Checked by e2fsck and read back by debugfs, both of the package that makes it."""
+    sbin = f"{os.environ['PATH']}:/sbin:/usr/sbin"
+    e2fsck, debugfs = shutil.which("e2fsck", path=sbin), shutil.which("debugfs", path=sbin)
+    if e2fsck is None or debugfs is None:
+        pytest.skip("needs e2fsck and debugfs: apt-get install e2fsprogs")
+    (tmp_path / "root/deep").mkdir(parents=True)
+    (tmp_path / "root/deep/file").write_text("contents\n")
+    (tmp_path / "root/large").write_bytes(b"x" * (20 << 20))
+    for number in range(300):
+        (tmp_path / f"root/small{number}").touch()
+    disks.pack_ext4(tmp_path / "root", tmp_path / "image", tmp_path / "log")
+    subprocess.run([e2fsck, "-f", "-n", tmp_path / "image"], check=True, capture_output=True)
+    read = subprocess.run([debugfs, "-R", "cat deep/file", tmp_path / "image"], check=True, capture_output=True)
+    assert read.stdout == b"contents\n"
+    read = subprocess.run([debugfs, "-R", "cat large", tmp_path / "image"], check=True, capture_output=True)
+    assert read.stdout == b"x" * (20 << 20)
+
+
 def test_an_image_is_a_valid_oci_layout_and_the_same_every_time(tmp_path: Path) -> None:
     (tmp_path / "root/bin").mkdir(parents=True)
     (tmp_path / "root/bin/sh").write_text("#!")
@@ -361,13 +375,6 @@ def test_nodes_without_cpus_are_further_away_than_nodes_with() -> None:
     assert distances == ["dist,src=0,dst=1,val=20", "dist,src=0,dst=2,val=40", "dist,src=1,dst=2,val=40"]
 
 
-def test_both_kinds_of_virtiofsd_get_arguments_they_know() -> None:
-    rust = virtiofsd_command("v", "      --shared-dir <SHARED_DIR>", 7, Path("/x"), "never")
-    assert rust[:4] == ["v", "--fd=7", "--shared-dir=/x", "--cache=never"]
-    c = virtiofsd_command("v", "-o source=PATH", 7, Path("/x"), "never")
-    assert c[:6] == ["v", "--fd=7", "-o", "source=/x", "-o", "cache=none"]
-
-
 def test_a_comma_in_a_disk_path_does_not_end_the_option(tmp_path: Path) -> None:
     machine = Machine(
         qemu="q",
@@ -379,9 +386,30 @@ def test_a_comma_in_a_disk_path_does_not_end_the_option(tmp_path: Path) -> None:
         nodes=(Node(512, "0"),),
         control_fd=3,
         output_fd=4,
-        disks={"swap": (Path("/a,b"), False)},
+        disks={"swap": (Path("/a,b"), Writes.KEPT)},
     )
     assert any(word.startswith("file=/a,,b,format=raw") for word in machine.command())
+
+
+def test_the_guest_can_write_to_out_and_not_to_the_checkout_nor_to_its_own_system(tmp_path: Path) -> None:
+    machine = Machine(
+        qemu="q",
+        accelerator="tcg",
+        kernel=tmp_path,
+        initramfs=tmp_path,
+        console_log=tmp_path,
+        smp=1,
+        nodes=(Node(512, "0"),),
+        control_fd=3,
+        output_fd=4,
+        shares={"host": (Path("/checkout"), False), "out": (Path("/results"), True)},
+        disks={"root": (Path("/root.img"), Writes.REFUSED), "scratch": (Path("/s.img"), Writes.DROPPED)},
+    )
+    options = {word.split(",")[0] + word.split(",")[2]: word for word in machine.command() if "path=" in word}
+    assert options["localpath=/checkout"].endswith(",readonly=on")
+    assert "readonly" not in options["localpath=/results"]
+    drives = [word for word in machine.command() if word.startswith("file=/")]
+    assert [drive.rpartition(",")[2] for drive in drives] == ["readonly=on", "snapshot=on"]
 
 
 def test_the_accelerator_can_be_chosen_and_a_wrong_name_is_refused(tmp_path: Path) -> None:
@@ -406,7 +434,7 @@ def test_kvm_that_hangs_or_dies_does_not_count_as_kvm(tmp_path: Path) -> None:
 
 
 def pids_of(vm: Vm) -> list[int]:
-    return [process.pid for process in vm._processes]
+    return [] if vm._qemu is None else [vm._qemu.pid]
 
 
 @pytest.mark.usefixtures("temporary")
@@ -423,7 +451,7 @@ def test_output_comes_byte_by_byte_as_written_and_with_the_status(parts: Parts) 
 def test_after_a_run_no_process_and_no_file_is_left(parts: Parts, temporary: Path) -> None:
     with Vm(parts) as vm:
         pids = pids_of(vm)
-        assert len(alive(pids)) == 4  # QEMU and a file server each for root, layer and checkout
+        assert len(alive(pids)) == 1
         assert len(list(temporary.iterdir())) == 1
     assert alive(pids) == []
     assert list(temporary.iterdir()) == []
@@ -464,7 +492,7 @@ exit_on_signals()
 given = json.loads(sys.argv[1])
 paths = ("repo", "kernel", "initramfs", "rootfs", "layer", "scratch")
 with Vm(Parts(**{name: Path(value) if name in paths else value for name, value in given.items()})) as vm:
-    print(json.dumps([process.pid for process in vm._processes]), flush=True)
+    print(json.dumps([vm._qemu.pid]), flush=True)
     vm.run("exit 98", timeout_s=600)
 """
 
@@ -492,7 +520,7 @@ def test_a_signal_in_the_middle_of_a_run_leaves_nothing(
     runner: tuple[subprocess.Popen[str], list[int]], temporary: Path, number: signal.Signals
 ) -> None:
     process, pids = runner
-    assert len(alive(pids)) == 4
+    assert len(alive(pids)) == 1
     process.send_signal(number)
     status = process.wait(30)
     assert status in (128 + number, -number)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vm.harness import accel, host, kernel, layer, rootfs
 from vm.harness.cache import Cache, default_root
-from vm.harness.disks import ensure_scratch
+from vm.harness.disks import ensure_root_image, ensure_scratch
 from vm.harness.errors import VmError
 
 REPO = Path(__file__).resolve().parents[3]
@@ -19,7 +18,7 @@ REPO = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Files and programs that a run needs."""
+    """Files and programs that a run needs. `rootfs`, `layer` and `scratch` are disk images."""
 
     repo: Path
     kernel: Path
@@ -28,8 +27,6 @@ class Parts:
     layer: Path
     scratch: Path
     qemu: str
-    virtiofsd: str
-    virtiofsd_help: str
     accelerator: str
 
 
@@ -51,22 +48,18 @@ def prepare(repo: Path = REPO, cache: Cache | None = None, seed: Path | None = N
     cache = cache or Cache(default_root())
     seed = seed or default_seed(repo)
     host.require({"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"})
-    virtiofsd = host.require_virtiofsd()
     qemu = host.which("qemu-system-x86_64")
     assert qemu is not None
     root = rootfs.ensure_rootfs(cache)
     image = kernel.ensure_kernel(cache, repo / "tests/vm/kernel.config", seed)
     over = layer.ensure_layer(cache, repo, root)
-    helped = subprocess.run([virtiofsd, "--help"], capture_output=True, text=True, check=False)
     return Parts(
         repo=repo,
         kernel=image,
         initramfs=over / "initramfs",
-        rootfs=root,
-        layer=over / "root",
+        rootfs=ensure_root_image(cache, root),
+        layer=over / "layer.img",
         scratch=ensure_scratch(cache),
         qemu=qemu,
-        virtiofsd=virtiofsd,
-        virtiofsd_help=helped.stdout + helped.stderr,
         accelerator=accel.choose(cache, qemu, image, over / "initramfs"),
     )

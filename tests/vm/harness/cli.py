@@ -96,7 +96,8 @@ def build_main(arguments: Sequence[str] | None = None) -> int:
     try:
         cache = Cache(default_root())
         if given.fresh:
-            cache.drop("rootfs", rootfs.rootfs_key())
+            for kind in ("rootimage", "rootfs"):
+                cache.drop(kind, rootfs.rootfs_key())
         if given.no_seed:
             fragment = REPO / "tests/vm/kernel.config"
             cache.drop("kernel", kernel.options_key(kernel.parse_fragment(fragment.read_text())))
@@ -107,6 +108,6 @@ def build_main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    for name in ("kernel", "rootfs", "layer", "scratch", "qemu", "virtiofsd", "accelerator"):
+    for name in ("kernel", "rootfs", "layer", "scratch", "qemu", "accelerator"):
         print(f"{name:13}{getattr(parts, name)}")
     return 0

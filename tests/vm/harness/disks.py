@@ -1,4 +1,4 @@
-"""The guest's disks: an empty swap area made per run, a scratch file system made once."""
+"""The guest's disks: an empty swap area made per run; read-only file systems and a scratch one made once."""
 
 from __future__ import annotations
 
@@ -40,3 +40,27 @@ def ensure_scratch(cache: Cache) -> Path:
         host.run(["mkfs.ext4", "-q", "-F", "-E", features, "-m", "0", image], log=into / "build.log")
 
     return cache.entry("scratch", digest("1", str(SCRATCH_MIB)), build) / "scratch.img"
+
+
+def ensure_root_image(cache: Cache, rootfs: Path) -> Path:
+    """The unpacked root filesystem as a read-only ext4 image."""
+
+    def build(into: Path) -> None:
+        pack_ext4(rootfs, into / "root.img", into / "build.log")
+
+    return cache.entry("rootimage", rootfs.parent.name.removeprefix("rootfs-"), build) / "root.img"
+
+
+def pack_ext4(folder: Path, image: Path, log: Path) -> None:
+    """Make an ext4 image, with little room to spare and no journal, of a folder and all that is in it."""
+    host.require({"mkfs.ext4": "e2fsprogs"})
+    inodes, blocks = 0, 0
+    for path in [folder, *folder.rglob("*")]:
+        inodes += 1
+        blocks += 1 + path.lstat().st_size // PAGE_BYTES
+    size_mib = 16 + (blocks + blocks // 10) * PAGE_BYTES // (1 << 20) + inodes * 256 // (1 << 20)
+    with image.open("wb") as file:
+        file.truncate(size_mib << 20)
+    command = ["mkfs.ext4", "-q", "-F", "-b", str(PAGE_BYTES), "-N", str(inodes + 64), "-m", "0"]
+    command += ["-O", "^has_journal,^resize_inode", "-E", "root_owner=0:0", "-d", str(folder), str(image)]
+    host.run(command, log=log)

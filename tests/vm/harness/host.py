@@ -11,9 +11,6 @@ from pathlib import Path
 
 from vm.harness.errors import VmError
 
-VIRTIOFSD_PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
-"""None is on PATH. Debian: the first is of the `virtiofsd` package, the second of older QEMU packages."""
-
 
 def say(message: str) -> None:
     """Progress of long steps; standard output belongs to the guest's command."""
@@ -24,16 +21,6 @@ def which(program: str) -> str | None:
     """Like shutil.which, but looks into the sbin folders too: they are not on everybody's PATH."""
     path = os.environ.get("PATH", os.defpath)
     return shutil.which(program, path=f"{path}:/usr/local/sbin:/usr/sbin:/sbin")
-
-
-def find_virtiofsd(environ: Mapping[str, str] = os.environ) -> str | None:
-    """$MEMTIER_VM_VIRTIOFSD, else the first of the usual places, else one on PATH."""
-    if chosen := environ.get("MEMTIER_VM_VIRTIOFSD"):
-        return chosen
-    for place in VIRTIOFSD_PLACES:
-        if os.access(place, os.X_OK):
-            return place
-    return which("virtiofsd")
 
 
 def run(
@@ -94,16 +81,3 @@ def require(programs: Mapping[str, str]) -> None:
         apt_install(missing)
         if still := [program for program in programs if which(program) is None]:
             raise VmError(f"still not found after the installation: {', '.join(still)}")
-
-
-def require_virtiofsd() -> str:
-    """Path of virtiofsd, installed if it is missing."""
-    if found := find_virtiofsd():
-        return found
-    try:
-        apt_install(["virtiofsd"])  # Debian trixie, Ubuntu 24.04 and later
-    except VmError:
-        apt_install(["qemu-system-common"])  # before that it came with QEMU
-    if found := find_virtiofsd():
-        return found
-    raise VmError("virtiofsd not found", hint="set MEMTIER_VM_VIRTIOFSD to its path")

@@ -1,6 +1,6 @@
 """What a run lays over the root filesystem: our wheels, the guest's own files, the images, and the initramfs.
 
-One folder per content of the checkout, served read-only; the guest stacks it over the root filesystem with
+One read-only disk per content of the checkout; the guest stacks it over the root filesystem with
 overlayfs, so nothing is installed at boot.
 """
 
@@ -16,11 +16,12 @@ import zipfile
 from pathlib import Path
 
 from vm.harness import cpio, host, images
-from vm.harness.cache import Cache, digest, digest_files
+from vm.harness.cache import Cache, digest, digest_files, remove_tree
+from vm.harness.disks import pack_ext4
 from vm.harness.errors import VmError
 from vm.harness.rootfs import guest_python, run_guest_python
 
-RECIPE = "1"
+RECIPE = "2"
 PACKAGES = ("nri-core", "memtier-engine", "cli")
 
 GUEST_FILES = {
@@ -103,7 +104,7 @@ def _write_scripts(entry_points: str, scripts: Path) -> None:
 
 
 def ensure_layer(cache: Cache, repo: Path, rootfs: Path) -> Path:
-    """Folder with `root` (stacked over the root filesystem) and `initramfs`."""
+    """Folder with `layer.img` (stacked over the root filesystem) and `initramfs`."""
     guest = repo / "tests/vm/guest"
     wheels = ensure_wheels(cache, repo)
     image_folder = images.ensure_images(cache, rootfs, repo / "tests/vm/images/pause.c")
@@ -139,6 +140,8 @@ def ensure_layer(cache: Cache, repo: Path, rootfs: Path) -> Path:
             "/",
             code,
         )
+        pack_ext4(root, into / "layer.img", into / "build.log")
+        remove_tree(root)
         (into / "initramfs").write_bytes(initramfs(rootfs, guest / "init"))
 
     found = cache.entry("layer", key, build)

@@ -1,7 +1,7 @@
 """A running VM: start it, run commands in it one after the other, get rid of it whatever happens.
 
-Every wait has a deadline. QEMU and the virtiofsd processes get a parent-death signal, so that they go even
-when this process is killed with SIGKILL; the run folder it leaves then is removed by the next run.
+Every wait has a deadline. QEMU gets a parent-death signal, so that it goes even when this process is killed
+with SIGKILL; the run folder it leaves then is removed by the next run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from types import TracebackType
 from vm.harness.build import Parts
 from vm.harness.disks import make_swap
 from vm.harness.errors import VmError, VmTimeout
-from vm.harness.qemu import Machine, default_nodes, parse_nodes, virtiofsd_command
+from vm.harness.qemu import Machine, Writes, default_nodes, parse_nodes
 
 BOOT_TIMEOUT_S = 180.0
 """A boot takes 5 s under emulation on an idle machine; this is for one that is busy with something else."""
@@ -80,7 +80,7 @@ class Vm:
         self._options = options or Options()
         self._terminal = terminal
         self._boot_timeout_s = min(boot_timeout_s, BOOT_TIMEOUT_S)
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._qemu: subprocess.Popen[bytes] | None = None
         self._stack = contextlib.ExitStack()
         self._control_buffer = b""
         self.boot_seconds = 0.0
@@ -108,21 +108,16 @@ class Vm:
         options, parts = self._options, self._parts
         nodes = parse_nodes(options.nodes or default_nodes(options.smp), options.smp)
         self._folder = self._make_run_folder()
-        shares = {
-            "root": (parts.rootfs, "always"),
-            "layer": (parts.layer, "always"),
-            "host": (parts.repo, "auto"),
-        }
+        shares = {"host": (parts.repo, False)}
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
-            shares["out"] = (options.out.absolute(), "never")
-        connections = {name: self._start_virtiofsd(name, *what) for name, what in shares.items()}
-        disks: dict[str, tuple[Path, bool]] = {}
+            shares["out"] = (options.out.absolute(), True)
+        disks = {"root": (parts.rootfs, Writes.REFUSED), "layer": (parts.layer, Writes.REFUSED)}
         if options.swap_mib:
             make_swap(self._folder / "swap.img", options.swap_mib)
-            disks["swap"] = (self._folder / "swap.img", False)
+            disks["swap"] = (self._folder / "swap.img", Writes.KEPT)
         if options.scratch:
-            disks["scratch"] = (parts.scratch, True)
+            disks["scratch"] = (parts.scratch, Writes.DROPPED)
         self._control, control_end = self._socket_pair()
         self._output, output_end = self._socket_pair()
         machine = Machine(
@@ -135,17 +130,12 @@ class Vm:
             nodes=nodes,
             control_fd=control_end.fileno(),
             output_fd=output_end.fileno(),
-            share_fds={name: connection.fileno() for name, connection in connections.items()},
+            shares=shares,
             disks=disks,
             append=options.append,
             terminal=self._terminal,
         )
-        self._spawn(
-            machine.command(),
-            [control_end, output_end, *connections.values()],
-            log="qemu.log",
-            terminal=self._terminal,
-        )
+        self._start(machine.command(), [control_end, output_end])
         self._control.setblocking(False)
         self._output.setblocking(False)
         self._wait_for("ready", started + self._boot_timeout_s, lambda data: None, what="boot")
@@ -187,30 +177,25 @@ class Vm:
 
     def close(self) -> None:
         """Switch the guest off and remove all that the run left. Safe to call twice."""
-        qemu = self._processes[-1] if self._processes else None
-        if qemu is not None and qemu.poll() is None and getattr(self, "_control", None) is not None:
+        if self._qemu is not None and self._qemu.poll() is None:
             with contextlib.suppress(VmError, OSError, subprocess.TimeoutExpired):
                 self._send("off", time.monotonic() + 1)
-                qemu.wait(OFF_TIMEOUT_S)
+                self._qemu.wait(OFF_TIMEOUT_S)
         self.kill()
         self._stack.close()
 
     def kill(self) -> None:
-        """End QEMU and the virtiofsd processes now."""
-        for process in reversed(self._processes):
-            if process.poll() is None:
-                process.kill()
-        for process in self._processes:
-            process.wait()
+        """End QEMU now."""
+        if self._qemu is not None:
+            self._qemu.kill()
+            self._qemu.wait()
 
     # -- the parts of a run ----------------------------------------------------------------------
 
     def _make_run_folder(self) -> Path:
         sweep_run_folders()
-        folder = Path(tempfile.mkdtemp(prefix=_RUN_PREFIX))  # 0700: the sockets in it are for us only
+        folder = Path(tempfile.mkdtemp(prefix=_RUN_PREFIX))
         self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        self._folder_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._stack.callback(os.close, self._folder_fd)
         lock = self._stack.enter_context((folder / "lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
         return folder
@@ -220,34 +205,16 @@ class Vm:
         self._stack.enter_context(ours)
         return ours, theirs
 
-    def _start_virtiofsd(self, name: str, folder: Path, cache: str) -> socket.socket:
-        """Start a file server. Returns QEMU's end of the connection, which is made already."""
-        path = f"/proc/self/fd/{self._folder_fd}/{name}.sock"  # a socket's path has 107 bytes at most
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path)
-            listener.listen(1)
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(path)
-            command = virtiofsd_command(
-                self._parts.virtiofsd, self._parts.virtiofsd_help, listener.fileno(), folder, cache
-            )
-            self._spawn(command, [listener], log=f"virtiofsd-{name}.log")
-        return connection
-
-    def _spawn(
-        self, command: list[str], inherited: Sequence[socket.socket], *, log: str, terminal: bool = False
-    ) -> None:
-        """Start a child that dies with us and holds `inherited`; our copies of those are closed."""
-        with (self._folder / log).open("wb") as file:
-            self._processes.append(
-                subprocess.Popen(
-                    ["setpriv", "--pdeathsig", "KILL", *command],
-                    stdin=None if terminal else subprocess.DEVNULL,
-                    stdout=None if terminal else file,
-                    stderr=file,
-                    pass_fds=[end.fileno() for end in inherited],
-                    start_new_session=not terminal,  # Ctrl-C is for us only
-                )
+    def _start(self, command: list[str], inherited: Sequence[socket.socket]) -> None:
+        """Start QEMU, which dies with us and holds `inherited`; our copies of those are closed."""
+        with (self._folder / "qemu.log").open("wb") as log:
+            self._qemu = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                stdin=None if self._terminal else subprocess.DEVNULL,
+                stdout=None if self._terminal else log,
+                stderr=log,
+                pass_fds=[end.fileno() for end in inherited],
+                start_new_session=not self._terminal,  # Ctrl-C is for us only
             )
         for end in inherited:
             end.close()
@@ -306,11 +273,7 @@ class Vm:
     def _died(self, what: str) -> VmError:
         self.kill()
         logs = []
-        for name in (
-            "qemu.log",
-            "console.log",
-            *(f"virtiofsd-{name}.log" for name in ("root", "layer", "host", "out")),
-        ):
+        for name in ("qemu.log", "console.log"):
             path = self._folder / name
             if path.exists() and (text := path.read_text(errors="replace").strip()):
                 logs.append(f"--- {name}\n" + "\n".join(text.splitlines()[-20:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,14 @@ ACCELERATORS = {
 }
 
 _NODE = re.compile(r"(\d+):(\d+(?:-\d+)?)?")
+
+
+class Writes(enum.Enum):
+    """What becomes of a guest's writes to a disk: the value is QEMU's option for it."""
+
+    KEPT = ""
+    DROPPED = ",snapshot=on"
+    REFUSED = ",readonly=on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +71,10 @@ def parse_nodes(spec: str, smp: int) -> tuple[Node, ...]:
 
 
 def numa_arguments(nodes: Sequence[Node]) -> list[str]:
-    """Memory backends, nodes and distances. Memory is a shared memfd: virtiofsd maps it (vhost-user)."""
+    """Memory backends, nodes and distances."""
     words = []
     for number, node in enumerate(nodes):
-        words += ["-object", f"memory-backend-memfd,id=m{number},size={node.mib}M,share=on"]
+        words += ["-object", f"memory-backend-ram,id=m{number},size={node.mib}M"]
         cpus = f",cpus={node.cpus}" if node.cpus is not None else ""
         words += ["-numa", f"node,nodeid={number},memdev=m{number}{cpus}"]
     for a in range(len(nodes)):
@@ -88,10 +97,10 @@ class Machine:
     nodes: tuple[Node, ...]
     control_fd: int
     output_fd: int
-    share_fds: dict[str, int] = field(default_factory=dict)
-    """vhost-user connections by the name under which the guest mounts them."""
-    disks: dict[str, tuple[Path, bool]] = field(default_factory=dict)
-    """By serial number: image, and whether writes are thrown away."""
+    shares: dict[str, tuple[Path, bool]] = field(default_factory=dict)
+    """By the name under which the guest mounts it: folder, and whether the guest may write to it."""
+    disks: dict[str, tuple[Path, Writes]] = field(default_factory=dict)
+    """By serial number: image, and what becomes of writes."""
     append: str = ""
     terminal: bool = False
     """Put the guest's hvc0 on QEMU's own standard input and output."""
@@ -109,7 +118,7 @@ class Machine:
             "-initrd",
             str(self.initramfs),
         ]
-        shares_out = " memtier.out" if "out" in self.share_fds else ""
+        shares_out = " memtier.out" if "out" in self.shares else ""
         words += ["-append", f"{KERNEL_ARGUMENTS}{shares_out} {self.append}".strip()]
         words += ["-device", "virtio-serial"]
         for name, fd in (("ctl", self.control_fd), ("out", self.output_fd)):
@@ -117,37 +126,15 @@ class Machine:
             words += ["-device", f"virtserialport,chardev={name},name={name}"]
         if self.terminal:
             words += ["-chardev", "stdio,id=term,signal=off", "-device", "virtconsole,chardev=term"]
-        for name, fd in self.share_fds.items():
-            words += ["-chardev", f"socket,id=fs-{name},fd={fd}"]
-            words += ["-device", f"vhost-user-fs-pci,chardev=fs-{name},tag={name}"]
-        for serial, (image, throw_away) in self.disks.items():
-            snapshot = ",snapshot=on" if throw_away else ""
-            words += [
-                "-drive",
-                f"file={_escape(image)},format=raw,if=none,id={serial},cache=unsafe{snapshot}",
-            ]
+        for name, (folder, writable) in self.shares.items():
+            access = "" if writable else ",readonly=on"
+            shared = f"local,id=fs-{name},path={_escape(folder)},security_model=none,multidevs=remap{access}"
+            words += ["-fsdev", shared, "-device", f"virtio-9p-pci,fsdev=fs-{name},mount_tag={name}"]
+        for serial, (image, writes) in self.disks.items():
+            words += ["-drive", f"file={_escape(image)},format=raw,if=none,id={serial},cache=unsafe{writes.value}"]
             words += ["-device", f"virtio-blk-pci,drive={serial},serial={serial}"]
         return words
 
 
 def _escape(path: Path) -> str:
     return str(path).replace(",", ",,")
-
-
-def virtiofsd_command(program: str, help_text: str, fd: int, folder: Path, cache: str) -> list[str]:
-    """Command line of virtiofsd for a listening socket `fd`, for the C and for the Rust implementation.
-
-    `cache` is "always", "auto" or "never"; `help_text` is what the program prints on --help.
-    """
-    if "--shared-dir" in help_text:  # Rust, virtiofsd 1.x
-        return [
-            program,
-            f"--fd={fd}",
-            f"--shared-dir={folder}",
-            f"--cache={cache}",
-            "--sandbox=chroot",
-            "--log-level=warn",
-        ]
-    mode = {"never": "none"}.get(cache, cache)  # C, part of QEMU until 7.2
-    options = (f"source={folder}", f"cache={mode}", "sandbox=chroot", "log_level=warn")
-    return [program, f"--fd={fd}", *(word for option in options for word in ("-o", option)), "-f"]

@@ -1,4 +1,4 @@
-"""The guest's root filesystem: a list of Debian packages -> a folder that virtiofs serves read-only."""
+"""The guest's root filesystem: a list of Debian packages -> a folder, and a disk image of it."""
 
 from __future__ import annotations
 
