@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.ages import true_runs
 from memtier_engine.model import NOT_OURS, PAGE_SHIFT, SWAP_NODE, Bools, MoveTask, ProcessId, Spans
 from memtier_engine.policies.heatmap import Heats, clipped
+from memtier_engine.policies.pagemask import flagged_in, flagged_spans, inside, page_indexes
 from memtier_engine.regions import F64, I64
 
-_SHIFT = np.uint64(PAGE_SHIFT)
 UNLIMITED = np.inf
 
 
@@ -61,15 +60,14 @@ class Placement:
         for index in range(SWAP_NODE - NOT_OURS, len(counts)):
             node = index + NOT_OURS
             self.used_pages[node] = self.used_pages.get(node, 0) + int(counts[index])
-        inside = clipped(heats, where.spans)
-        if len(inside) != len(heats):
-            row = np.maximum(np.searchsorted(heats.starts, inside.starts, side="right") - 1, 0)
+        mapped = clipped(heats, where.spans)
+        if len(mapped) != len(heats):
+            row = np.maximum(np.searchsorted(heats.starts, mapped.starts, side="right") - 1, 0)
             heat, classes = heat[row], classes[row]
-        span = np.maximum(np.searchsorted(where.spans.starts, inside.starts, side="right") - 1, 0)
-        if not len(where.spans):
+        if not len(mapped):
             return
-        firsts = where.offsets[span] + ((inside.starts - where.spans.starts[span]) >> _SHIFT).astype(np.int64)
-        self._rows.append(_Rows(where, firsts, firsts + inside.pages, heat, classes))
+        firsts, lasts = page_indexes(where.spans, where.offsets, mapped.starts, mapped.ends)
+        self._rows.append(_Rows(where, firsts, lasts, heat, classes))
 
     def tasks(self, budget_pages: int | None) -> list[MoveTask]:
         """Moves of misplaced pages, hottest class first, no more than `budget_pages`."""
@@ -99,7 +97,10 @@ class Placement:
                 continue
             accepted += nodes
             masks = [_away(rows.where.nodes, accepted) for rows in self._rows]
-            needs = [_sums(mask, rows, which) for mask, rows, which in zip(masks, self._rows, chosen, strict=True)]
+            needs = [
+                flagged_in(mask, rows.firsts[which], rows.lasts[which])
+                for mask, rows, which in zip(masks, self._rows, chosen, strict=True)
+            ]
             owner = np.repeat(np.arange(len(self._rows)), [len(which) for which in chosen])
             heat = np.concatenate([rows.heat[which] for rows, which in zip(self._rows, chosen, strict=True)])
             need = np.concatenate(needs) if needs else np.zeros(0, np.int64)
@@ -119,7 +120,9 @@ class Placement:
                 left -= int(need[mine].sum())
                 for position in np.flatnonzero(np.bincount(owner[mine])).tolist():
                     rows = self._rows[position]
-                    spans = _runs(rows, masks[position], index[mine[owner[mine] == position]])
+                    which = index[mine[owner[mine] == position]]
+                    wanted = masks[position] & inside(len(masks[position]), rows.firsts[which], rows.lasts[which])
+                    spans = flagged_spans(rows.where.spans, rows.where.offsets, wanted)
                     tasks.append(MoveTask(rows.where.process, spans, node, f"heat class {number}"))
             if left <= 0 or (target != _NO_NODE).all():
                 return max(0.0, left)
@@ -142,36 +145,6 @@ def _away(nodes: NDArray[np.int16], accepted: tuple[int, ...]) -> Bools:
             table[node - NOT_OURS] = False
     away: Bools = table[nodes - NOT_OURS]
     return away
-
-
-def _sums(mask: Bools, rows: _Rows, which: I64) -> I64:
-    """int64[len(which)]: pages of the mask in each of these ranges, which are in ascending order."""
-    if not len(which):
-        return np.zeros(0, np.int64)
-    edges = np.stack((rows.firsts[which], rows.lasts[which]), axis=1).reshape(-1)
-    padded = np.append(mask.view(np.uint8), np.uint8(0))  # an edge may be the very end
-    sums: I64 = np.add.reduceat(padded, edges, dtype=np.int64)[::2]
-    return sums
-
-
-def _runs(rows: _Rows, mask: Bools, which: I64) -> Spans:
-    """The pages of the mask in these ranges, as spans."""
-    inside = np.zeros(len(mask) + 1, np.int8)
-    inside[rows.firsts[which]] += 1
-    inside[rows.lasts[which]] -= 1  # ranges are disjoint: no index stands twice
-    wanted = mask & (np.cumsum(inside[:-1], dtype=np.int8) > 0)
-    runs = true_runs(wanted)
-    # A run may cross from one mapping into the next in the table of pages, though not in addresses.
-    offsets = rows.where.offsets
-    cuts = offsets[1:-1]
-    crossing = cuts[wanted[cuts] & wanted[cuts - 1]] if len(cuts) else cuts
-    edges = np.sort(np.concatenate((runs.reshape(-1), crossing, crossing)))
-    runs = edges.reshape(-1, 2)
-    span = np.searchsorted(offsets, runs[:, 0], side="right") - 1
-    base = rows.where.spans.starts[span]
-    first = (runs[:, 0] - offsets[span]).astype(np.uint64)
-    last = (runs[:, 1] - offsets[span]).astype(np.uint64)
-    return Spans(base + (first << _SHIFT), base + (last << _SHIFT))
 
 
 def _assign(need: I64, nodes: tuple[int, ...], room: Mapping[int, float]) -> I64:
