@@ -69,7 +69,11 @@ def generated() -> dict[Path, str]:
         with tempfile.TemporaryDirectory() as folder:
             _protoc(f"--pyi_out={folder}", source)
             [stub] = Path(folder).glob("**/*.pyi")
-            files[OUT / f"{name}.pyi"] = HEADER.format(source=source) + stub.read_text()
+            # An enum value named None cannot be written in Python; it is reachable by its number.
+            lines = [line for line in stub.read_text().splitlines() if not line.lstrip().startswith("None:")]
+            files[OUT / f"{name}.pyi"] = "\n".join([HEADER.format(source=source).rstrip(), *lines, ""]).replace(
+                "_Mapping]", "_Mapping[str, object]]"
+            )
     return files
 
 

@@ -1,1 +1,61 @@
-"""nri_core."""
+"""ttrpc and the Node Resource Interface: write a container runtime plugin as one class.
+
+from nri_core import Adjustment, Plugin, run
+
+class Swap(Plugin):
+    name, index = "swap", "50"
+
+    async def create_container(self, pod, container):
+        return Adjustment().unified("memory.swap.max", "max")
+
+run(Swap())
+"""
+
+from nri_core.aio.stub import Backoff, Stub, run
+from nri_core.api.adjust import Adjustment, Resources, Update
+from nri_core.api.events import EventMask, parse_events
+from nri_core.api.model import Container, ContainerState, Mount, Pod, Runtime
+from nri_core.errors import (
+    Code,
+    ConfigurationRefused,
+    ConnectError,
+    ConnectionLost,
+    LocalProtocolError,
+    MessageTooLarge,
+    NriError,
+    RegistrationRefused,
+    RemoteProtocolError,
+    RpcError,
+    SessionError,
+)
+from nri_core.plugin import Plugin, Rejected, Validation
+
+__all__ = [
+    "Adjustment",
+    "Backoff",
+    "Code",
+    "ConfigurationRefused",
+    "ConnectError",
+    "ConnectionLost",
+    "Container",
+    "ContainerState",
+    "EventMask",
+    "LocalProtocolError",
+    "MessageTooLarge",
+    "Mount",
+    "NriError",
+    "Plugin",
+    "Pod",
+    "RegistrationRefused",
+    "Rejected",
+    "RemoteProtocolError",
+    "Resources",
+    "RpcError",
+    "Runtime",
+    "SessionError",
+    "Stub",
+    "Update",
+    "Validation",
+    "parse_events",
+    "run",
+]

@@ -1,0 +1,1 @@
+"""asyncio: sockets, time limits, reconnecting."""

@@ -1,0 +1,267 @@
+"""Runs a plugin: connect, register, serve, and again when the runtime comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from nri_core.aio.dispatch import RUNTIME_SERVICE_NAME, Dispatcher, in_handler
+from nri_core.aio.rpc import ClientEndpoint, ServerEndpoint
+from nri_core.aio.transport import DEFAULT_SOCKET, Trunk, connect, inherited
+from nri_core.api.adjust import Update, update_from_message
+from nri_core.errors import (
+    ConfigurationRefused,
+    ConnectError,
+    ConnectionLost,
+    LocalProtocolError,
+    NriError,
+    RegistrationRefused,
+    RemoteProtocolError,
+    RpcError,
+    SessionError,
+)
+from nri_core.mux import MAX_PAYLOAD_BYTES, PLUGIN_SERVICE, RUNTIME_SERVICE
+from nri_core.pb import nri_pb2
+from nri_core.plugin import Plugin, identity
+from nri_core.session import DEFAULT_REGISTRATION_TIMEOUT_S, DEFAULT_REQUEST_TIMEOUT_S, Session, State, Step
+
+log = logging.getLogger("nri_core")
+
+NRI_VERSION = "v0.12.2"
+"""The NRI release whose protocol this library speaks; told to runtimes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """Waits between attempts to connect: doubling, with jitter."""
+
+    least_s: float = 0.5
+    most_s: float = 30.0
+
+    def wait_s(self, attempt: int, chance: float) -> float:
+        """Seconds before `attempt` (from 0); `chance` in [0, 1) spreads many plugins of one node."""
+        whole: float = min(self.most_s, self.least_s * 2.0 ** min(attempt, 20))
+        return whole * (0.5 + chance / 2)
+
+
+class Stub:
+    """Drives one plugin."""
+
+    def __init__(
+        self,
+        plugin: Plugin,
+        *,
+        socket_path: str | os.PathLike[str] = DEFAULT_SOCKET,
+        reconnect: bool = True,
+        backoff: Backoff | None = None,
+        registration_timeout_s: float = DEFAULT_REGISTRATION_TIMEOUT_S,
+    ) -> None:
+        """The plugin's name and index are settled here: see `nri_core.plugin.identity`.
+
+        Raises:
+            LocalProtocolError: the plugin has no well-formed name and index.
+        """
+        self.plugin = plugin
+        self.name, self.index = identity(plugin)
+        self.session = Session()
+        plugin.stub = self
+        self._path = socket_path
+        self._reconnect = reconnect
+        self._backoff = backoff or Backoff()
+        self._registration_timeout_s = registration_timeout_s
+        self._stopping = asyncio.Event()
+        self._trunk: Trunk | None = None
+        self._client: ClientEndpoint | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"nri-{self.name}")
+
+    async def run(self) -> None:
+        """Serve until `stop` is called; without `reconnect`, until the connection ends.
+
+        A pre-launched plugin uses the socket it was given and returns when the runtime closes it.
+
+        Raises:
+            ConnectError: no connection could be made, and `reconnect` is off.
+            SessionError: the runtime does not take this plugin; trying again would not help.
+            ConnectionLost, RemoteProtocolError: the connection ended, and `reconnect` is off.
+        """
+        given = inherited()
+        attempt = 0
+        try:
+            while not self._stopping.is_set():
+                try:
+                    sock = given if given is not None else await connect(self._path)
+                    await self._serve(sock)
+                except SessionError:
+                    raise
+                except NriError as error:
+                    if self._stopping.is_set():
+                        return
+                    if given is not None and self.session.state is State.CLOSED:
+                        log.info("%s; a pre-launched plugin ends with it", error)
+                        return
+                    if given is not None or not self._reconnect:
+                        raise
+                    attempt = 0 if self._served else attempt + 1
+                    wait_s = self._backoff.wait_s(attempt, random.random())
+                    log.warning("%s; trying again in %.1f s", error, wait_s)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(wait_s):
+                            await self._stopping.wait()
+        finally:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def stop(self) -> None:
+        """End `run` soon."""
+        self._stopping.set()
+        if self._trunk is not None:
+            self._trunk.close()
+
+    async def update_containers(self, updates: Sequence[Update], *, timeout_s: float | None = None) -> list[Update]:
+        """Ask for changes of running containers; returns those that failed.
+
+        Raises:
+            LocalProtocolError: called within a handler (return the updates instead), or not synchronized yet.
+            RpcError, TimeoutError, ConnectionLost: see `ClientEndpoint.call`.
+        """
+        if in_handler.get():
+            raise LocalProtocolError(
+                "update_containers was called within a handler: the runtime waits for the handler, and would "
+                "wait for itself",
+                hint="return the updates from the handler, or start a task of its own for the call",
+            )
+        self.session.step(Step.UPDATE)
+        assert self._client is not None
+        request = nri_pb2.UpdateContainersRequest(update=[update.to_message() for update in updates])
+        limit_s = timeout_s
+        if limit_s is None:
+            limit_s = self.session.runtime.request_timeout_s if self.session.runtime else DEFAULT_REQUEST_TIMEOUT_S
+        answer = await self._client.call(
+            RUNTIME_SERVICE_NAME, "UpdateContainers", request.SerializeToString(), timeout_s=limit_s
+        )
+        response = nri_pb2.UpdateContainersResponse()
+        try:
+            response.ParseFromString(answer)
+        except DecodeError as error:
+            raise RemoteProtocolError(f"the answer to UpdateContainers cannot be decoded: {error}") from None
+        return [update_from_message(update) for update in response.failed]
+
+    @property
+    def _served(self) -> bool:
+        return self.session.runtime is not None
+
+    async def _serve(self, sock: socket.socket) -> None:
+        """One connection, from registration to its end. Always raises, unless `stop` was called."""
+        session = self.session = Session()
+        trunk = self._trunk = Trunk()
+        dispatcher = Dispatcher(self.plugin, session, self._executor)
+        sends: dict[int, object] = {}
+        # Runtimes before NRI v0.7 send a Synchronize of any size in one message.
+        server = ServerEndpoint(
+            dispatcher.services(),
+            lambda frame: sends[PLUGIN_SERVICE](frame),  # type: ignore[operator]
+            max_receive_bytes=MAX_PAYLOAD_BYTES,
+        )
+        client = self._client = ClientEndpoint(lambda frame: sends[RUNTIME_SERVICE](frame))  # type: ignore[operator]
+        sends[PLUGIN_SERVICE] = trunk.attach(PLUGIN_SERVICE, server.feed)
+        sends[RUNTIME_SERVICE] = trunk.attach(RUNTIME_SERVICE, client.feed)
+        await trunk.start(sock)  # serving before registering: Configure may come before the answer
+        error: NriError = ConnectionLost("stopped")
+        try:
+            closed = asyncio.ensure_future(trunk.wait_closed())
+            try:
+                await self._begin(session, client, dispatcher, closed)
+                error = await closed
+            finally:
+                closed.cancel()
+        except NriError as failure:
+            error = failure
+        finally:
+            trunk.close()
+            lost = error if isinstance(error, ConnectionLost) else ConnectionLost(str(error))
+            session.step(Step.CLOSE)
+            client.lose(lost)
+            server.lose(lost)
+            await self._tell_disconnected(None if self._stopping.is_set() else error)
+        if not self._stopping.is_set():
+            raise error
+
+    async def _begin(
+        self,
+        session: Session,
+        client: ClientEndpoint,
+        dispatcher: Dispatcher,
+        closed: asyncio.Future[ConnectionLost | RemoteProtocolError],
+    ) -> None:
+        """Register, and wait until the runtime has configured and synchronized the plugin.
+
+        A runtime can give a plugin up without closing the connection: then nothing would ever come.
+        """
+        session.step(Step.REGISTER)
+        request = nri_pb2.RegisterPluginRequest(plugin_name=self.name, plugin_idx=self.index, NRI_version=NRI_VERSION)
+        try:
+            await client.call(
+                RUNTIME_SERVICE_NAME,
+                "RegisterPlugin",
+                request.SerializeToString(),
+                timeout_s=self._registration_timeout_s,
+            )
+        except RpcError as error:
+            raise RegistrationRefused(
+                f"the runtime does not take plugin {self.index}-{self.name}: {error.message}",
+                hint="the index is two digits, the name letters, digits and _ . + -",
+            ) from None
+        except TimeoutError:
+            raise ConnectionLost(
+                f"no answer to the registration within {self._registration_timeout_s:g} s",
+                hint="is it an NRI socket? on a busy node, raise plugin_registration_timeout of the runtime",
+            ) from None
+        runtime_s = session.runtime.request_timeout_s if session.runtime else DEFAULT_REQUEST_TIMEOUT_S
+        wait_s = self._registration_timeout_s + 5 * runtime_s
+        waited: set[asyncio.Future[Any]] = {dispatcher.synchronized, closed}
+        await asyncio.wait(waited, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        if closed.done() and not dispatcher.synchronized.done():
+            lost = closed.result()
+            if session.runtime is not None and session.state is State.CONFIGURED and not self._reconnect:
+                raise ConfigurationRefused(
+                    f"{session.runtime.name} {session.runtime.version} closed the connection after the "
+                    f"subscription to {session.subscribed!r}",
+                    hint="its log says why",
+                )
+            raise lost
+        if not dispatcher.synchronized.done():
+            raise ConnectionLost(f"registered, but not synchronized within {wait_s:g} s: the runtime gave us up")
+        runtime = session.runtime
+        assert runtime is not None
+        log.info("connected to %s %s as %s-%s", runtime.name, runtime.version, self.index, self.name)
+
+    async def _tell_disconnected(self, error: BaseException | None) -> None:
+        found = self.plugin.disconnected(error)
+        if found is not None:
+            await found
+
+
+def run(plugin: Plugin, *, socket_path: str | os.PathLike[str] = DEFAULT_SOCKET, reconnect: bool = True) -> None:
+    """Run a plugin until it is interrupted: the whole main program of most plugins.
+
+    Raises:
+        See `Stub` and `Stub.run`.
+    """
+
+    async def main() -> None:
+        await Stub(plugin, socket_path=socket_path, reconnect=reconnect).run()
+
+    with suppress(KeyboardInterrupt):
+        asyncio.run(main())
+
+
+__all__ = ["Backoff", "ConnectError", "Stub", "run"]

@@ -1,0 +1,1 @@
+"""ttrpc without IO: bytes in, events out; calls in, frames out."""

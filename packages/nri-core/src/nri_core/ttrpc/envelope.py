@@ -1,0 +1,103 @@
+"""The protobuf messages around calls: requests with service, method, time limit and metadata; statuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from nri_core.errors import Code, RpcError
+from nri_core.pb import ttrpc_pb2
+
+Metadata = tuple[tuple[str, str], ...]
+"""(key, value) pairs; a key may stand several times, and is compared without case."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallHead:
+    """What a Request frame says."""
+
+    service: str
+    method: str
+    payload: bytes
+    timeout_ns: int
+    """Relative to its arrival; 0: none. May be negative: over before it came."""
+    metadata: Metadata = ()
+
+    def values(self, key: str) -> tuple[str, ...]:
+        """All metadata values of `key`."""
+        return tuple(value for name, value in self.metadata if name.lower() == key.lower())
+
+
+def encode_request(head: CallHead) -> bytes:
+    """Data of a Request frame; metadata keys go out in lower case."""
+    message = ttrpc_pb2.Request(
+        service=head.service, method=head.method, payload=head.payload, timeout_nano=head.timeout_ns
+    )
+    for key, value in head.metadata:
+        message.metadata.add(key=key.lower(), value=value)
+    return message.SerializeToString()
+
+
+def decode_request(data: bytes) -> CallHead:
+    """The inverse. Raises ValueError."""
+    message = _parsed(ttrpc_pb2.Request(), data)
+    metadata = tuple((pair.key, pair.value) for pair in message.metadata)
+    return CallHead(message.service, message.method, message.payload, message.timeout_nano, metadata)
+
+
+def encode_response(payload: bytes) -> bytes:
+    """Data of a Response frame that means success."""
+    return ttrpc_pb2.Response(payload=payload).SerializeToString()
+
+
+def encode_status(code: int, text: str) -> bytes:
+    """Data of a Response frame that means failure."""
+    return ttrpc_pb2.Response(status=ttrpc_pb2.Status(code=code, message=text)).SerializeToString()
+
+
+def decode_response(data: bytes) -> bytes:
+    """The payload. Raises ValueError if it is no Response, RpcError if it carries a status that is not OK."""
+    message = _parsed(ttrpc_pb2.Response(), data)
+    if message.HasField("status") and message.status.code != Code.OK:
+        raise RpcError(message.status.code, message.status.message)
+    return message.payload
+
+
+_M = TypeVar("_M", ttrpc_pb2.Request, ttrpc_pb2.Response)
+
+
+def _parsed(message: _M, data: bytes) -> _M:
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise ValueError(str(error)) from None
+    return message
+
+
+_CODES: Sequence[tuple[type[BaseException], Code]] = (
+    (TimeoutError, Code.DEADLINE_EXCEEDED),
+    (FileExistsError, Code.ALREADY_EXISTS),
+    (FileNotFoundError, Code.NOT_FOUND),
+    (PermissionError, Code.PERMISSION_DENIED),
+    (BrokenPipeError, Code.FAILED_PRECONDITION),
+    (EOFError, Code.OUT_OF_RANGE),
+    (ValueError, Code.INVALID_ARGUMENT),
+)
+
+
+def status_of(error: BaseException) -> tuple[int, str]:
+    """(code, text) that tells the peer of an exception in a handler.
+
+    NotImplementedError is not UNIMPLEMENTED: that code makes runtimes switch to older calls.
+    """
+    if isinstance(error, RpcError):
+        return error.code, error.message
+    if type(error).__name__ == "CancelledError":  # asyncio's; this layer does not import it
+        return Code.CANCELED, "cancelled"
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code, str(error) or kind.__name__
+    return Code.UNKNOWN, str(error) or type(error).__name__
