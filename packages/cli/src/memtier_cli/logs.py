@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import TextIO
 
 from loguru import logger
@@ -23,6 +24,7 @@ def configure(*, debug: bool = False, sink: TextIO | str | None = None, as_json:
     else:
         logger.add(target, level=level, format=_line, colorize=False)
     for library in LIBRARIES:
+        import_module(library)  # it disables itself when it is imported: that must not come after
         logger.enable(library)
 
 

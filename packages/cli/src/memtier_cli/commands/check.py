@@ -63,7 +63,8 @@ def command(as_json: bool) -> int:
     table = Table("tracker", "works", "reason", title="trackers, in the order in which auto tries them")
     for name, why in trackers.items():
         mark = " <- auto" if name == chosen else ""
-        table.add_row(name, "[red]no[/]" if why else f"[green]yes[/]{mark}", f"{why[0]}: {why[1]}" if why else "")
+        reason = ": ".join(part for part in why or () if part)
+        table.add_row(name, "[red]no[/]" if why else f"[green]yes[/]{mark}", reason)
     console.print(table)
     if not works:
         console.print("memtier cannot page out here: " + ("no tracker works" if chosen is None else "there is no swap"))

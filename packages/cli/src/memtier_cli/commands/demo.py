@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
+from threading import Event
 from typing import Protocol
 
 import click
+
+from memtier_cli.values import Duration
 
 HOT_MIB, COLD_MIB = 128, 384
 IDLE_AFTER_S = 3.0
@@ -41,7 +44,7 @@ class NoScreen:
 
 @click.command("demo")
 @click.option("--tracker", default="auto", show_default=True, help="Which tracker to use; auto: the best that works.")
-@click.option("--duration", default=40.0, show_default=True, help="Longest time to run, in seconds.")
+@click.option("--duration", type=Duration(), default="40s", show_default=True, help="Longest time to run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as one JSON object.")
 def command(tracker: str, duration: float, as_json: bool) -> int:
     """Page out the idle memory of a real process and show it.
@@ -64,6 +67,7 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
     host = Host()
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        stack.callback(_say_stopped, stop)  # entered first, so it runs when all else is taken back
         choice = create_tracker(tracker, host)
         swap = stack.enter_context(swap_for_now((HOT_MIB + COLD_MIB) << 20))
         cgroup = stack.enter_context(own_cgroup())
@@ -135,6 +139,11 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
             f" (tracker {verdict.tracker}): {'good' if verdict.passed else 'NOT GOOD'}"
         )
     return 0 if verdict.passed else 1
+
+
+def _say_stopped(stop: Event) -> None:
+    if stop.is_set():
+        click.echo("stopped: the demo's process, cgroup and swap are taken away again", err=True)
 
 
 def _mib(amount_bytes: float) -> str:

@@ -18,6 +18,7 @@ from memtier_engine.errors import KernelCallError, MemtierError, Unavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_stat_fields
 from memtier_engine.hostfs.pagemap import Pagemap
+from memtier_engine.hostfs.proc import read_swaps
 from memtier_engine.model import PAGE_BYTES, Spans
 
 _MAJFLT_FIELD = 12
@@ -32,7 +33,7 @@ class Memory:
     hot_out_bytes: int
     cold_out_bytes: int
     refault_bytes: int
-    """Read back from swap since the start: every major fault of the workload."""
+    """Read back from swap since the start, at most: what every major fault of the workload may have brought in."""
 
 
 class Workload:
@@ -49,6 +50,7 @@ class Workload:
         self.hot = _spans(where["hot"])
         self.cold = _spans(where["cold"])
         self._major_faults = self._read_major_faults()
+        self._bytes_per_fault = PAGE_BYTES * readahead_pages(Host())
 
     def memory(self) -> Memory:
         """What is in RAM and what is out, now."""
@@ -56,10 +58,20 @@ class Workload:
             hot_out = pagemap.swapped_bytes(self.hot.starts, self.hot.ends)
             cold_out = pagemap.swapped_bytes(self.cold.starts, self.cold.ends)
         faults = self._read_major_faults() - self._major_faults
-        return Memory(self.hot.total_bytes, self.cold.total_bytes, hot_out, cold_out, faults * PAGE_BYTES)
+        return Memory(self.hot.total_bytes, self.cold.total_bytes, hot_out, cold_out, faults * self._bytes_per_fault)
 
     def _read_major_faults(self) -> int:
         return int(read_stat_fields(Host(), self.pid)[_MAJFLT_FIELD - 3])
+
+
+def readahead_pages(host: Host) -> int:
+    """The most pages that one fault reads from swap: 1 from zram, else 2**vm.page-cluster.
+
+    Source: mm/memory.c do_swap_page(): no readahead from SWP_SYNCHRONOUS_IO devices.
+    """
+    if all(Path(area.path).name.startswith("zram") for area in read_swaps(host)):
+        return 1
+    return int(2 ** host.read_int(host.path("proc/sys/vm/page-cluster")))
 
 
 def _spans(ranges: list[tuple[int, int]]) -> Spans:

@@ -1,0 +1,118 @@
+"""`memtier run` as an operator uses it: it says what goes on, and ends when there is nothing left to do."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.workload import workload
+
+MEMTIER = Path(sys.executable).parent / "memtier"
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
+
+
+def start(*words: object, output: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    command = [str(MEMTIER), "run", *map(str, words)]
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True)
+
+
+def test_it_ends_when_all_processes_given_have_ended() -> None:
+    with workload(1, 8, write=True) as first, workload(1, 8, write=True) as second:
+        words = ["--pid", first.pid, "--pid", second.pid, "--dry-run", "--idle-after", "1s"]
+        run = start(*words)
+        assert run.stdout is not None
+        for line in run.stdout:
+            if "2 processes" in line and "would move 16" in line:
+                break
+        first.popen.kill()
+        for line in run.stdout:
+            if "1 processes" in line:
+                break
+        assert run.poll() is None
+        second.popen.kill()
+        output, messages = run.communicate(timeout=10)
+        assert run.returncode == 0, messages
+        # The summary tells of the whole run, not of its empty end.
+        assert "; 16." in output.splitlines()[-1]
+
+
+def test_it_says_on_stderr_why_better_trackers_are_out() -> None:
+    with workload(1, 1) as load:
+        run = start("--pid", load.pid, "--dry-run", "--duration", "1s")
+        output, messages = run.communicate(timeout=20)
+        assert run.returncode == 0, messages
+        chosen = output.split("]")[0].lstrip("[")
+        assert f"INFO: tracker {chosen} chosen" in messages
+        if chosen != "idlepage":
+            assert "INFO: tracker idlepage is out" in messages
+
+
+def test_a_reader_that_goes_away_ends_it_quietly() -> None:
+    with workload(1, 1) as load:
+        run = start("--pid", load.pid, "--dry-run", "--idle-after", "1s")
+        assert run.stdout is not None
+        run.stdout.readline()
+        run.stdout.close()
+        run.wait(10)
+        assert run.stderr is not None
+        messages = run.stderr.read()
+        run.stderr.close()
+        assert "Traceback" not in messages
+        assert "Exception ignored" not in messages
+
+
+def test_at_a_terminal_the_state_changes_in_place() -> None:
+    with workload(1, 1) as load:
+        words = [MEMTIER, "run", "--pid", str(load.pid), "--dry-run", "--idle-after", "1s", "--duration", "2s"]
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.execv(MEMTIER, [str(word) for word in words])
+        shown = b""
+        try:
+            while part := os.read(terminal, 65536):
+                shown += part
+        except OSError:  # EIO: it has ended
+            pass
+        finally:
+            os.close(terminal)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        states = [part for part in shown.decode().split("\r") if "processes" in part]
+        assert len(states) >= 4
+        assert not any(state.rstrip("\x1b[K").count("\n") > 1 for state in states[:-1])
+        assert shown.decode().count("processes, resident") == len(states)
+        assert shown.decode().rstrip().endswith("would have been")
+
+
+def test_nohup_keeps_it_running_after_a_hangup() -> None:
+    with workload(1, 1) as load:
+        command = ["nohup", str(MEMTIER), "run", "--pid", str(load.pid), "--dry-run", "--idle-after", "1s"]
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert run.stdout is not None
+        run.stdout.readline()
+        run.send_signal(signal.SIGHUP)
+        for _ in range(3):
+            assert "processes" in run.stdout.readline()
+        run.terminate()
+        run.communicate(timeout=10)
+        assert run.returncode == 0
+
+
+def test_a_configuration_file_that_moves_nothing_tracks_only(tmp_path: Path) -> None:
+    path = tmp_path / "track.yaml"
+    with workload(1, 8, write=True) as load:
+        path.write_text(
+            'policy: {name: age, config: \'{"IntervalMs": 200,'
+            f' "PidWatcher": {{"Name": "pidlist", "Config": "{{\\"Pids\\": [{load.pid}]}}"}},'
+            ' "Tracker": {"Name": "auto", "Config": "scanintervalms: 200"}}\'}\n'
+        )
+        run = start("--config", path, "--duration", "2s")
+        output, messages = run.communicate(timeout=20)
+        assert run.returncode == 0, messages
+        assert output.splitlines()[-1].startswith("moved 0.0 MiB")
+        assert load.swapped_share(load.cold) == 0
