@@ -1,0 +1,32 @@
+"""All processes of the machine that run a program file."""
+
+from __future__ import annotations
+
+import os
+
+from memtier_engine.hostfs.host import Host
+from memtier_engine.model import ProcessId
+from memtier_engine.targets.base import identify
+
+
+class ProcTarget:
+    """Every process whose /proc/PID/exe can be read: no kernel threads, and not this process."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def poll(self) -> frozenset[ProcessId]:
+        """Those that are alive now."""
+        proc = self._host.path("proc")
+        try:
+            names = os.listdir(proc)
+        except OSError as error:
+            raise self._host.error(proc, error) from None
+        return identify(self._host, (int(name) for name in names if name.isdecimal() and self._has_exe(name)))
+
+    def _has_exe(self, name: str) -> bool:
+        try:
+            os.readlink(self._host.path("proc", name, "exe"))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,65 @@
+"""Tracker `finder`: reports all memory with a constant number of accesses, and measures nothing.
+
+With bit filters, pages that do not match are reported as not movable, which keeps every policy off them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present, soft_dirty
+from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, PageChunk, ProcessId, Spans
+from memtier_engine.trackers.common import chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinderConfig:
+    """The keys of the reference's `finder` tracker."""
+
+    report_accesses: int = 0
+    """Accesses that each mapping is said to have had (`reportaccesses`)."""
+    exclusive: bool | None = None
+    """Only pages with, or without, this pagemap bit (`pagemapbitexclusive`). None: both."""
+    present: bool | None = None
+    soft_dirty: bool | None = None
+
+
+class FinderTracker:
+    """Everything there is, untouched unless configured otherwise."""
+
+    name = "finder"
+    page_exact = True
+
+    def __init__(self, host: Host, config: FinderConfig | None = None) -> None:
+        self._host = host
+        self._config = config or FinderConfig()
+        self._buffer = np.empty(CHUNK_PAGES, np.uint64)
+
+    def watch(self, processes: frozenset[ProcessId]) -> None:
+        """See `Tracker.watch`."""
+
+    def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
+        """See `Tracker.scan`; there is no window and no first scan here."""
+        config = self._config
+        wanted = ((exclusive, config.exclusive), (present, config.present), (soft_dirty, config.soft_dirty))
+        with Pagemap(self._host, process.pid) as pagemap:
+            for start, end in chunks(spans):
+                words = pagemap.read(start, end, self._buffer)
+                matches = np.ones(len(words), np.bool_)
+                for bit, value in wanted:
+                    if value is not None:
+                        matches &= bit(words) == value
+                resident = present(words)
+                accessed = np.full(len(words), config.report_accesses > 0) & matches
+                span = int(np.searchsorted(spans.starts, np.uint64(start), side="right")) - 1
+                pages = int(spans.ends[span] - spans.starts[span]) >> PAGE_SHIFT
+                rates = np.where(matches, np.float32(config.report_accesses / pages), np.float32(0))
+                movable = matches & (exclusive(words) | ~resident)
+                yield PageChunk(start, accessed & resident, resident, movable=movable, rates=rates)
+
+    def close(self) -> None:
+        """See `Tracker.close`."""
