@@ -17,7 +17,7 @@ SLOW_DISTANCE = 40
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable psi=1"
 
 ACCELERATORS = {
-    # cx16 off: TCG stops all vCPUs for a 16-byte compare-and-exchange, and SLUB uses it where the CPU has it.
+    # cx16 off: SLUB uses 16-byte compare-and-exchange where the CPU has it, for which TCG may have to stop all vCPUs.
     "tcg": ("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-cx16"),
     "kvm": ("-accel", "kvm", "-cpu", "host"),
 }
