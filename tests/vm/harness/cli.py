@@ -37,6 +37,8 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="say how long the boot and the command took")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help="one word is a shell script")
     given = parser.parse_args(arguments)
+    if given.command[:1] == ["--"]:
+        del given.command[0]
     if given.shell == bool(given.command):
         parser.error("give either a command or --shell")
     if given.shell and not sys.stdin.isatty():
