@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -96,6 +97,19 @@ class RunDirectory:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def lock(self) -> None:
+        """Keep other processes of the program out, until this one ends, whatever way it does.
+
+        Raises:
+            RunDirError: another one is in.
+        """
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunDirError(
+                f"run directory {self.path} is in use by another process", hint="stop it, or give another -run-dir"
+            ) from None
 
     def directory(self, place: Place) -> Path:
         """Where a container's files are, whether it exists or not."""
