@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from nri_core.errors import Code, ConnectionLost, MessageTooLarge, RpcError
+from nri_core.errors import Code, ConnectionLost, MessageTooLarge, NriError, RpcError
 from nri_core.ttrpc.connection import (
     CallEnded,
     CallStarted,
@@ -87,7 +87,7 @@ class ClientEndpoint:
         self._calls: dict[int, asyncio.Future[bytes]] = {}
         self._streams: dict[int, Stream] = {}
         self._slots = asyncio.Semaphore(MAX_CALLS_IN_FLIGHT)
-        self._lost: ConnectionLost | None = None
+        self._lost: NriError | None = None
 
     async def call(
         self,
@@ -157,7 +157,7 @@ class ClientEndpoint:
                 log.debug("ignored on stream %d: %s", event.stream_id, event.what)
         self._flush()
 
-    def lose(self, error: ConnectionLost) -> None:
+    def lose(self, error: NriError) -> None:
         """The connection ended: every call fails."""
         self._lost = self._lost or error
         for future in self._calls.values():

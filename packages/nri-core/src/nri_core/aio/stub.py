@@ -178,6 +178,7 @@ class Stub:
         error: NriError = ConnectionLost("stopped")
         try:
             closed = asyncio.ensure_future(trunk.wait_closed())
+            closed.add_done_callback(lambda done: None if done.cancelled() else client.lose(done.result()))
             try:
                 await self._begin(session, client, dispatcher, closed)
                 error = await closed
