@@ -33,7 +33,7 @@ FLAGS = (
     Flag("log-format", "text or json", "FORMAT", "text"),
     Flag("adopt", "take care of containers that run already (default true)"),
     Flag("no-adopt", "leave containers alone that run already"),
-    Flag("on-unknown-class", "fail: pods that name an unknown class are not created; ignore: they get none", "WHAT", "fail"),
+    Flag("on-unknown-class", "fail: pods with an unknown class are not created; ignore: they get none", "WHAT", "fail"),
     Flag("engine", "in-process, or process: one memtierd per container", "KIND", "in-process"),
     Flag("version", "print the version and exit"),
 )  # fmt: skip

@@ -1,0 +1,299 @@
+"""The plugin at the other end of a real NRI connection: what it answers, what it tells the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memtier_cli.events import Event, Listed, Reconfigured, Started, Stopped
+from memtier_cli.nri_config import PluginConfig, WorkloadClass
+from memtier_cli.nri_plugin import ConfigFile, MemtierdPlugin
+from memtier_engine.errors import ConfigError
+from nri_core import Backoff, Container, ContainerState, EventMask, Pod, RpcError, Stub
+from nri_core.testing import FakeRuntime, PluginConnection
+
+CLASS = "class.memtierd.nri.io"
+CONFIG = PluginConfig((WorkloadClass("swap", True, "x: 1"), WorkloadClass("track", False, "x: 1")))
+POD = Pod("p1", "pod", "default", annotations={CLASS: "swap", f"{CLASS}/c1": "track", f"{CLASS}/c2": "", "app": "x"})
+
+
+def container(name: str, state: ContainerState = ContainerState.UNKNOWN, pod: str = "p1") -> Container:
+    return Container(f"id-{name}", pod, name, state, cgroups_path=f"/pods/{name}")
+
+
+class RecordingFleet:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def report(self, event: Event) -> None:
+        self.events.append(event)
+
+
+@dataclass
+class Scene:
+    fleet: RecordingFleet
+    plugin: MemtierdPlugin
+    runtime: FakeRuntime
+    connection: PluginConnection
+    task: asyncio.Task[None]
+
+
+Body = Callable[[Scene], Coroutine[Any, Any, None]]
+
+
+def accept(text: str) -> None:
+    if "bad" in text:
+        raise ConfigError("value bad", line=1)
+
+
+def run(tmp_path: Path, body: Body, *, runtime: dict[str, Any] | None = None, **options: Any) -> None:
+    """Run `body` with a connected plugin."""
+
+    @contextlib.asynccontextmanager
+    async def connected() -> AsyncIterator[Scene]:
+        fleet = RecordingFleet()
+        chosen = {"config": CONFIG, "cgroup_root": tmp_path, "check_template": accept, **options}
+        plugin = MemtierdPlugin(fleet, **chosen)  # type: ignore[arg-type]
+        plugin.index, plugin.name = "45", "nri-memtierd"
+        async with FakeRuntime(tmp_path / "nri.sock", **(runtime or {})) as fake:
+            stub = Stub(plugin, socket_path=fake.path, backoff=Backoff(least_s=0.01))
+            task = asyncio.ensure_future(stub.run())
+            try:
+                yield Scene(fleet, plugin, fake, await fake.connected(), task)
+            finally:
+                stub.stop()
+                await asyncio.wait_for(asyncio.wait({task}), 5)
+
+    async def main() -> None:
+        async with connected() as scene:
+            await body(scene)
+
+    asyncio.run(main())
+
+
+def test_it_subscribes_to_what_it_handles_and_every_runtime_knows_that(tmp_path: Path) -> None:
+    async def body(scene: Scene) -> None:
+        assert (scene.connection.index, scene.connection.name) == ("45", "nri-memtierd")
+        assert scene.connection.events == (
+            EventMask.CREATE_CONTAINER
+            | EventMask.START_CONTAINER
+            | EventMask.UPDATE_CONTAINER
+            | EventMask.STOP_CONTAINER
+            | EventMask.REMOVE_CONTAINER
+        )
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("name", "unified"), [("c0", {"memory.swap.max": "max"}), ("c1", {"memory.swap.max": "0"}), ("c2", {})]
+)
+def test_creation_is_answered_with_the_unified_values_and_nothing_else(
+    tmp_path: Path, name: str, unified: dict[str, str]
+) -> None:
+    async def body(scene: Scene) -> None:
+        answer = await scene.connection.create_container(POD, container(name))
+        assert dict(answer.adjust.linux.resources.unified) == unified
+        answer.adjust.linux.resources.unified.clear()
+        answer.adjust.linux.ClearField("resources")
+        answer.adjust.ClearField("linux")
+        assert answer.adjust.ByteSize() == 0
+        assert not answer.update
+        assert scene.fleet.events == [Listed(())], "creation starts nothing"
+
+    run(tmp_path, body)
+
+
+def test_an_unknown_class_fails_the_creation_with_our_words_and_the_plugin_goes_on(tmp_path: Path) -> None:
+    async def body(scene: Scene) -> None:
+        unknown = replace(POD, annotations={CLASS: "gold"})
+        with pytest.raises(RpcError, match=r"class 'gold' .* is not configured .configured classes: swap, track"):
+            await scene.connection.create_container(unknown, container("c0"))
+        await scene.connection.notify("StartContainer", unknown, container("c0"))  # must not fail
+        assert (await scene.connection.create_container(POD, container("c0"))).adjust.ByteSize()
+
+    run(tmp_path, body)
+
+
+def test_an_unknown_class_is_no_reason_to_fail_when_told_to_ignore_it(tmp_path: Path) -> None:
+    async def body(scene: Scene) -> None:
+        answer = await scene.connection.create_container(replace(POD, annotations={CLASS: "gold"}), container("c0"))
+        assert answer.adjust.ByteSize() == 0
+
+    run(tmp_path, body, on_unknown_class="ignore")
+
+
+@pytest.mark.parametrize("old_style", [False, True])
+def test_starts_and_stops_are_told_to_the_fleet(tmp_path: Path, old_style: bool) -> None:
+    async def body(scene: Scene) -> None:
+        await scene.connection.notify("StartContainer", POD, container("c0"))
+        await scene.connection.stop_container(POD, container("c0"))
+        await scene.connection.notify("RemoveContainer", POD, container("c0"))
+        _, started, *stopped = scene.fleet.events
+        assert isinstance(started, Started)
+        told = started.container
+        assert (told.id, str(told), told.cgroups_path) == ("id-c0", "default/pod:c0", "/pods/c0")
+        assert told.annotations.keys() == POD.annotations.keys() - {"app"}, "nothing is kept that is not ours"
+        assert stopped == [Stopped("id-c0"), Stopped("id-c0")]
+
+    version = {"version": "v1.7.24", "nri_version": ""} if old_style else {}
+    run(tmp_path, body, runtime={"old_style": old_style, **version})
+
+
+def test_an_update_keeps_our_values(tmp_path: Path) -> None:
+    """The kubelet writes memory.swap.max anew whenever it resizes a container."""
+
+    async def body(scene: Scene) -> None:
+        (update,) = await scene.connection.update_container(POD, container("c0"))
+        assert update.container_id == "id-c0"
+        assert dict(update.linux.resources.unified) == {"memory.swap.max": "max"}
+        assert update.ignore_failure
+        assert await scene.connection.update_container(POD, container("c2")) == []
+        unknown = replace(POD, annotations={CLASS: "gold"})
+        assert await scene.connection.update_container(unknown, container("c0")) == []
+
+    run(tmp_path, body)
+
+
+def test_running_containers_are_listed_with_their_pods_annotations(tmp_path: Path) -> None:
+    async def body(scene: Scene) -> None:
+        (listed,) = scene.fleet.events
+        assert isinstance(listed, Listed)
+        assert listed.adopt
+        assert [info.name for info in listed.running] == ["c0", "c3"]
+        assert listed.running[0].annotations[CLASS] == "swap"
+        assert listed.created == {"id-c1"}
+
+    states = {
+        "c0": ContainerState.RUNNING,
+        "c1": ContainerState.CREATED,
+        "c2": ContainerState.STOPPED,
+        "c3": ContainerState.PAUSED,
+    }
+    there = [container(name, state) for name, state in states.items()]
+    orphan = container("c9", ContainerState.RUNNING, pod="no such pod")
+    run(tmp_path, body, runtime={"pods": [POD], "containers": [*there, orphan]})
+
+
+def test_adopted_containers_get_the_memory_values_they_lack(tmp_path: Path) -> None:
+    """Those that were created before the plugin was installed; a value that holds already is not written again."""
+    values = {"c0": "0", "c1": "0", "c2": "0"}
+    for name, value in values.items():
+        (tmp_path / "pods" / name).mkdir(parents=True)
+        (tmp_path / "pods" / name / "memory.swap.max").write_text(value + "\n")
+
+    async def body(scene: Scene) -> None:
+        asked = {update.container_id: dict(update.linux.resources.unified) for update in scene.connection.updates}
+        assert asked == {"id-c0": {"memory.swap.max": "max"}}
+
+    there = [container(name, ContainerState.RUNNING) for name in values]
+    run(tmp_path, body, runtime={"pods": [POD], "containers": there})
+
+
+def test_without_adoption_nothing_is_asked_for(tmp_path: Path) -> None:
+    async def body(scene: Scene) -> None:
+        assert scene.connection.updates == []
+        assert scene.fleet.events == [Listed(scene.fleet.events[0].running, frozenset(), False)]  # type: ignore[union-attr]
+
+    running = [container("c0", ContainerState.RUNNING)]
+    run(tmp_path, body, adopt=False, runtime={"pods": [POD], "containers": running})
+
+
+def test_a_restart_of_the_runtime_is_a_new_connection_with_a_new_list(tmp_path: Path) -> None:
+    async def body(scene: Scene) -> None:
+        await scene.runtime.stop()
+        scene.runtime.pods, scene.runtime.containers = [POD], [container("c0", ContainerState.RUNNING)]
+        scene.runtime.start()
+        await scene.runtime.connected()
+        first, second = scene.fleet.events
+        assert first == Listed(())
+        assert isinstance(second, Listed)
+        assert [info.name for info in second.running] == ["c0"]
+        assert not scene.task.done()
+
+    run(tmp_path, body)
+
+
+def test_a_configuration_from_the_runtime_replaces_the_files_as_a_whole(tmp_path: Path) -> None:
+    async def body(scene: Scene) -> None:
+        await scene.connection.configure("classes: [{name: other, allowswap: false}]")
+        await scene.connection.synchronize([], [])
+        other = replace(POD, annotations={CLASS: "other"})
+        answer = await scene.connection.create_container(other, container("c0"))
+        assert dict(answer.adjust.linux.resources.unified) == {"memory.swap.max": "0"}
+        with pytest.raises(RpcError, match="is not configured"):
+            await scene.connection.create_container(POD, container("c0"))
+        assert [type(event) for event in scene.fleet.events] == [Listed, Reconfigured, Listed]
+
+    run(tmp_path, body)
+
+
+def test_a_bad_configuration_from_the_runtime_ends_the_program_with_an_error(tmp_path: Path) -> None:
+    async def body(scene: Scene) -> None:
+        with pytest.raises(RpcError, match="configuration from the runtime:1: clases: no such key"):
+            await scene.connection.configure("clases: []")
+        await asyncio.wait_for(asyncio.wait({scene.task}), 5)
+        assert isinstance(scene.plugin.fatal, ConfigError)
+
+    run(tmp_path, body)
+
+
+def test_no_hook_waits_for_the_fleet(tmp_path: Path) -> None:
+    """Whatever the fleet is busy with, a hook only puts an event on its queue: here, a thousand in a row."""
+
+    async def body(scene: Scene) -> None:
+        async with asyncio.timeout(20):
+            for number in range(1000):
+                await scene.connection.notify("StartContainer", POD, container(f"n{number}"))
+        assert len(scene.fleet.events) == 1001
+
+    run(tmp_path, body)
+
+
+def test_a_changed_file_is_noticed_and_a_touched_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("classes: [{name: a}]")
+    file = ConfigFile(path, accept)
+    file.load()
+    assert not file.changed()
+    path.write_text("classes: [{name: a}]")  # written again, the same
+    assert not file.changed()
+    path.write_text("classes: [{name: b}]")
+    assert file.changed()
+    config = file.reload()
+    assert config is not None
+    assert config.classes[0].name == "b"
+    path.unlink()
+    assert not file.changed(), "absent for a moment while it is replaced"
+
+
+def test_a_config_map_that_switches_its_link_is_noticed(tmp_path: Path) -> None:
+    """The kubelet writes a new directory and renames a link over ..data."""
+    for name, text in (("v1", "classes: [{name: a}]"), ("v2", "classes: [{name: b}]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(text)
+    (tmp_path / "..data").symlink_to("v1")
+    (tmp_path / "config.yaml").symlink_to("..data/config.yaml")
+    file = ConfigFile(tmp_path / "config.yaml", accept)
+    file.load()
+    (tmp_path / "..data_tmp").symlink_to("v2")
+    (tmp_path / "..data_tmp").rename(tmp_path / "..data")
+    assert file.changed()
+    assert not file.changed(), "told once"
+
+
+def test_a_bad_new_configuration_leaves_the_old_one_in_force(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("classes: []")
+    file = ConfigFile(path, accept)
+    file.load()
+    path.write_text("classes: [{name: a, memtierdconfig: bad}]")
+    assert file.changed()
+    assert file.reload() is None
+    assert not file.changed(), "it is not tried again until it changes again"
