@@ -62,6 +62,9 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
         return VM_FAILED
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+        return 141
 
 
 def _run(given: argparse.Namespace, options: Options) -> int:
