@@ -348,7 +348,7 @@ def test_a_peer_that_is_no_runtime_is_a_typed_error(tmp_path: Path) -> None:
 
     with pytest.raises(NriError, match="is the peer an NRI runtime"):
         serve_bytes(tmp_path / "http", b"HTTP/1.1 400 Bad Request\r\n\r\n")
-    with pytest.raises(ConnectionLost, match="closed the connection|connection broke"):
+    with pytest.raises(ConnectionLost, match=r"closed the connection|connection broke"):
         serve_bytes(tmp_path / "closing", b"")
 
 
