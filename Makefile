@@ -13,7 +13,7 @@ SOURCES := packages tests tools
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 export UV_LINK_MODE := copy
 
-.PHONY: help setup fmt check test e2e demo bench vm proto clean
+.PHONY: help setup fmt check test e2e demo bench vm proto images clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -53,6 +53,13 @@ vm: $(STAMP)  ## Open a shell in the test VM
 
 proto: $(STAMP)  ## Generate the protobuf modules from proto/
 	$(BIN)/python tools/gen_proto.py
+
+IMAGE_VERSION ?= devel
+IMAGE_NAME ?= localhost/memtier/nri-memtierd
+
+images: $(STAMP)  ## Build the container image and its manifests into build/images (IMAGE_VERSION=devel)
+	deploy/image/build.py --name $(IMAGE_NAME) --version $(IMAGE_VERSION)
+	$(BIN)/python deploy/image/manifests.py --image $(IMAGE_NAME):$(IMAGE_VERSION) --out build/images
 
 clean:  ## Remove what the other targets made in this folder
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache

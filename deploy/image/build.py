@@ -205,9 +205,7 @@ def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def write_archive(
-    out: Path, reference: str, layers: Sequence[Path], architecture: str, *, compress: bool
-) -> Path:
+def write_archive(out: Path, reference: str, layers: Sequence[Path], architecture: str, *, compress: bool) -> Path:
     """Write an OCI image layout as one tar; returns its path, which holds a part of the image's digest."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".blobs.") as folder:

@@ -1,0 +1,337 @@
+"""What is deployed: manifests, chart, unit file, image script and samples are valid and say the same."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import kubernetes_validate  # type: ignore[import-untyped,unused-ignore]
+import pytest
+import yaml
+
+from memtier_cli.classify import classify
+from memtier_cli.inprocess import check_template
+from memtier_cli.nri_config import load, load_file
+
+REPO = Path(__file__).resolve().parents[2]
+DEPLOY = REPO / "deploy"
+CHART = DEPLOY / "helm/nri-memtierd"
+KUBERNETES_VERSION = "1.34.0"
+CAPABILITIES = ["DAC_OVERRIDE", "SYS_ADMIN", "SYS_NICE", "SYS_PTRACE"]
+IMAGE = "localhost/memtier/nri-memtierd:devel"
+
+Object = dict[str, Any]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DEPLOY / f"image/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+manifests = script("manifests")
+build = script("build")
+
+
+def check_objects(objects: list[Object]) -> dict[str, Object]:
+    """Against the schemas of Kubernetes, no unknown field allowed; by kind."""
+    for each in objects:
+        kubernetes_validate.validate(each, KUBERNETES_VERSION, strict=True)
+    return {each["kind"]: each for each in objects}
+
+
+def pod_of(objects: dict[str, Object]) -> Object:
+    pod: Object = objects["DaemonSet"]["spec"]["template"]["spec"]
+    return pod
+
+
+def helm() -> str:
+    cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "memtier/tools/helm"
+    found = shutil.which("helm") or (str(cached) if cached.exists() else None)
+    if found is None:
+        pytest.skip("helm is not installed: deploy/get-helm builds it once, with Go")
+    return found
+
+
+def chart(*values: str, fails: bool = False) -> Any:
+    """The chart's objects with --set values; with `fails` the error text."""
+    command = [helm(), "template", "r", str(CHART), "--namespace", "kube-system", "--kube-version", KUBERNETES_VERSION]
+    for value in values:
+        command += ["--set-json", value]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if fails:
+        assert done.returncode != 0
+        return done.stderr
+    assert done.returncode == 0, done.stderr
+    return check_objects([each for each in yaml.safe_load_all(done.stdout) if each])
+
+
+def base() -> dict[str, Object]:
+    return check_objects(manifests.render(DEPLOY / "kubernetes/base"))
+
+
+def test_the_objects_have_the_names_of_the_reference() -> None:
+    names = {kind: each["metadata"]["name"] for kind, each in base().items()}
+    assert names == {"ConfigMap": "nri-memtierd-config.default", "DaemonSet": "nri-memtierd"}
+    assert list(base()["ConfigMap"]["data"]) == ["config.yaml"]
+
+
+def test_the_pod_has_the_powers_it_needs_and_no_other() -> None:
+    (container,) = pod_of(base())["containers"]
+    context = container["securityContext"]
+    assert context["privileged"] is False
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["capabilities"] == {"drop": ["ALL"], "add": CAPABILITIES}
+    assert container["resources"]["limits"].keys() == {"cpu", "memory"}
+    assert pod_of(base())["automountServiceAccountToken"] is False
+    assert "initContainers" not in pod_of(base()), "nothing changes or restarts the runtime"
+
+
+def test_every_capability_has_its_reason_beside_it() -> None:
+    for path in (DEPLOY / "kubernetes/base/daemonset.yaml", CHART / "templates/daemonset.yaml"):
+        for name in CAPABILITIES:
+            assert re.search(rf"{name} +(# )?[a-z/]", path.read_text()), f"{path}: {name}"
+
+
+def test_directories_are_mounted_and_they_exist_on_every_kernel() -> None:
+    """The socket is made anew when the runtime restarts; page_idle/bitmap is not there on most kernels."""
+    host = {
+        each["hostPath"]["path"]: each["hostPath"]["type"] for each in pod_of(base())["volumes"] if "hostPath" in each
+    }
+    assert host == {
+        "/var/run/nri": "DirectoryOrCreate",
+        "/sys/fs/cgroup": "Directory",
+        "/sys/kernel/mm": "Directory",
+    }
+
+
+def test_the_e2e_variant_logs_everything_and_shows_its_files_below_tmp_memtierd() -> None:
+    objects = check_objects(manifests.render(DEPLOY / "kubernetes/overlays/e2e"))
+    (container,) = pod_of(objects)["containers"]
+    assert container["command"][-1] == "-vv"
+    assert "/host/tmp/memtierd" in container["command"]
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    volumes = {each["name"]: each for each in pod_of(objects)["volumes"]}
+    assert mounts["run-dir"] == "/host/tmp"
+    assert volumes["run-dir"]["hostPath"] == {"path": "/tmp", "type": "Directory"}
+    assert volumes.keys() == mounts.keys()
+
+
+def test_make_images_writes_both_manifests_for_the_image(tmp_path: Path) -> None:
+    command = [sys.executable, str(DEPLOY / "image/manifests.py"), "--image", "x/y:z", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    for name in ("nri-memtierd-deployment.yaml", "nri-memtierd-deployment-e2e.yaml"):
+        objects = check_objects(list(yaml.safe_load_all((tmp_path / name).read_text())))
+        assert pod_of(objects)["containers"][0]["image"] == "x/y:z"
+        assert all(each["metadata"]["namespace"] == "kube-system" for each in objects.values())
+        load(objects["ConfigMap"]["data"]["config.yaml"], check_template)
+
+
+def test_a_patch_that_leads_nowhere_is_an_error() -> None:
+    for path in ("/a/0/b", "/a/5", "/x/y", "/z"):
+        with pytest.raises(manifests.RenderError):
+            manifests.apply({"a": [1]}, {"op": "replace", "path": path, "value": 1})
+
+
+def test_the_chart_and_the_kustomization_are_the_same_by_default() -> None:
+    def comparable(objects: dict[str, Object]) -> dict[str, Object]:
+        for each in objects.values():
+            each["metadata"].pop("labels")
+            each["metadata"].pop("namespace")
+        template = objects["DaemonSet"]["spec"]
+        template.pop("selector")
+        template["template"].pop("metadata")
+        if not template["template"]["spec"].get("tolerations"):
+            template["template"]["spec"].pop("tolerations", None)
+        objects["ConfigMap"]["data"]["config.yaml"] = load(objects["ConfigMap"]["data"]["config.yaml"], check_template)
+        return objects
+
+    assert comparable(chart()) == comparable(base())
+
+
+def test_the_chart_takes_the_references_values() -> None:
+    objects = chart(
+        'image={"name": "x/y", "tag": "v1", "pullPolicy": "Always"}',
+        'resources={"cpu": "100m", "memory": "50Mi"}',
+        'nri={"plugin": {"index": 7}, "runtime": {"patchConfig": true, "config": '
+        '{"pluginRegistrationTimeout": "10s", "pluginRequestTimeout": "5s"}}}',
+        'initContainerImage={"name": "a/b", "tag": "c", "pullPolicy": "Always"}',
+        'tolerations=[{"operator": "Exists"}]',
+        'nodeSelector={"tier": "slow"}',
+        "podPriorityClassNodeCritical=false",
+        'outputDir="/var/lib/memtierd"',
+    )
+    pod = pod_of(objects)
+    (container,) = pod["containers"]
+    assert container["image"] == "x/y:v1"
+    assert container["command"][:3] == ["nri-memtierd", "--idx", "07"]
+    assert container["resources"]["requests"] == {"cpu": "100m", "memory": "50Mi"}
+    assert pod["tolerations"] == [{"operator": "Exists"}]
+    assert pod["nodeSelector"] == {"kubernetes.io/os": "linux", "tier": "slow"}
+    assert "priorityClassName" not in pod
+    assert "initContainers" not in pod
+    assert "/run-dir" in container["command"]
+    volume = next(each for each in pod["volumes"] if each["name"] == "run-dir")
+    assert volume["hostPath"] == {"path": "/var/lib/memtierd", "type": "DirectoryOrCreate"}
+
+
+def test_an_output_directory_below_tmp_is_made_by_the_program_itself() -> None:
+    """The kubelet would follow a link that somebody put there."""
+    pod = pod_of(chart('outputDir="/tmp/memtierd"'))
+    assert "/run-dir/memtierd" in pod["containers"][0]["command"]
+    volume = next(each for each in pod["volumes"] if each["name"] == "run-dir")
+    assert volume["hostPath"] == {"path": "/tmp", "type": "Directory"}
+
+
+def test_the_charts_own_values_reach_the_program() -> None:
+    objects = chart(
+        'classes=[{"name": "mine", "memtierdconfig": {"policy": {"name": "age", "config": {"pidwatcher": '
+        '{"name": "cgroups", "config": {"cgroups": ["$CGROUP2_ABS_PATH"]}}, "tracker": {"name": "auto"}}}}}]',
+        'config={"grace": "30s", "bandwidth": 200, "allowannotations": ["memory.high"]}',
+        'onUnknownClass="ignore"',
+        "adopt=false",
+        'engine="process"',
+        'logFormat="json"',
+        "verbosity=2",
+    )
+    words = pod_of(objects)["containers"][0]["command"]
+    for word in ("-vv", "--on-unknown-class=ignore", "--no-adopt", "--engine=process", "--log-format=json"):
+        assert word in words
+    config = load(objects["ConfigMap"]["data"]["config.yaml"], check_template)
+    assert (config.grace_s, config.bandwidth_mib_per_s, config.allow_annotations) == (30, 200, ("memory.high",))
+    assert config.classes[0].name == "mine"
+
+
+def test_privileged_is_there_as_a_fallback() -> None:
+    context = pod_of(chart("privileged=true"))["containers"][0]["securityContext"]
+    assert context == {"privileged": True, "readOnlyRootFilesystem": True}
+
+
+def test_fields_that_older_kubernetes_lacks_can_be_left_out() -> None:
+    context = pod_of(chart('appArmorProfile=""'))["containers"][0]["securityContext"]
+    assert "appArmorProfile" not in context
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        'image={"name": "", "pullPolicy": "Always"}',
+        'image={"name": "x", "pullPolicy": "Sometimes"}',
+        'nri={"plugin": {"index": 100}}',
+        'nri={"runtime": {"config": {"pluginRequestTimeout": "1s"}}}',
+        'onUnknownClass="maybe"',
+        'classes=[{"allowswap": true}]',
+        'classes=[{"name": "a", "allowSwap": true}]',
+        'config={"grace": "ten"}',
+        'config={"classes": []}',
+        'outputDir="relative"',
+        "verbosity=3",
+        "outputDirectory=1",
+    ],
+)
+def test_the_charts_schema_refuses_other_values(value: str) -> None:
+    assert "values don't meet the specifications of the schema" in chart(value, fails=True)
+
+
+def test_the_unit_file_is_one_that_systemd_takes_and_grants_the_same_powers() -> None:
+    unit = DEPLOY / "systemd/nri-memtierd.service"
+    text = unit.read_text()
+    assert re.search(r"^CapabilityBoundingSet=(.*)$", text, re.M)[1].split() == [f"CAP_{name}" for name in CAPABILITIES]  # type: ignore[index]
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed: apt-get install systemd")
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True)
+    complaints = [line for line in done.stderr.splitlines() if "nri-memtierd.service" in line]
+    assert not complaints, done.stderr
+
+
+def test_the_image_has_a_debian_package_for_every_dependency() -> None:
+    debian = {"pyyaml": "python3-yaml"}
+    wanted = set()
+    for package in ("nri-core", "memtier-engine", "cli"):
+        project = tomllib.loads((REPO / f"packages/{package}/pyproject.toml").read_text())["project"]
+        for requirement in project["dependencies"]:
+            name = re.split(r"[^A-Za-z0-9-]", requirement)[0].lower()
+            if name not in ("nri-core", "memtier-engine"):
+                wanted.add(debian.get(name, f"python3-{name}"))
+    assert wanted <= set(build.debian_packages())
+    assert "python3-bpfcc" in build.debian_packages()
+
+
+def test_an_image_archive_is_an_oci_layout_whose_digests_are_true(tmp_path: Path) -> None:
+    layers = []
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(name)
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            tar.add(tmp_path / name, arcname=name, filter=build.anonymous)
+        layers.append(tmp_path / f"{name}.tar")
+    paths = [
+        build.write_archive(tmp_path / "out", IMAGE, layers, "amd64", compress=compress) for compress in (False, True)
+    ]
+    again = build.write_archive(tmp_path / "again", IMAGE, layers, "amd64", compress=True)
+    assert again.name == paths[1].name, "the same content has the same name"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [paths[1].name], "an older archive is replaced"
+    with tarfile.open(again) as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}  # type: ignore[union-attr]
+    for name, data in files.items():
+        if name.startswith("blobs/sha256/"):
+            assert hashlib.sha256(data).hexdigest() == name.rsplit("/", 1)[1]
+    index = json.loads(files["index.json"])
+    (descriptor,) = index["manifests"]
+    assert descriptor["annotations"]["io.containerd.image.name"] == IMAGE
+    manifest = json.loads(files["blobs/sha256/" + descriptor["digest"].removeprefix("sha256:")])
+    config = json.loads(files["blobs/sha256/" + manifest["config"]["digest"].removeprefix("sha256:")])
+    plain = [f"sha256:{hashlib.sha256(layer.read_bytes()).hexdigest()}" for layer in layers]
+    assert config["rootfs"]["diff_ids"] == plain
+    assert config["config"]["Entrypoint"] == ["/usr/bin/nri-memtierd", "--idx", "45"]
+    assert len(manifest["layers"]) == 2
+
+
+def test_the_sample_configuration_has_the_references_classes_and_more() -> None:
+    config = load_file(REPO / "sample-configs/nri-memtierd.yaml", check_template)
+    assert {each.name: each.allow_swap for each in config.classes} == {
+        "swap-idle-data": True,
+        "track-working-set-size": False,
+        "swap-idle-auto": True,
+        "demote-idle-to-node1": None,
+        "track-only": None,
+    }
+
+
+def test_the_test_pod_asks_for_a_class_another_class_and_none() -> None:
+    pod = yaml.safe_load((REPO / "sample-configs/nri-memtierd-test-pod.yaml").read_text())
+    kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+    config = load_file(REPO / "sample-configs/nri-memtierd.yaml", check_template)
+    found = {}
+    for container in pod["spec"]["containers"]:
+        decision = classify(pod["metadata"]["annotations"], container["name"], "default", config)
+        found[container["name"]] = (
+            decision.workload_class.name if decision.workload_class else None,
+            dict(decision.unified),
+        )
+    assert found == {
+        "c0": ("swap-idle-data", {"memory.swap.max": "max"}),
+        "c1": ("track-working-set-size", {"memory.swap.max": "0"}),
+        "c2": (None, {}),
+    }
+
+
+@pytest.mark.parametrize("name", ["test-pod.sh", "get-helm"])
+def test_shell_scripts_have_no_syntax_error(name: str) -> None:
+    assert os.access(DEPLOY / name, os.X_OK)
+    subprocess.run(["sh", "-n", str(DEPLOY / name)], check=True)
