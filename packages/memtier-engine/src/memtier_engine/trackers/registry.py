@@ -13,9 +13,9 @@ from memtier_engine.errors import ConfigError, MemtierError, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker
 
-AUTO_ORDER = ("idlepage", "refs", "softdirty")
-"""`auto` tries these in turn. Exact before coarse; `softdirty` last, because it takes memory that is only
-read for idle, which the others do not."""
+AUTO_ORDER = ("bpf", "idlepage", "refs", "softdirty")
+"""`auto` tries these in turn. Exact before coarse, and `bpf` before `idlepage`: a tenth of the cost, and it
+sees shared pages. `softdirty` last, because it takes memory that is only read for idle, which the others do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ def _modules() -> Mapping[str, Callable[[Host], Tracker]]:
         return build
 
     return {
+        "bpf": load("bpf.tracker", "BpfTracker"),
         "idlepage": load("idlepage", "IdlePageTracker"),
         "refs": load("refs", "RefsTracker"),
         "softdirty": load("softdirty", "SoftDirtyTracker"),
@@ -47,12 +48,15 @@ def _modules() -> Mapping[str, Callable[[Host], Tracker]]:
 
 TRACKERS = _modules()
 _NEEDS = {
+    "bpf": ("pagemap-pfns", "clear-refs", "btf", "bpf"),
     "idlepage": ("pagemap-pfns", "idle-bitmap", "kpageflags"),
     "softdirty": ("pagemap", "soft-dirty"),
     "refs": ("clear-refs", "smaps-referenced"),
     "userfault": ("userfaultfd-wp-async",),
 }
 """Probe features that each tracker cannot do without."""
+_TRIED = ("bpf",)
+"""Trackers that verify themselves when made: the features alone do not promise that they work."""
 
 
 def create_tracker(name: str, host: Host) -> TrackerChoice:
@@ -83,6 +87,11 @@ def why_not(name: str, host: Host) -> tuple[str, str | None] | None:
     for feature in probe(host, _NEEDS.get(name, ())):
         if not feature.works:
             return feature.why or f"{feature.name} does not work", feature.fix
+    if name in _TRIED:
+        try:
+            TRACKERS[name](host).close()
+        except MemtierError as failure:
+            return failure.message, failure.hint
     return None
 
 

@@ -1,0 +1,1 @@
+"""Accessed bits by eBPF."""

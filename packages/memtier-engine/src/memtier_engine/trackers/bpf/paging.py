@@ -1,0 +1,64 @@
+"""Page table words of x86_64 into columns. No IO.
+
+Source: arch/x86/include/asm/pgtable_types.h and pgtable.h. The states are those of `access.bpf.c`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from memtier_engine.model import U64, Bools
+
+PTE_PRESENT = 1 << 0
+PTE_ACCESSED = 1 << 5
+PTE_DIRTY = 1 << 6
+PTE_HUGE = 1 << 7
+PTE_PROT_NONE = 1 << 8
+"""A page without access rights (mprotect, NUMA balancing): in memory, though not PRESENT to the CPU."""
+
+BLOCK_BYTES = 2 << 20
+BLOCK_PAGES = 512
+HEAD_ONLY = 1
+"""In an asked address: tell the block's state, do not copy its table."""
+
+STATE_NOTHING, STATE_TABLE, STATE_HUGE_PMD, STATE_HUGE_PUD, STATE_UNSTABLE, STATE_GONE = range(6)
+
+TOP_SHIFT_4_LEVELS = 39
+TOP_SHIFT_5_LEVELS = 48
+
+
+def fill_blocks(states: U64, entries: U64, words: U64) -> None:
+    """Make every row of `words` say what its block's state says.
+
+    Args:
+        states: uint64[n].
+        entries: uint64[n]: the entry that maps the block as a whole, for the huge states.
+        words: uint64[n, 512], changed in place: rows of huge pages become 512 times their entry, with the bits of
+            a page of theirs; rows of unstable blocks count as accessed; others without a table become 0.
+    """
+    if (states == STATE_TABLE).all():
+        return
+    words[(states == STATE_NOTHING) | (states == STATE_GONE)] = 0
+    # The table changed while it was read (mapped, unmapped, collapsed): in use, then.
+    words[states == STATE_UNSTABLE] = PTE_PRESENT | PTE_ACCESSED
+    huge = (states == STATE_HUGE_PMD) | (states == STATE_HUGE_PUD)
+    # While it is split a huge entry is not PRESENT for a moment, but keeps HUGE.
+    words[huge] = (entries[huge] | np.uint64(PTE_PRESENT))[:, None]
+
+
+def resident(words: U64) -> Bools:
+    """bool[n]: maps a page in memory. Swap entries have neither bit set."""
+    found: Bools = (words & np.uint64(PTE_PRESENT | PTE_PROT_NONE)) != 0
+    return found
+
+
+def accessed(words: U64) -> Bools:
+    """bool[n]: touched since the bit was cleared, of words that are `resident`."""
+    found: Bools = (words & np.uint64(PTE_ACCESSED)) != 0
+    return found
+
+
+def dirty(words: U64) -> Bools:
+    """bool[n]: written since the kernel last cleaned the page, of words that are `resident`."""
+    found: Bools = (words & np.uint64(PTE_DIRTY)) != 0
+    return found

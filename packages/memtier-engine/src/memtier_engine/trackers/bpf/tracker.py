@@ -1,0 +1,100 @@
+"""Tracker `bpf`: accessed and dirty bits straight from the page tables, read by a BPF program.
+
+Exact per page (2 MiB and 1 GiB pages: per huge page), for reads and writes, without the idle bitmap. A scan reads the
+bits of `spans`, then clears those of the whole process (clear_refs 1). Touches between the reading and the clearing of
+a page, milliseconds, are not seen. `written` tells pages that were touched and are dirty: those touched and clean
+were only read, but a page that was dirty before and only read in this window shows as written too.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import numpy as np
+
+from memtier_engine.errors import ProcessGone
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.pagemap import Pagemap
+from memtier_engine.hostfs.proc import CLEAR_REFS_REFERENCED, clear_refs
+from memtier_engine.model import PAGE_SHIFT, U64, PageChunk, ProcessId, Spans
+from memtier_engine.trackers.bpf import paging
+from memtier_engine.trackers.bpf.program import MAX_BLOCKS, SharedWalker
+from memtier_engine.trackers.common import FirstSight, chunks, mark_new
+
+_BLOCK_MASK = paging.BLOCK_BYTES - 1
+_BLOCK_SHIFT = paging.BLOCK_BYTES.bit_length() - 1
+
+
+class BpfTracker:
+    """Exact reads and writes, page by page; needs BPF, BTF and root."""
+
+    name = "bpf"
+    page_exact = True
+
+    def __init__(self, host: Host, *, loader: str = "auto") -> None:
+        """Raises TrackerUnavailable: with the reason and what would help."""
+        self._host = host
+        self._shared = SharedWalker(host, loader)
+        self.loader = self._shared.walker.loader
+        self._seen = FirstSight()
+        self._buffer = np.empty((MAX_BLOCKS, paging.BLOCK_PAGES), np.uint64)
+
+    def watch(self, processes: frozenset[ProcessId]) -> None:
+        """See `Tracker.watch`."""
+        self._seen.keep(processes)
+
+    def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
+        """See `Tracker.scan`."""
+        known = self._seen.previous(process)
+        with Pagemap(self._host, process.pid) as pagemap:
+            for pieces in batches(spans):
+                yield from self._read(process, pagemap, pieces, known)
+        clear_refs(self._host, process.pid, CLEAR_REFS_REFERENCED)
+        self._seen.completed(process, spans)
+
+    def _read(
+        self, process: ProcessId, pagemap: Pagemap, pieces: list[tuple[int, int]], known: Spans
+    ) -> Iterator[PageChunk]:
+        blocks, firsts = blocks_of(pieces)
+        states, words = self._shared.walker.walk(pagemap.fileno(), blocks, self._buffer)
+        if len(states) and states[0] == paging.STATE_GONE:
+            raise ProcessGone(f"process {process.pid} exited", errno.ESRCH)
+        flat = words.reshape(-1)
+        resident = paging.resident(flat)
+        accessed = paging.accessed(flat) & resident
+        written = paging.dirty(flat) & accessed
+        for (start, end), first in zip(pieces, firsts, strict=True):
+            rows = slice(first, first + (end - start >> PAGE_SHIFT))
+            mark_new(accessed[rows], start, known)
+            yield PageChunk(start, accessed[rows] & resident[rows], resident[rows], written=written[rows])
+
+    def close(self) -> None:
+        """See `Tracker.close`."""
+        self._shared.close()
+
+
+def batches(spans: Spans) -> Iterator[list[tuple[int, int]]]:
+    """The chunks (start, end) of `spans` in groups whose 2 MiB blocks fit into one run of the walk."""
+    pieces: list[tuple[int, int]] = []
+    used = 0
+    for start, end in chunks(spans):
+        count = ((end + _BLOCK_MASK) >> _BLOCK_SHIFT) - (start >> _BLOCK_SHIFT)
+        if pieces and used + count > MAX_BLOCKS:
+            yield pieces
+            pieces, used = [], 0
+        pieces.append((start, end))
+        used += count
+    if pieces:
+        yield pieces
+
+
+def blocks_of(pieces: list[tuple[int, int]]) -> tuple[U64, list[int]]:
+    """(addresses of the 2 MiB blocks that hold `pieces`, per piece the number of its first page among their pages)."""
+    columns = [np.arange(start & ~_BLOCK_MASK, end, paging.BLOCK_BYTES, dtype=np.uint64) for start, end in pieces]
+    before = np.cumsum([0] + [len(column) for column in columns[:-1]]).tolist()
+    firsts = [
+        count * paging.BLOCK_PAGES + ((start & _BLOCK_MASK) >> PAGE_SHIFT)
+        for (start, _), count in zip(pieces, before, strict=True)
+    ]
+    return np.concatenate(columns), firsts
