@@ -42,7 +42,7 @@ _CHOICES = {
     "on-unknown-class": ("fail", "ignore"),
     "engine": ("in-process", "process"),
 }
-_INDEX = re.compile(r"[0-9]{2}")
+_INDEX = re.compile(r"[0-9]{2}", re.ASCII)
 SWITCH_INTERVAL_S = 0.001
 """Engines' threads hand over to the hooks after at most this: the default of 5 ms adds up over several threads."""
 
@@ -52,6 +52,9 @@ def main() -> int:
     program = Path(sys.argv[0]).name
     try:
         flags = parse(FLAGS, sys.argv[1:])
+        if flags.boolean("version"):
+            print(version_text(program))
+            return 0
         _check(flags)
         index, name = identity(flags, program)
     except HelpWanted:
@@ -60,9 +63,6 @@ def main() -> int:
     except UsageError as error:
         print(f"{error}\n{usage(program, FLAGS)}", file=sys.stderr)
         return 2
-    if flags.boolean("version"):
-        print(version_text(program))
-        return 0
 
     from memtier_engine.errors import MemtierError
     from nri_core import NriError
