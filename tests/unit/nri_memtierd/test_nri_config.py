@@ -94,7 +94,7 @@ NO_NAME = "is missing or empty (a pod names the class by it)"
         ("classes: [{name: a}", "c.yaml:1: is not YAML: expected ',' or ']', but got '<stream end>'"),
         ("a\n", "c.yaml:1: is 'a' (use a mapping with classes, allowannotations, grace, bandwidth)"),
         ("x: 1\n", f"c.yaml:1: x: no such key ({TOP})"),
-        ("clases: []\n", "c.yaml:1: clases: no such key (did you mean classes?)"),
+        ("klasses: []\n", "c.yaml:1: klasses: no such key (did you mean classes?)"),
         ("classes: 3\n", "c.yaml:1: classes: is '3' (use a list)"),
         ("classes:\n- 3\n", f"c.yaml:2: classes[0]: is '3' ({OF_CLASS})"),
         ("classes:\n- allowswap: true\n", f"c.yaml:2: classes[0].name: {NO_NAME}"),

@@ -236,8 +236,8 @@ def test_a_configuration_from_the_runtime_replaces_the_files_as_a_whole(tmp_path
 
 def test_a_bad_configuration_from_the_runtime_ends_the_program_with_an_error(tmp_path: Path) -> None:
     async def body(scene: Scene) -> None:
-        with pytest.raises(RpcError, match="configuration from the runtime:1: clases: no such key"):
-            await scene.connection.configure("clases: []")
+        with pytest.raises(RpcError, match="configuration from the runtime:1: klasses: no such key"):
+            await scene.connection.configure("klasses: []")
         await asyncio.wait_for(asyncio.wait({scene.task}), 5)
         assert isinstance(scene.plugin.fatal, ConfigError)
 
