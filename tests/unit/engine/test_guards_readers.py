@@ -1,0 +1,304 @@
+"""Guards on a folder dressed as a machine: what the readers make of the kernel's files, and what follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memtier_engine.guards.base import GuardState
+from memtier_engine.guards.config import GuardsConfig
+from memtier_engine.guards.guardset import Context, GuardSet, Verdict, first_bytes
+from memtier_engine.guards.processes import FactsReader
+from memtier_engine.guards.readers import IN_RAM, NodeReader
+from memtier_engine.guards.skip import ProcessFacts, SkipRules
+from memtier_engine.model import PAGE_BYTES, MoveTask
+from support.fakes import PROCESS, pages_of, spans
+from support.hostfolder import HostFolder
+
+MIB = 1 << 20
+
+
+def pressure(avg10: float, total_us: int = 0) -> str:
+    return f"some avg10={avg10:.2f} avg60=0.00 avg300=0.00 total={total_us}\n"
+
+
+def swaps(*areas: tuple[str, str, int, int]) -> str:
+    """(path, kind, size, used) in KiB."""
+    rows = [f"{path}\t{kind}\t{size}\t{used}\t-2\n" for path, kind, size, used in areas]
+    return "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n" + "".join(rows)
+
+
+def block_stat(write_sectors: int) -> str:
+    return f"1 0 8 0 5 0 {write_sectors} 0 0 0 0\n"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> HostFolder:
+    folder = HostFolder(tmp_path)
+    folder.write("proc/pressure/memory", pressure(0))
+    folder.write("proc/pressure/io", pressure(0))
+    folder.write("proc/swaps", swaps(("/dev/vdb", "partition", 1000, 100)))
+    folder.write("proc/meminfo", "MemTotal: 1000 kB\n")
+    folder.write("sys/class/block/vdb/stat", block_stat(0))
+    return folder
+
+
+def guards(machine: HostFolder, *cgroups: Path, **settings: object) -> GuardSet:
+    config = GuardsConfig(start_grace_s=0, **settings)  # type: ignore[arg-type]
+    return GuardSet(config, host=machine.host, cgroups=cgroups)
+
+
+def state(verdict: Verdict, name: str) -> GuardState:
+    return next(each for each in verdict.states if each.name == name)
+
+
+def closed(verdict: Verdict) -> list[str]:
+    return [each.name for each in verdict.states if not each.open]
+
+
+def test_a_machine_in_good_health_lets_everything_move(machine: HostFolder) -> None:
+    verdict = guards(machine).check(0)
+    assert verdict.move_allowed
+    assert verdict.reasons == ()
+    assert state(verdict, "swap-fill").value == 10
+
+
+def test_a_kernel_without_any_of_it_switches_guards_off_and_each_says_why(tmp_path: Path) -> None:
+    verdict = guards(HostFolder(tmp_path)).check(0)
+    assert verdict.move_allowed
+    off = {each.name: each.reason for each in verdict.states if not each.active}
+    assert "CONFIG_PSI" in off["psi-memory-node"]
+    assert off["swap-fill"] == off["swap-writes"] == off["compression"] == "no swap area is in use"
+    assert off["psi-memory-cgroup"] == off["protection"] == "the engine's target is no cgroup"
+
+
+def test_memory_pressure_on_the_node_stops_demotions_of_every_kind(machine: HostFolder) -> None:
+    machine.write("proc/pressure/memory", pressure(12))
+    verdict = guards(machine).check(0)
+    assert closed(verdict) == ["psi-memory-node"]
+    assert "/proc/pressure/memory" in verdict.reasons[0]
+    allowed = [
+        verdict.allows(task)
+        for task in (
+            MoveTask(PROCESS, spans((0, 1))),
+            MoveTask(PROCESS, spans((0, 1)), 1, "idle"),
+            MoveTask(PROCESS, spans((0, 1)), 0, "active"),
+        )
+    ]
+    assert allowed == [False, False, True]
+
+
+def test_io_pressure_stops_only_paging_out(machine: HostFolder) -> None:
+    machine.write("proc/pressure/io", pressure(60))
+    verdict = guards(machine).check(0)
+    assert closed(verdict) == ["psi-io-node"]
+    assert verdict.allows(MoveTask(PROCESS, spans((0, 1)), 1, "idle"))
+    assert not verdict.allows(MoveTask(PROCESS, spans((0, 1))))
+
+
+def test_io_pressure_does_not_matter_where_swap_is_ram(machine: HostFolder) -> None:
+    machine.write("proc/pressure/io", pressure(60))
+    machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1000, 10)))
+    machine.write("sys/block/zram0/mm_stat", "0 0 0 0 0 0 0 0 0\n")
+    verdict = guards(machine).check(0)
+    assert verdict.move_allowed
+    assert state(verdict, "psi-io-node").reason == IN_RAM
+
+
+def test_a_sudden_stall_closes_before_the_average_shows_it(machine: HostFolder) -> None:
+    """Totals are exact at each read: 150 ms of stall in one second is past 10 %."""
+    guard_set = guards(machine)
+    assert guard_set.check(0).move_allowed
+    machine.write("proc/pressure/memory", pressure(1.5, total_us=150_000))
+    verdict = guard_set.check(1.0)
+    assert closed(verdict) == ["psi-memory-node"]
+    assert guard_set.check(11.5).move_allowed
+
+
+def test_files_are_read_at_most_twice_a_second(machine: HostFolder) -> None:
+    guard_set = guards(machine)
+    guard_set.check(0)
+    machine.write("proc/pressure/memory", pressure(50))
+    assert guard_set.check(0.4).move_allowed
+    assert not guard_set.check(0.5).move_allowed
+
+
+def test_full_swap_stops_paging_out_and_room_lets_it_go_on(machine: HostFolder) -> None:
+    guard_set = guards(machine)
+    fills = [(0, 900), (60, 870), (120, 840)]
+    states = []
+    for now_s, used in fills:
+        machine.write("proc/swaps", swaps(("/dev/vdb", "partition", 1000, used)))
+        states.append(guard_set.check(now_s).swap_allowed)
+    assert states == [False, False, True]
+
+
+def test_a_removed_swap_device_switches_the_guard_off_in_mid_work(machine: HostFolder) -> None:
+    guard_set = guards(machine)
+    machine.write("proc/swaps", swaps(("/dev/vdb", "partition", 1000, 950)))
+    assert not guard_set.check(0).swap_allowed
+    machine.write("proc/swaps", swaps())
+    verdict = guard_set.check(60)
+    assert verdict.swap_allowed
+    assert state(verdict, "swap-fill").reason == "no swap area is in use"
+
+
+def test_the_days_budget_of_swap_writes_counts_what_the_device_wrote(machine: HostFolder) -> None:
+    """Since the first look: 1 MiB budget, 2048 sectors of 512 bytes."""
+    machine.write("sys/class/block/vdb/stat", block_stat(5_000_000))
+    guard_set = guards(machine, swap_writes_bytes_per_day=MIB)
+    assert guard_set.check(0).move_allowed
+    machine.write("sys/class/block/vdb/stat", block_stat(5_000_000 + 2047))
+    assert guard_set.check(3600).move_allowed
+    machine.write("sys/class/block/vdb/stat", block_stat(5_000_000 + 2048))
+    assert closed(guard_set.check(7200)) == ["swap-writes"]
+    assert closed(guard_set.check(24 * 3600)) == ["swap-writes"]
+    assert guard_set.check(34 * 3600).move_allowed
+
+
+def test_swap_files_are_counted_by_the_kernels_own_counter(machine: HostFolder) -> None:
+    machine.write("proc/swaps", swaps(("/swapfile", "file", 1000, 0)))
+    machine.write("proc/vmstat", "nr_free_pages 5\npswpin 3\npswpout 100\n")
+    guard_set = guards(machine)
+    guard_set.check(0)
+    machine.write("proc/vmstat", "nr_free_pages 5\npswpin 3\npswpout 356\n")
+    assert state(guard_set.check(1), "swap-writes").value == pytest.approx(1 / 1024)
+
+
+def test_memory_that_does_not_compress_is_not_paged_out_to_zram(machine: HostFolder) -> None:
+    machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1 << 20, 10)))
+    machine.write("sys/block/zram0/mm_stat", f"{100 * MIB} {95 * MIB} {96 * MIB} 0 0 0 0 0 0\n")
+    verdict = guards(machine).check(0)
+    assert closed(verdict) == ["compression"]
+    assert state(verdict, "compression").value == pytest.approx(100 / 96)
+
+
+def test_a_little_in_zram_says_nothing(machine: HostFolder) -> None:
+    machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1 << 20, 10)))
+    machine.write("sys/block/zram0/mm_stat", f"{10 * MIB} {10 * MIB} {10 * MIB} 0 0 0 0 0 0\n")
+    verdict = guards(machine).check(0)
+    assert verdict.move_allowed
+    assert "too little to tell" in state(verdict, "compression").reason
+
+
+def test_zswap_counts_by_meminfo(machine: HostFolder) -> None:
+    machine.write("proc/meminfo", f"MemTotal: 1 kB\nZswap: {50 << 10} kB\nZswapped: {200 << 10} kB\n")
+    assert state(guards(machine).check(0), "compression").value == 4
+
+
+def test_refaults_of_the_last_minute_are_a_share_of_resident_memory(machine: HostFolder) -> None:
+    guard_set = guards(machine)
+    assert guard_set.check(0, Context(100 * MIB, 0)).move_allowed
+    assert guard_set.check(10, Context(100 * MIB, 4 * MIB)).move_allowed
+    verdict = guard_set.check(20, Context(100 * MIB, 5 * MIB))
+    assert closed(verdict) == ["refaults"]
+    assert not guard_set.check(21).move_allowed
+    assert guard_set.check(90, Context(100 * MIB, 5 * MIB)).move_allowed
+
+
+def test_a_few_pages_of_a_tiny_process_are_no_refault_rate(machine: HostFolder) -> None:
+    guard_set = guards(machine)
+    guard_set.check(0, Context(40 * PAGE_BYTES, 0))
+    assert guard_set.check(10, Context(40 * PAGE_BYTES, 40 * PAGE_BYTES)).move_allowed
+
+
+def test_what_the_cgroup_is_guaranteed_stays_with_it(machine: HostFolder) -> None:
+    """memory.current 10 MiB of which memory.low guarantees 8: 2 MiB may go, at 8 none."""
+    path = machine.cgroup("sys/fs/cgroup/a", memory_current=str(10 * MIB), memory_min="0", memory_low=str(8 * MIB))
+    guard_set = guards(machine, path)
+    verdict = guard_set.check(0)
+    assert verdict.out_bytes_max == 2 * MIB
+    task = MoveTask(PROCESS, spans((0, 5 * 256)))
+    assert [each.spans.total_bytes for each in guard_set.admit([task], verdict, 0)] == [2 * MIB]
+    machine.cgroup("sys/fs/cgroup/a", memory_current=str(8 * MIB), memory_min="0", memory_low=str(8 * MIB))
+    verdict = guard_set.check(60)
+    assert closed(verdict) == ["protection"]
+    assert guard_set.admit([task], verdict, 60) == []
+
+
+def test_a_cgroup_whose_memory_is_all_guaranteed_loses_nothing(machine: HostFolder) -> None:
+    path = machine.cgroup("sys/fs/cgroup/a", memory_current=str(10 * MIB), memory_min="max", memory_low="0")
+    assert closed(guards(machine, path).check(0)) == ["protection"]
+
+
+def test_the_worst_of_several_cgroups_counts(machine: HostFolder) -> None:
+    calm = machine.cgroup("sys/fs/cgroup/a", memory_pressure=pressure(0))
+    busy = machine.cgroup("sys/fs/cgroup/b", memory_pressure=pressure(6))
+    verdict = guards(machine, calm, busy).check(0)
+    assert closed(verdict) == ["psi-memory-cgroup"]
+    assert "/sys/fs/cgroup/b/memory.pressure" in verdict.reasons[0]
+
+
+def test_a_cgroup_that_is_removed_leaves_its_guards_off(machine: HostFolder) -> None:
+    path = machine.cgroup("sys/fs/cgroup/a", memory_pressure=pressure(6))
+    guard_set = guards(machine, path)
+    assert not guard_set.check(0).move_allowed
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+    assert guard_set.check(60).move_allowed
+    machine.cgroup("sys/fs/cgroup/a", memory_pressure=pressure(7))
+    assert closed(guard_set.check(61)) == ["psi-memory-cgroup"]
+
+
+def test_engines_share_the_nodes_reader(machine: HostFolder) -> None:
+    config = GuardsConfig(start_grace_s=0)
+    node = NodeReader(machine.host, config)
+    sets = [GuardSet(config, host=machine.host, node=node) for _ in range(3)]
+    machine.write("proc/pressure/memory", pressure(12))
+    assert [closed(each.check(0)) for each in sets] == [["psi-memory-node"]] * 3
+
+
+def test_without_a_configured_grace_it_is_two_scan_intervals(machine: HostFolder) -> None:
+    guard_set = GuardSet(host=machine.host, scan_interval_s=3)
+    assert [guard_set.check(now_s).move_allowed for now_s in (0, 5.9, 6)] == [False, False, True]
+
+
+def status(rss_mib: float, **fields: object) -> str:
+    lines = {"Name": "work", "Umask": "0022", "VmRSS": f"{int(rss_mib * 1024)} kB", "TracerPid": 0, "CoreDumping": 0}
+    return "".join(f"{name}:\t{value}\n" for name, value in (lines | fields).items())
+
+
+def thread_stat(policy: int) -> str:
+    """Field 41 is the policy; the name holds what confuses a naive split."""
+    return "4242 (a) b (c) " + " ".join(["S", *["0"] * 37, str(policy), "0"]) + "\n"
+
+
+def test_facts_of_a_process_come_from_its_status_and_threads(machine: HostFolder) -> None:
+    machine.write("proc/4242/status", status(10, Name="audio", TracerPid=9, CoreDumping=1))
+    machine.write("proc/4242/task/4242/stat", thread_stat(0))
+    machine.write("proc/4242/task/4243/stat", thread_stat(1))
+    facts = FactsReader(machine.host).read(PROCESS, 0)
+    assert facts == ProcessFacts("audio", 10 * MIB, 9, True, 1)
+
+
+def test_a_process_that_is_gone_has_no_facts(machine: HostFolder) -> None:
+    assert FactsReader(machine.host).read(PROCESS, 0) is None
+
+
+def test_nothing_is_taken_from_a_skipped_process_and_the_reason_is_kept(machine: HostFolder) -> None:
+    machine.write("proc/4242/status", status(100, TracerPid=9))
+    guard_set = guards(machine)
+    tasks = [MoveTask(PROCESS, spans((0, 10))), MoveTask(PROCESS, spans((20, 30)), 1, "idle")]
+    promotion = MoveTask(PROCESS, spans((40, 50)), 0, "active")
+    verdict = guard_set.check(0)
+    assert guard_set.admit([*tasks, promotion], verdict, 0) == [promotion]
+    assert guard_set.skipped == {PROCESS: "is traced by pid 9"}
+
+
+def test_a_process_keeps_its_minimum(machine: HostFolder) -> None:
+    """Of 5 MiB it may lose 1, over all its tasks together."""
+    machine.write("proc/4242/status", status(5))
+    guard_set = guards(machine, skip=SkipRules(rss_least_bytes=4 * MIB))
+    tasks = [MoveTask(PROCESS, spans((0, 200))), MoveTask(PROCESS, spans((300, 400), (500, 600)))]
+    admitted = guard_set.admit(tasks, guard_set.check(0), 0)
+    assert [pages_of(task.spans) for task in admitted] == [[(0, 200)], [(300, 356)]]
+
+
+@pytest.mark.parametrize(
+    ("limit_pages", "expected"),
+    [(0, []), (1, [(0, 1)]), (2, [(0, 2)]), (3, [(0, 2), (5, 6)]), (4, [(0, 2), (5, 7)]), (9, [(0, 2), (5, 7)])],
+)
+def test_the_first_bytes_of_spans_are_whole_pages(limit_pages: int, expected: list[tuple[int, int]]) -> None:
+    assert pages_of(first_bytes(spans((0, 2), (5, 7)), limit_pages * PAGE_BYTES + 7)) == expected
