@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memtier_cli.commands.demo import scan_interval_s
 from memtier_cli.demo.scene import Memory, readahead_pages
 from memtier_cli.demo.verdict import judge
 from memtier_cli.demo.workload import MIB, PAGE, lay_out
@@ -78,6 +79,13 @@ def test_every_page_of_the_workload_is_filled_and_different() -> None:
     pages = areas[0].view.reshape(-1, PAGE)
     assert len(np.unique(pages[:, :8], axis=0)) == len(pages)
     assert (pages.astype(bool).mean(axis=1) > 0.4).all()
+
+
+def test_slow_machines_are_scanned_more_rarely() -> None:
+    """Else scanning takes all the time, and memory in use looks idle because its user is slower than the scans."""
+    assert scan_interval_s(scan_s=0.02, round_s=0.06) == 0.5
+    assert scan_interval_s(scan_s=0.35, round_s=0.06) == pytest.approx(2.8)
+    assert scan_interval_s(scan_s=0.02, round_s=0.5) == pytest.approx(2.0)
 
 
 def test_a_fault_brings_in_one_page_from_zram_and_a_cluster_from_a_disk(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 
 from memtier_engine.errors import KernelCallError, MemtierError, Unavailable
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.maps import read_stat_fields
+from memtier_engine.hostfs.maps import process_id, read_mappings, read_stat_fields
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.hostfs.proc import read_swaps
-from memtier_engine.model import PAGE_BYTES, Spans
+from memtier_engine.model import PAGE_BYTES, Spans, Tracker
 
 _MAJFLT_FIELD = 12
 
@@ -49,6 +49,8 @@ class Workload:
         self.cgroup = cgroup
         self.hot = _spans(where["hot"])
         self.cold = _spans(where["cold"])
+        self.round_s: float = where["round_s"]
+        """Time from one touch of a hot page to the next, on a machine with nothing else to do."""
         self._major_faults = self._read_major_faults()
         self._bytes_per_fault = PAGE_BYTES * readahead_pages(Host())
 
@@ -62,6 +64,21 @@ class Workload:
 
     def _read_major_faults(self) -> int:
         return int(read_stat_fields(Host(), self.pid)[_MAJFLT_FIELD - 3])
+
+
+def scan_seconds(tracker: Tracker, load: Workload) -> float:
+    """How long the tracker takes for one look at the workload here, in its second scan: the first is dearer."""
+    host = Host()
+    process = process_id(host, load.pid)
+    spans = read_mappings(host, load.pid).tierable()
+    tracker.watch(frozenset({process}))
+    seconds = 0.0
+    for _ in range(2):
+        began_s = time.monotonic()
+        for _chunk in tracker.scan(process, spans):
+            pass
+        seconds = time.monotonic() - began_s
+    return seconds
 
 
 def readahead_pages(host: Host) -> int:

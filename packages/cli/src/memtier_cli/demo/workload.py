@@ -1,8 +1,8 @@
 """A process with known hot and cold memory: `python -m memtier_cli.demo.workload HOT_MIB COLD_MIB LAYOUT`.
 
 Half of each kind lies in a mapping of its own. The other half is interleaved: LAYOUT `mappings` alternates small
-mappings, with a gap between them; `pages` alternates runs of a few pages within one mapping. It writes where
-its memory is as one JSON line, then touches each hot page again and again until it is killed.
+mappings, with a gap between them; `pages` alternates runs of a few pages within one mapping. One JSON line says
+where its memory is and how long a round of touching takes; then it touches each hot page until it is killed.
 """
 
 from __future__ import annotations
@@ -77,12 +77,20 @@ def lay_out(
 def main() -> None:
     """Run until killed."""
     views, hot, cold, _areas = lay_out(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
-    print(json.dumps({"hot": hot, "cold": cold}), flush=True)
     parent = os.getppid()
+    began_s = time.monotonic()
+    touch(views)
+    round_s = time.monotonic() - began_s + TOUCH_INTERVAL_S
+    print(json.dumps({"hot": hot, "cold": cold, "round_s": round_s}), flush=True)
     while os.getppid() == parent:  # an orphan ends itself
-        for view in views:
-            view[16::PAGE] += 1
+        touch(views)
         time.sleep(TOUCH_INTERVAL_S)
+
+
+def touch(views: list[NDArray[np.uint8]]) -> None:
+    """Write to every hot page."""
+    for view in views:
+        view[16::PAGE] += 1
 
 
 if __name__ == "__main__":
