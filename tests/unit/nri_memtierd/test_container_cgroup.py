@@ -73,7 +73,9 @@ def test_no_text_leads_out_of_the_tree(text: str) -> None:
     assert path.parts
 
 
-@pytest.mark.parametrize("name", [ID, f"crio-{ID}", f"cri-containerd-{ID}.scope", f"{ID}.scope"])
+@pytest.mark.parametrize(
+    "name", [ID, f"crio-{ID}", f"cri-containerd-{ID}.scope", f"{ID}.scope", f"pod.slice:crio:{ID}"]
+)
 def test_the_names_that_runtimes_give_are_known(name: str) -> None:
     assert names_container(name, ID)
 

@@ -81,7 +81,8 @@ def names_container(directory: str, container_id: str) -> bool:
     if not container_id or directory.startswith(MONITOR_PREFIX):
         return False
     stem = directory.removesuffix(".scope")
-    return stem == container_id or stem.endswith(f"-{container_id}")
+    # With a colon: a runtime with the cgroupfs driver that was given a path for systemd takes it literally.
+    return stem == container_id or stem.endswith((f"-{container_id}", f":{container_id}"))
 
 
 def find_container_cgroup(

@@ -9,10 +9,11 @@ containers that have memory values, in a thread.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from loguru import logger
 
@@ -27,6 +28,61 @@ from nri_core import Adjustment, Container, ContainerState, Plugin, Pod, Runtime
 
 POLL_S = 2.0
 """Time between looks at the configuration file."""
+
+
+LAG_CHECK_S = 0.25
+LATE_S = 0.5
+"""Runtimes give an answer 2 s: worth a warning well before."""
+
+Hook = TypeVar("Hook", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+
+class HookTimes:
+    """How long hooks took, and how late the event loop was: together, what a runtime waits for."""
+
+    def __init__(self) -> None:
+        self.answered = 0
+        self.slowest_s = 0.0
+        self.slowest_hook = "none"
+        self.lag_s = 0.0
+
+    def add(self, hook: str, seconds: float) -> None:
+        """A hook was answered."""
+        self.answered += 1
+        if seconds > self.slowest_s:
+            self.slowest_s, self.slowest_hook = seconds, hook
+        if seconds > LATE_S:
+            logger.warning("{} took {:.0f} ms: the runtime drops a plugin that needs 2 s", hook, seconds * 1000)
+
+    async def watch_loop(self) -> None:
+        """Measure how late the event loop runs what is due, until cancelled."""
+        while True:
+            began_s = time.monotonic()
+            await asyncio.sleep(LAG_CHECK_S)
+            late_s = time.monotonic() - began_s - LAG_CHECK_S
+            self.lag_s = max(self.lag_s, late_s)
+            if late_s > LATE_S:
+                logger.warning("hooks had to wait {:.0f} ms: this process gets too little CPU", late_s * 1000)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.answered} hooks answered, slowest {self.slowest_hook} {self.slowest_s * 1000:.1f} ms, "
+            f"event loop at most {self.lag_s * 1000:.1f} ms late"
+        )
+
+
+def timed(hook: Hook) -> Hook:
+    """Count a hook of MemtierdPlugin."""
+
+    @functools.wraps(hook)
+    async def run(self: MemtierdPlugin, *arguments: Any) -> Any:
+        began_s = time.perf_counter()
+        try:
+            return await hook(self, *arguments)
+        finally:
+            self.times.add(hook.__name__, time.perf_counter() - began_s)
+
+    return cast(Hook, run)
 
 
 class MemtierdPlugin(Plugin):
@@ -50,7 +106,7 @@ class MemtierdPlugin(Plugin):
         self._check_template = check_template
         self._on_unknown_class = on_unknown_class
         self._adopt = adopt
-        self._slowest_s: dict[str, float] = {}
+        self.times = HookTimes()
 
     def use(self, config: PluginConfig) -> None:
         """From now on, another configuration. In the event loop's thread."""
@@ -94,6 +150,7 @@ class MemtierdPlugin(Plugin):
             return []
         return await asyncio.to_thread(self._missing_values, wanted)
 
+    @timed
     async def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
         """See `Plugin.create_container`. Raises: ContainerRefused, which fails the creation."""
         decision = self._decide(pod, container)
@@ -107,10 +164,12 @@ class MemtierdPlugin(Plugin):
             adjustment = adjustment.unified(key, value)
         return adjustment or None
 
+    @timed
     async def start_container(self, pod: Pod, container: Container) -> None:
         """See `Plugin.start_container`. Never fails: a container without an engine is better than none."""
         self._fleet.report(Started(describe(pod, container, started_now=True)))
 
+    @timed
     async def update_container(self, pod: Pod, container: Container, resources: Any) -> list[Update]:
         """See `Plugin.update_container`. Whatever the kubelet writes, our values stay."""
         decision = self._decide_quietly(pod, container)
@@ -121,10 +180,12 @@ class MemtierdPlugin(Plugin):
             update = update.unified(key, value)
         return [update]
 
+    @timed
     async def stop_container(self, pod: Pod, container: Container) -> None:
         """See `Plugin.stop_container`."""
         self._fleet.report(Stopped(container.id))
 
+    @timed
     async def remove_container(self, pod: Pod, container: Container) -> None:
         """See `Plugin.remove_container`. Usually it has stopped before."""
         self._fleet.report(Stopped(container.id))

@@ -165,20 +165,25 @@ async def _run(plugin: MemtierdPlugin, file: ConfigFile | None, socket: str) -> 
     import asyncio
     import signal
 
+    from loguru import logger
+
     from nri_core import Stub
 
     stub = Stub(plugin, socket_path=socket)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stub.stop)
-    watcher = asyncio.create_task(_watch(plugin, file)) if file is not None else None
+    tasks = [asyncio.create_task(plugin.times.watch_loop())]
+    if file is not None:
+        tasks.append(asyncio.create_task(_watch(plugin, file)))
     # Without a file there is nothing to read again; the default action would end the program.
     loop.add_signal_handler(signal.SIGHUP, lambda: _reload(plugin, file))
     try:
         await stub.run()
     finally:
-        if watcher is not None:
-            watcher.cancel()
+        for task in tasks:
+            task.cancel()
+        logger.info("{}", plugin.times)
 
 
 def _reload(plugin: MemtierdPlugin, file: ConfigFile | None) -> None:
