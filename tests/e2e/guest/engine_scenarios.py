@@ -24,7 +24,7 @@ STAYS_S = 30
 
 def swap_scenario(tracker: str, *, write: bool) -> None:
     """Cold out and hot kept; then frozen: all out; then thawed: hot back."""
-    with meme(160, 48, write=write) as load, memtierd(tracker, pids=[load.pid]):
+    with meme(64, 20, write=write) as load, memtierd(tracker, pids=[load.pid]):
         took_s = wait_for(lambda: load.cold_out() >= 0.95, OUT_TIMEOUT_S)
         hot_worst = cold_least = None
         for _ in range(STAYS_S):
@@ -52,9 +52,9 @@ def two_cgroups() -> None:
     with (
         cgroup("e2e-a") as a,
         cgroup("e2e-b") as b,
-        meme(96, 32, cgroup=a) as first,
-        meme(96, 48, cgroup=b) as second,
-        meme(64, 16) as bystander,
+        meme(48, 16, cgroup=a) as first,
+        meme(48, 24, cgroup=b) as second,
+        meme(24, 8) as bystander,
         memtierd("idlepage", cgroups=[a]),
         memtierd("idlepage", cgroups=[b]),
     ):
@@ -192,7 +192,7 @@ def churn() -> None:
     """Processes fork, exec, exit, grow and shrink next to a steady one in the same cgroup."""
     with (
         cgroup("e2e-churn") as group,
-        meme(96, 32, cgroup=group) as steady,
+        meme(48, 16, cgroup=group) as steady,
         memtierd("idlepage", cgroups=[group]) as daemon,
     ):
         churner = subprocess.Popen(

@@ -160,6 +160,7 @@ def memtierd(
     log = open(f"{path}.log", "w")  # noqa: SIM115
     popen = subprocess.Popen(
         ["taskset", "-c", "0", "memtierd", "-config", str(path)],
+        env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         stdout=log,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from memtier_engine.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.clock import Clock, SystemClock
 from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
+from memtier_engine.guards.base import GuardState
+from memtier_engine.guards.config import GuardsConfig
+from memtier_engine.guards.guardset import Context, GuardSet
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_mappings
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Tracker
@@ -26,6 +29,7 @@ from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import Policy
 from memtier_engine.targets.base import Target
+from memtier_engine.targets.cgroups import CgroupsTarget
 from memtier_engine.trackers.registry import create_tracker
 
 ERRORS_KEPT = 20
@@ -43,6 +47,8 @@ class EngineConfig:
     """Time between looks at every page."""
     policy: AgePolicyConfig = field(default_factory=AgePolicyConfig)
     mover: MoverConfig = field(default_factory=MoverConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """When to move nothing."""
     dry_run: bool = False
     """Decide and report, but move nothing."""
 
@@ -83,6 +89,10 @@ class StepReport:
     """float64[AGE_MAX + 1]: seconds that each age stands for."""
     errors: tuple[str, ...]
     """Since the report before."""
+    guards: tuple[GuardState, ...] = ()
+    """What each guard said at this scan."""
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    """Processes that memory was wanted of and that are left alone, by pid, and why."""
 
     def idle_bytes(self, idle_s: float) -> int:
         """Resident memory not touched for at least `idle_s`."""
@@ -102,6 +112,7 @@ class Engine:
         tracker: Tracker | None = None,
         policy: Policy | None = None,
         mover: Mover | None = None,
+        guards: GuardSet | None = None,
     ) -> None:
         """Any stage can be replaced by one of your own.
 
@@ -116,6 +127,12 @@ class Engine:
         self.policy: Policy = policy or AgePolicy(self.config.policy, scan_interval_ms=self.config.scan_interval_ms)
         now_s = self.clock.now_s()
         self.mover = mover or Mover(self.config.mover, self.host, now_s=now_s)
+        self.guards = guards or GuardSet(
+            self.config.guards,
+            host=self.host,
+            cgroups=target.directories() if isinstance(target, CgroupsTarget) else (),
+            scan_interval_s=self.config.scan_interval_ms / 1000,
+        )
         self.pages: dict[ProcessId, ProcessPages] = {}
         self.age_clock = AgeClock()
         self._next_scan_s = now_s
@@ -150,9 +167,13 @@ class Engine:
         if now_s >= self._next_scan_s:
             report = self.step(now_s)
             interval_s = self.config.scan_interval_ms / 1000
-            # A scan that took longer than the interval is followed by a full one: never back to back.
-            self._next_scan_s = max(self._next_scan_s, self.clock.now_s() - interval_s / 2) + interval_s
+            # A scan that takes long must not crowd out the moving: as much time again is left for that.
+            rest_s = max(interval_s / 2, report.scan_seconds)
+            self._next_scan_s = max(self._next_scan_s + interval_s, self.clock.now_s() + rest_s)
         elif not self.config.dry_run:
+            verdict = self.guards.check(now_s)
+            if not verdict.move_allowed:
+                self.mover.retain(verdict.allows)
             for outcome in self.mover.pump(now_s):
                 self._account(outcome)
             self._cpu_s += time.thread_time() - began
@@ -177,10 +198,12 @@ class Engine:
                 self._note(str(failure))
                 self._forget(process)
         scan_seconds = time.monotonic() - began_s
+        ages = self._histogram()
+        self.guards.check(now_s, Context(int(ages[: AGE_MAX + 1].sum()) * PAGE_BYTES, self._refault_bytes))
         if now_s >= self._next_decision_s:
             self._decide(now_s)
         self._cpu_s += time.thread_time() - began_cpu_s
-        return self._report(now_s, scan_seconds)
+        return self._report(now_s, scan_seconds, ages)
 
     def run(self, duration_s: float | None = None, stop: threading.Event | None = None) -> Iterator[StepReport]:
         """Work until `duration_s` is over or `stop` is set, yielding a report per scan. Closes the engine."""
@@ -204,6 +227,7 @@ class Engine:
         """Stop tracking and moving; what is swapped out stays so. Safe to call twice."""
         self.closed = True
         self.mover.close()
+        self.guards.close()
         self.tracker.close()
 
     def _follow(self) -> list[ProcessId]:
@@ -249,7 +273,7 @@ class Engine:
         tasks = self.policy.decide(self.pages, self.age_clock, budget)
         self._candidate_bytes = sum(task.spans.total_bytes for task in tasks)
         if not self.config.dry_run:
-            self.mover.replace(tasks)
+            self.mover.replace(self.guards.admit(tasks, self.guards.verdict, now_s))
 
     def _account(self, outcome: MoveOutcome) -> None:
         self._requested_bytes += outcome.requested_bytes
@@ -272,8 +296,10 @@ class Engine:
             self._errors.append(error)
             logger.warning("{}", error)
 
-    def _report(self, now_s: float, scan_seconds: float) -> StepReport:
-        pages = sum((own.histogram() for own in self.pages.values()), np.zeros(256, np.int64))
+    def _histogram(self) -> NDArray[np.int64]:
+        return sum((own.histogram() for own in self.pages.values()), np.zeros(256, np.int64))
+
+    def _report(self, now_s: float, scan_seconds: float, pages: NDArray[np.int64]) -> StepReport:
         errors, self._errors = tuple(self._errors), []
         return StepReport(
             time_s=now_s,
@@ -292,6 +318,8 @@ class Engine:
             age_pages=pages,
             idle_s=self.age_clock.idle_s(),
             errors=errors,
+            guards=self.guards.verdict.states,
+            skipped={process.pid: why for process, why in self.guards.skipped.items()},
         )
 
 

@@ -16,6 +16,7 @@ from memtier_engine.mover.backends import IOVECS_MAX, BatchResult, ProcessHandle
 from memtier_engine.mover.bucket import MIB, TokenBucket
 
 BATCH_BYTES_MAX = 64 * MIB
+BATCH_BYTES_LEAST = MIB
 CALL_TARGET_S = 0.02
 """A call holds the target's mmap lock for reading; batches shrink until a call is about this short."""
 BREATH_S = 0.005
@@ -87,6 +88,11 @@ class Mover:
         """Append one task."""
         if len(task.spans):
             self._queue.append(_Pending(task, task.spans))
+
+    def retain(self, wanted: Callable[[MoveTask], bool]) -> None:
+        """Forget pending tasks that are not `wanted` any more."""
+        if self._queue:
+            self._queue = deque(pending for pending in self._queue if wanted(pending.task))
 
     def drop(self, process: ProcessId) -> None:
         """The process is no longer ours: forget its tasks and close what is open for it."""
@@ -163,7 +169,7 @@ class Mover:
 
     def _adapt(self, batch_bytes: int, seconds: float) -> None:
         if seconds > CALL_TARGET_S and batch_bytes >= self._batch_bytes // 2:
-            self._batch_bytes = max(64 * PAGE_BYTES, self._batch_bytes // 2)
+            self._batch_bytes = max(BATCH_BYTES_LEAST, self._batch_bytes // 2)
         elif seconds < CALL_TARGET_S / 2 and batch_bytes >= self._batch_bytes:
             self._batch_bytes = min(BATCH_BYTES_MAX, self._batch_bytes * 2)
 
