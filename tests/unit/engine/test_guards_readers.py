@@ -116,6 +116,16 @@ def test_a_sudden_stall_closes_before_the_average_shows_it(machine: HostFolder) 
     assert guard_set.check(11.5).move_allowed
 
 
+def test_a_second_of_disk_work_closes_only_where_it_is_nearly_all_waiting(machine: HostFolder) -> None:
+    """Any build does half a second of that; 10-second averages still count from 50 %."""
+    guard_set = guards(machine)
+    guard_set.check(0)
+    machine.write("proc/pressure/io", pressure(6, total_us=600_000))
+    assert guard_set.check(1.0).move_allowed
+    machine.write("proc/pressure/io", pressure(15, total_us=1_550_000))
+    assert closed(guard_set.check(2.0)) == ["psi-io-node"]
+
+
 def test_files_are_read_at_most_twice_a_second(machine: HostFolder) -> None:
     guard_set = guards(machine)
     guard_set.check(0)

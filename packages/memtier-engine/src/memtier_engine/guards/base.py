@@ -73,6 +73,13 @@ class Thresholds:
     close_at: float
     open_at: float
     hold_s: float = 10.0
+    fast_at: float | None = None
+    """Closes at once where so much is reached within about a second, which averages show late. None: `close_at`."""
+
+    @property
+    def at_once(self) -> float:
+        """`fast_at`, or what stands for it."""
+        return self.close_at if self.fast_at is None else self.fast_at
 
     @property
     def upper(self) -> bool:
@@ -161,7 +168,7 @@ class ThresholdGuard:
         where = f" ({reading.note})" if reading.note else ""
         shown = "not known" if value is None else self._number(value)
         if fired and (value is None or not limits.closes(value)):
-            shown = f"past {self._number(limits.close_at)} by the kernel's trigger"
+            shown = f"or was at {self._number(limits.at_once)} for a moment"
         return (
             f"{self._what}{where} is {shown}: "
             f"closes at {self._number(limits.close_at)}, opens again at {self._number(limits.open_at)}"

@@ -10,8 +10,8 @@ from memtier_engine.guards.skip import SkipRules
 
 MEMORY_PSI_NODE = Thresholds(close_at=10.0, open_at=5.0)
 MEMORY_PSI_CGROUP = Thresholds(close_at=5.0, open_at=2.0)
-IO_PSI_NODE = Thresholds(close_at=50.0, open_at=25.0)
-IO_PSI_CGROUP = Thresholds(close_at=30.0, open_at=15.0)
+IO_PSI_NODE = Thresholds(close_at=50.0, open_at=25.0, fast_at=90.0)
+IO_PSI_CGROUP = Thresholds(close_at=30.0, open_at=15.0, fast_at=90.0)
 SWAP_FILL = Thresholds(close_at=90.0, open_at=85.0)
 COMPRESSION = Thresholds(close_at=1.2, open_at=1.4)
 REFAULTS = Thresholds(close_at=5.0, open_at=2.0)

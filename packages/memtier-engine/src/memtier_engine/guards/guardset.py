@@ -23,7 +23,7 @@ from memtier_engine.guards.base import (
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.meters import WindowMeter
 from memtier_engine.guards.processes import FactsReader
-from memtier_engine.guards.readers import IN_RAM, CgroupReader, NodeReader
+from memtier_engine.guards.readers import IN_RAM, NO_SWAP, CgroupReader, NodeReader
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId, Spans
 
@@ -123,8 +123,9 @@ class GuardSet:
         self._context = context = context or self._context
         readings = dict(self._node.read(now_s))
         readings.update(self._cgroup.read(now_s))
-        if readings["swap-writes"].missing == IN_RAM:
-            readings["psi-io-node"] = readings["psi-io-cgroup"] = Reading(missing=IN_RAM)
+        idle_disk = readings["swap-writes"].missing
+        if idle_disk in (IN_RAM, NO_SWAP):
+            readings["psi-io-node"] = readings["psi-io-cgroup"] = Reading(missing=idle_disk)
         recent = self._refaults.add(context.refault_bytes_total, now_s)
         share = recent / max(context.resident_bytes, WORKING_SET_LEAST_BYTES)
         readings["refaults"] = Reading(100 * share)

@@ -29,6 +29,7 @@ TRIGGER_WINDOWS_US = (1_000_000, 2_000_000)
 RECENT_S = 0.9
 """Stalls are summed up over at least this long to say that the threshold is passed right now."""
 IN_RAM = "all swap is in RAM (zram)"
+NO_SWAP = "no swap area is in use"
 DAY_S = 24 * 3600.0
 _SECTOR_BYTES = 512
 _WRITE_SECTORS_FIELD = 6
@@ -43,7 +44,7 @@ class PressureReader:
         self._host = host
         self._path = path
         self._limits = limits
-        self._wants_trigger = trigger and limits is not None and limits.close_at > 0
+        self._wants_trigger = trigger and limits is not None and limits.at_once > 0
         self._trigger: PsiTrigger | None = None
         self._inode: int | None = None
         self._base: tuple[float, int] | None = None  # (time, total_us)
@@ -73,7 +74,7 @@ class PressureReader:
         name = self._host.kernel_file(self._path)
         if pressure is None:
             return Reading(missing=f"{name}: no pressure information (CONFIG_PSI, psi=1)")
-        if self._recent_percent(pressure.some, now_s) >= self._limits.close_at:
+        if self._recent_percent(pressure.some, now_s) >= self._limits.at_once:
             self._fired_s = now_s
         return Reading(pressure.some.avg10_percent, fired_s=self._fired_s, note=name)
 
@@ -110,7 +111,7 @@ class PressureReader:
         assert self._limits is not None
         failure: KernelCallError | None = None
         for window_us in TRIGGER_WINDOWS_US:
-            stall_us = max(1, int(window_us * self._limits.close_at / 100))
+            stall_us = max(1, int(window_us * self._limits.at_once / 100))
             try:
                 return PsiTrigger(self._host, self._path, stall_us=stall_us, window_us=window_us)
             except KernelCallError as error:
@@ -171,7 +172,7 @@ class NodeReader:
             areas = []
             missing = str(error)
         else:
-            missing = "no swap area is in use"
+            missing = NO_SWAP
         if not areas:
             self._writes.clear()
             return readings | dict.fromkeys(("swap-fill", "swap-writes", "compression"), Reading(missing=missing))

@@ -44,6 +44,13 @@ class CgroupsTarget:
                 self._complain(name, f"cannot be read: {error}")
         return identify(self._host, pids)
 
+    def directories(self) -> tuple[Path, ...]:
+        """Where the cgroups are, whether they exist yet or not; empty without a cgroup v2 tree."""
+        try:
+            return tuple(find_cgroup(self._host, name) for name in self._names)
+        except Unavailable:
+            return ()
+
     def _complain(self, name: str, what: str) -> None:
         """Once, until it has been there again."""
         if name not in self._silent:

@@ -1,0 +1,119 @@
+"""The engine under its guards: what a closed guard stops, at once, and what it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memtier_engine.clock import FakeClock
+from memtier_engine.engine import Engine, EngineConfig, StepReport
+from memtier_engine.guards.config import GuardsConfig
+from memtier_engine.guards.skip import SkipRules
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, Spans
+from memtier_engine.mover.backends import BatchResult, ProcessHandle
+from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.policies.age import AgePolicyConfig
+from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of
+from support.hostfolder import HostFolder
+
+PAGES = 1000
+CALM = "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
+BUSY = "some avg10=20.00 avg60=0.00 avg300=0.00 total=0\n"
+
+
+class Scene:
+    """A process of 1000 pages, all cold, on a mover that takes 50 pages a second."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *, guards: GuardsConfig | None = None) -> None:
+        self.machine = HostFolder(root)
+        self.machine.process(PROCESS.pid, maps=f"{BASE:x}-{BASE + PAGES * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n")
+        self.machine.write("proc/pressure/memory", CALM)
+        self.clock = FakeClock()
+        self.tracker = FakeTracker()
+        self.moves: list[tuple[float, int, int]] = []  # (time, node, pages)
+        monkeypatch.setattr("memtier_engine.mover.mover.ProcessHandle", _NoHandle)
+        config = EngineConfig(
+            scan_interval_ms=1000,
+            policy=AgePolicyConfig(interval_ms=1000, swap_out_ms=3000, active_duration_ms=2000, active_numas=(1,)),
+            mover=MoverConfig(interval_ms=100, bandwidth_mib_per_s=50 * PAGE_BYTES / (1 << 20)),
+            guards=guards or GuardsConfig(),
+        )
+        self.engine = Engine(
+            FakeTarget(PROCESS),
+            config,
+            host=self.machine.host,
+            clock=self.clock,
+            tracker=self.tracker,
+            mover=Mover(config.mover, self.machine.host, now_s=0.0, backend=self._move),
+        )
+
+    def _move(self, handle: ProcessHandle, part: Spans, node: int) -> BatchResult:
+        pages = {page for first, last in pages_of(part) for page in range(first, last)}
+        self.moves.append((self.clock.now_s(), node, len(pages)))
+        if node == SWAP_NODE:
+            self.tracker.absent |= pages
+        return BatchResult(moved_bytes=len(pages) * PAGE_BYTES)
+
+    def run(self, seconds: float) -> StepReport:
+        end_s = self.clock.now_s() + seconds
+        last: StepReport | None = None
+        while self.clock.now_s() < end_s:
+            report, due_s = self.engine.advance(self.clock.now_s())
+            last = report or last
+            self.clock.advance(max(0.001, due_s - self.clock.now_s()))
+        assert last is not None
+        return last
+
+
+class _NoHandle:
+    def __init__(self, host: object, process: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(tmp_path, monkeypatch)
+
+
+def test_moving_stops_within_a_second_of_the_pressure_and_goes_on_after_it(scene: Scene) -> None:
+    """In mid-task, without waiting for the next scan."""
+    scene.run(4.3)
+    assert scene.moves
+    scene.machine.write("proc/pressure/memory", BUSY)
+    pressed_s = scene.clock.now_s()
+    report = scene.run(20)
+    assert scene.moves[-1][0] <= pressed_s + 0.7
+    assert [state.name for state in report.guards if not state.open] == ["psi-memory-node"]
+    moved = len(scene.moves)
+    scene.machine.write("proc/pressure/memory", CALM)
+    report = scene.run(15)
+    assert len(scene.moves) > moved
+    assert all(state.open for state in report.guards)
+
+
+def test_promotions_go_on_under_pressure(scene: Scene) -> None:
+    scene.machine.write("proc/pressure/memory", BUSY)
+    scene.tracker.touched = set(range(50))
+    scene.run(10)
+    assert {node for _, node, _ in scene.moves} == {1}
+
+
+def test_a_skipped_process_is_reported_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(tmp_path, monkeypatch, guards=GuardsConfig(skip=SkipRules(names=("da*",))))
+    scene.machine.write(f"proc/{PROCESS.pid}/status", "Name:\tdatabase\nVmRSS:\t  900000 kB\n")
+    report = scene.run(6)
+    assert scene.moves == []
+    assert report.skipped == {PROCESS.pid: "is named like 'da*'"}
+    assert report.candidate_bytes > 0
+
+
+def test_nothing_moves_during_the_grace_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(tmp_path, monkeypatch, guards=GuardsConfig(start_grace_s=20))
+    scene.run(19.5)
+    assert scene.moves == []
+    scene.run(3)
+    assert scene.moves
