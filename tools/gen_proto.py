@@ -1,4 +1,4 @@
-"""Generate the protobuf modules of nri_core from proto/. With --check: fail if what is there is stale.
+"""Generate the protobuf modules from proto/. With --check: fail if what is there is stale.
 
 protoc's own Python output works only with the protobuf release it was made for, or newer. What is written here
 holds the compiled descriptor and builds the classes with whatever protobuf (4.21 or newer) is installed.
@@ -15,8 +15,13 @@ from google.protobuf import descriptor_pb2
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTO = ROOT / "proto"
-OUT = ROOT / "packages/nri-core/src/nri_core/pb"
-FILES = {"nri/api.proto": "nri_pb2", "ttrpc/ttrpc.proto": "ttrpc_pb2"}
+NRI_PACKAGE = ("packages/nri-core/src", "nri_core.pb")
+FILES = {
+    # source: (root of imports, package, module)
+    "nri/api.proto": (*NRI_PACKAGE, "nri_pb2"),
+    "ttrpc/ttrpc.proto": (*NRI_PACKAGE, "ttrpc_pb2"),
+    "cri/cri.proto": ("tests", "vm.guest", "cri_pb2"),
+}
 HEADER = '"""Generated from proto/{source} by `make proto`. Do not edit."""\n'
 MODULE = (
     HEADER
@@ -33,14 +38,14 @@ builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, {module!r}, globals())
 )
 
 
-def compiled(source: str) -> descriptor_pb2.FileDescriptorProto:
+def compiled(source: str, package: str) -> descriptor_pb2.FileDescriptorProto:
     """The descriptor of one file, with a name that no other package's file has."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "set"
         _protoc(f"--descriptor_set_out={target}", source)
         found = descriptor_pb2.FileDescriptorSet.FromString(target.read_bytes()).file
     [descriptor] = found
-    descriptor.name = f"nri_core/pb/{source}"
+    descriptor.name = f"{package.replace('.', '/')}/{source}"
     return descriptor
 
 
@@ -54,24 +59,26 @@ def _protoc(*arguments: str) -> None:
 
 def generated() -> dict[Path, str]:
     """Every file that should be there, with its text."""
-    files = {OUT / "__init__.py": '"""Generated protobuf modules: nri_pb2, ttrpc_pb2."""\n'}
-    for source, name in FILES.items():
-        descriptor = compiled(source)
+    docs = '"""Generated protobuf modules: nri_pb2, ttrpc_pb2."""\n'
+    files = {ROOT / NRI_PACKAGE[0] / "nri_core/pb/__init__.py": docs}
+    for source, (root, package, name) in FILES.items():
+        out = ROOT / root / package.replace(".", "/")
+        descriptor = compiled(source, package)
         data = descriptor.SerializeToString(deterministic=True)
         lines = [f"    {data[at : at + 64]!r}" for at in range(0, len(data), 64)]
         imports = "".join(
             f"from {Path(used).parent.as_posix().replace('/', '.')} import {Path(used).stem}_pb2  # noqa: F401\n"
             for used in descriptor.dependency
         )
-        files[OUT / f"{name}.py"] = MODULE.format(
-            source=source, imports=imports, data="\n".join(lines), module=f"nri_core.pb.{name}"
+        files[out / f"{name}.py"] = MODULE.format(
+            source=source, imports=imports, data="\n".join(lines), module=f"{package}.{name}"
         )
         with tempfile.TemporaryDirectory() as folder:
             _protoc(f"--pyi_out={folder}", source)
             [stub] = Path(folder).glob("**/*.pyi")
             # An enum value named None cannot be written in Python; it is reachable by its number.
             lines = [line for line in stub.read_text().splitlines() if not line.lstrip().startswith("None:")]
-            files[OUT / f"{name}.pyi"] = "\n".join([HEADER.format(source=source).rstrip(), *lines, ""]).replace(
+            files[out / f"{name}.pyi"] = "\n".join([HEADER.format(source=source).rstrip(), *lines, ""]).replace(
                 "_Mapping]", "_Mapping[str, object]]"
             )
     return files
@@ -85,8 +92,8 @@ def main() -> int:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is stale: run `make proto`", file=sys.stderr)
         return 1 if stale else 0
-    OUT.mkdir(exist_ok=True)
     for path in stale:
+        path.parent.mkdir(exist_ok=True)
         path.write_text(files[path])
     return 0
 

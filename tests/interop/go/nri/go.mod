@@ -1,0 +1,3 @@
+module memtier.example/interop/nri
+
+go 1.21

@@ -1,0 +1,3 @@
+module memtier.example/interop/ttrpc
+
+go 1.21
