@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, P
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import Policy
-from memtier_engine.targets.base import Target
+from memtier_engine.stats.observer import Observer, event_prefix
+from memtier_engine.targets.base import RestrictingTarget, Target
 from memtier_engine.targets.cgroups import CgroupsTarget
 from memtier_engine.trackers.registry import create_tracker
 
@@ -113,8 +114,9 @@ class Engine:
         policy: Policy | None = None,
         mover: Mover | None = None,
         guards: GuardSet | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
-        """Any stage can be replaced by one of your own.
+        """Any stage can be replaced by one of your own. `observers` are told of every scan, move and event.
 
         Raises:
             TrackerUnavailable: the tracker does not work here.
@@ -133,6 +135,7 @@ class Engine:
             cgroups=target.directories() if isinstance(target, CgroupsTarget) else (),
             scan_interval_s=self.config.scan_interval_ms / 1000,
         )
+        self.observers: list[Observer] = list(observers)
         self.pages: dict[ProcessId, ProcessPages] = {}
         self.age_clock = AgeClock()
         self._next_scan_s = now_s
@@ -176,6 +179,9 @@ class Engine:
                 self.mover.retain(verdict.allows)
             for outcome in self.mover.pump(now_s):
                 self._account(outcome)
+                for observer in self.observers:
+                    observer.event("mover.taskHandler")
+                    observer.moved(outcome)
             self._cpu_s += time.thread_time() - began
         wait_s = None if self.config.dry_run else self.mover.wait_s()
         due_s = self._next_scan_s if wait_s is None else min(self._next_scan_s, self.clock.now_s() + wait_s)
@@ -198,6 +204,8 @@ class Engine:
                 self._note(str(failure))
                 self._forget(process)
         scan_seconds = time.monotonic() - began_s
+        for observer in self.observers:
+            observer.event(f"{event_prefix('Tracker', self.tracker.name)}.sampler")
         ages = self._histogram()
         self.guards.check(now_s, Context(int(ages[: AGE_MAX + 1].sum()) * PAGE_BYTES, self._refault_bytes))
         if now_s >= self._next_decision_s:
@@ -249,7 +257,10 @@ class Engine:
         return wanted
 
     def _scan(self, process: ProcessId, table: NDArray[np.uint8]) -> None:
+        began_s = time.monotonic()
         spans = read_mappings(self.host, process.pid).tierable()
+        if isinstance(self.target, RestrictingTarget):
+            spans = self.target.restrict(process, spans)
         own = self.pages.get(process)
         if own is None:
             own = self.pages[process] = ProcessPages(
@@ -257,9 +268,15 @@ class Engine:
             )
         own.set_spans(spans)
         self.policy.begin(process, spans)
+        for observer in self.observers:
+            observer.scan_began(process, spans, self.age_clock.now_s)
         for chunk in self.tracker.scan(process, spans):
             self._refault_bytes += own.update(chunk, table) * PAGE_BYTES
             self.policy.observe(process, chunk)
+            for observer in self.observers:
+                observer.chunk(process, chunk)
+        for observer in self.observers:
+            observer.scan_ended(process, time.monotonic() - began_s)
 
     def _forget(self, process: ProcessId) -> None:
         self.pages.pop(process, None)
@@ -272,6 +289,10 @@ class Engine:
         budget = None if self.config.dry_run else self.mover.budget_bytes(until_next_s)
         tasks = self.policy.decide(self.pages, self.age_clock, budget)
         self._candidate_bytes = sum(task.spans.total_bytes for task in tasks)
+        for observer in self.observers:
+            observer.event(f"{event_prefix('Policy', self.policy.name)}.loop")
+            for _ in tasks:
+                observer.event("mover.AddTask")
         if not self.config.dry_run:
             self.mover.replace(self.guards.admit(tasks, self.guards.verdict, now_s))
 

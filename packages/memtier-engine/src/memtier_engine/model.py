@@ -7,7 +7,7 @@ arrays; where several belong together they have the same length and the shape is
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -127,3 +127,5 @@ class MoveOutcome:
     stuck: Spans = field(default_factory=Spans.empty)
     """Asked for, still where it was."""
     error: str | None = None
+    page_errors: Mapping[int, int] = field(default_factory=dict)
+    """Pages that the kernel refused to move, by errno of their status."""

@@ -35,6 +35,8 @@ class BatchResult:
     again: bool = False
     """EAGAIN: worth another try later."""
     error: str | None = None
+    page_errors: dict[int, int] = field(default_factory=dict)
+    """Pages that stayed, by errno of their status; only of move_pages."""
 
 
 class ProcessHandle:
@@ -173,22 +175,31 @@ def move_to_node(handle: ProcessHandle, spans: Spans, node: int) -> BatchResult:
     # A negative status is a page without a place: absent, or the shared zero page.
     todo = addresses[(status >= 0) & (status != node)]
     stuck: list[U64] = []
-    for _ in range(2):
+    last_try = 1
+    for attempt in range(last_try + 1):
         if not len(todo):
             break
         status = syscalls.move_pages(pid, todo, node)
         result.moved_bytes += int(np.count_nonzero(status == node)) * PAGE_BYTES
         if (status == -errno.ENOMEM).any():
             result.error = f"move_pages(pid={pid}): node {node} is full"
+            _count_errors(result, status)
             stuck.append(todo[status != node])
             todo = todo[:0]
             break
         busy = (status == -errno.EBUSY) | (status == -errno.EAGAIN)
+        _count_errors(result, status if attempt == last_try else status[~busy])
         stuck.append(todo[(status != node) & ~busy])
         todo = todo[busy]
     stuck.append(todo)
     result.stuck = pages_as_spans(np.sort(np.concatenate(stuck)))
     return result
+
+
+def _count_errors(result: BatchResult, status: NDArray[np.int32]) -> None:
+    numbers, counts = np.unique(-status[status < 0], return_counts=True)
+    for number, pages in zip(numbers.tolist(), counts.tolist(), strict=True):
+        result.page_errors[number] = result.page_errors.get(number, 0) + pages
 
 
 def move(handle: ProcessHandle, spans: Spans, node: int) -> BatchResult:

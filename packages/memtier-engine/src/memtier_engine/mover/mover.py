@@ -133,7 +133,18 @@ class Mover:
             # To the back: a huge task takes turns with small ones. Promotions keep their place.
             add = self._queue.appendleft if pending.task.reason == "active" else self._queue.append
             add(_Pending(pending.task, rest, pending.tries))
-        return [MoveOutcome(process, part, node, part.total_bytes, result.moved_bytes, seconds, result.stuck, error)]
+        outcome = MoveOutcome(
+            process,
+            part,
+            node,
+            part.total_bytes,
+            result.moved_bytes,
+            seconds,
+            result.stuck,
+            error,
+            result.page_errors,
+        )
+        return [outcome]
 
     def wait_s(self) -> float | None:
         """Seconds until `pump` can do something; None: nothing is pending."""

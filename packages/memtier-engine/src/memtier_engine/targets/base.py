@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_stat_fields
-from memtier_engine.model import ProcessId
+from memtier_engine.model import ProcessId, Spans
 
 PF_KTHREAD = 0x00200000
 """Source: include/linux/sched.h; field 9 of /proc/PID/stat."""
@@ -21,6 +21,14 @@ class Target(Protocol):
 
     def poll(self) -> frozenset[ProcessId]:
         """The processes it means now; never a kernel thread, a zombie or this process itself."""
+
+
+@runtime_checkable
+class RestrictingTarget(Protocol):
+    """A target that means only some of the memory of its processes."""
+
+    def restrict(self, process: ProcessId, mapped: Spans) -> Spans:
+        """The parts of `mapped` that are meant."""
 
 
 def identify(host: Host, pids: Iterable[int]) -> frozenset[ProcessId]:
