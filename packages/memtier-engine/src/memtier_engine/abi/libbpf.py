@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import threading
-from collections.abc import Collection
-from ctypes import CFUNCTYPE, c_bool, c_char_p, c_int, c_long, c_size_t, c_void_p
+from collections.abc import Collection, Mapping
+from ctypes import CFUNCTYPE, c_bool, c_char_p, c_int, c_long, c_size_t, c_uint32, c_void_p
 from functools import cache
 
 from memtier_engine.errors import KernelCallError, Unavailable
@@ -60,6 +60,7 @@ def _library() -> ctypes.CDLL:
             "bpf_object__find_map_fd_by_name": (c_int, [c_void_p, c_char_p]),
             "bpf_object__find_map_by_name": (c_void_p, [c_void_p, c_char_p]),
             "bpf_object__find_program_by_name": (c_void_p, [c_void_p, c_char_p]),
+            "bpf_map__set_max_entries": (c_int, [c_void_p, c_uint32]),
             "bpf_object__next_program": (c_void_p, [c_void_p, c_void_p]),
             "bpf_program__name": (c_char_p, [c_void_p]),
             "bpf_program__fd": (c_int, [c_void_p]),
@@ -87,9 +88,11 @@ def available() -> None:
 class BpfObject:
     """An object file's programs and maps in the kernel."""
 
-    def __init__(self, image: bytes, programs: Collection[str]) -> None:
+    def __init__(self, image: bytes, programs: Collection[str], sizes: Mapping[str, int] | None = None) -> None:
         """Load `programs` (by function name) of the ELF file `image`, and all its maps.
 
+        Args:
+            sizes: number of entries of maps, where it differs from the file's.
         Raises:
             Unavailable: no libbpf on this machine.
             AccessDenied: this process may not load BPF programs.
@@ -100,14 +103,14 @@ class BpfObject:
         self._pointers: dict[str, int] = {}
         _log.lines = []
         try:
-            self._load(image, programs)
+            self._load(image, programs, sizes or {})
         except BaseException:
             self.close()
             raise
         finally:
             del _log.lines
 
-    def _load(self, image: bytes, programs: Collection[str]) -> None:
+    def _load(self, image: bytes, programs: Collection[str], sizes: Mapping[str, int]) -> None:
         ctypes.set_errno(0)
         handle = self._lib.bpf_object__open_mem(ctypes.c_char_p(image), len(image), None)
         failure = -self._lib.libbpf_get_error(handle) if handle else ctypes.get_errno() or errno.EINVAL
@@ -123,6 +126,8 @@ class BpfObject:
         absent = set(programs) - self._pointers.keys()
         if absent:
             raise KernelCallError(f"the BPF object has no program {', '.join(sorted(absent))}", errno.ENOENT)
+        for name, entries in sizes.items():
+            self._lib.bpf_map__set_max_entries(self._lib.bpf_object__find_map_by_name(handle, name.encode()), entries)
         result = self._lib.bpf_object__load(handle)
         if result < 0:
             raise self._failed("load the BPF object", -result)

@@ -7,7 +7,7 @@ the kernel's errno; none retries, splits or interprets: that is the caller's bus
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char_p, c_int, c_long, c_ulong, c_void_p
+from ctypes import c_int, c_long, c_ulong, c_void_p
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,11 +211,34 @@ def uffdio_writeprotect(fd: int, start: int, length: int, mode: int) -> None:
         raise _failed(f"UFFDIO_WRITEPROTECT({start:#x}+{length:#x}, mode={mode})")
 
 
-def bpf(command: int, attributes: bytes) -> int:
-    """bpf(2): returns what the command returns (a file descriptor for those that create something)."""
-    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+def bpf(command: int, attributes: bytes | bytearray) -> int:
+    """bpf(2): returns what the command returns (a file descriptor for those that create something).
+
+    Args:
+        command: BPF_...; source: include/uapi/linux/bpf.h.
+        attributes: the part of `union bpf_attr` that the command uses; a bytearray gets what the kernel writes back.
+    """
+    kind = ctypes.c_char * len(attributes)
+    buffer = kind.from_buffer(attributes if isinstance(attributes, bytearray) else bytearray(attributes))
     number = syscall_number("bpf")
-    rc = _syscall(c_long(number), c_long(command), ctypes.cast(buffer, c_char_p), c_ulong(len(attributes)))
+    rc = _syscall(c_long(number), c_long(command), ctypes.byref(buffer), c_ulong(len(attributes)))
     if rc < 0:
         raise _failed(f"bpf(command={command})")
     return int(rc)
+
+
+def perf_event_open(attributes: bytes, pid: int, cpu: int, flags: int) -> int:
+    """A performance event's file descriptor; the caller closes it.
+
+    Args:
+        attributes: `struct perf_event_attr`, its size in bytes 4-7. Source: include/uapi/linux/perf_event.h.
+        pid: process, or -1 for all (CAP_PERFMON).
+        cpu: CPU, or -1 for any.
+        flags: PERF_FLAG_...
+    """
+    number = syscall_number("perf_event_open")
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    fd = _syscall(c_long(number), ctypes.byref(buffer), c_long(pid), c_long(cpu), c_long(-1), c_ulong(flags))
+    if fd < 0:
+        raise _failed(f"perf_event_open(pid={pid}, cpu={cpu})")
+    return int(fd)

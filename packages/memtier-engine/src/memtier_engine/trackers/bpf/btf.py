@@ -6,7 +6,6 @@ Source: Documentation/bpf/btf.rst, include/uapi/linux/btf.h. Needed for bcc only
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 
 from memtier_engine.errors import Unavailable
 
@@ -91,10 +90,6 @@ class Btf:
         if bits is None:
             raise Unavailable(f"this kernel has no {field} in struct {structure} (by its BTF)")
         return bits // 8
-
-    def offsets(self, fields: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
-        """`offset` of each (structure, field)."""
-        return {(structure, field): self.offset(structure, field) for structure, field in fields}
 
     def _name_offset(self, name: str) -> int:
         at = self._data.find(b"\0" + name.encode() + b"\0", self._strings, self._strings_end)

@@ -10,9 +10,10 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib import import_module, resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from memtier_engine.abi.libbpf import BpfObject, available
@@ -32,6 +33,9 @@ _BPF_PROG_TYPE_RAW_TRACEPOINT = 17
 _BPF_PROG_TYPE_PERF_EVENT = 7
 _FIELD = re.compile(r"\bAT\((\w+), [^()]*(?:\([^()]*\))?[^()]*, (\w+)\)")
 _PROGRAM = re.compile(r'^PROGRAM\("([a-z_]+)', re.M)
+
+_OPTIONAL = (("mm_struct", "notifier_subscriptions"),)
+"""Fields that some kernels are built without; the source copes."""
 
 
 class Loaded(Protocol):
@@ -54,21 +58,24 @@ def read_resource(name: str) -> bytes:
     return resources.files(__package__).joinpath(name).read_bytes()
 
 
-def load(host: Host, programs: Collection[str], loader: str = "auto") -> Loaded:
+def load(
+    host: Host, programs: Collection[str], loader: str = "auto", sizes: Mapping[str, int] = MappingProxyType({})
+) -> Loaded:
     """Load `programs` of the C source.
 
     Args:
+        sizes: entries of the hash maps that these programs use; others have one.
         loader: "libbpf", "bcc", or "auto": the first of them that works.
     Raises:
         AccessDenied: this process may not load BPF programs.
         Unavailable, KernelCallError: why it does not work; with "auto" the reasons of all.
     """
     if loader != "auto":
-        return _LOAD[loader](host, programs)
+        return _LOAD[loader](host, programs, sizes)
     failures: list[MemtierError] = []
     for name in LOADERS:
         try:
-            return _LOAD[name](host, programs)
+            return _LOAD[name](host, programs, sizes)
         except MemtierError as failure:
             if isinstance(failure, KernelCallError) and failure.errno == errno.EPERM:
                 raise  # the other loader would be refused as well
@@ -82,11 +89,11 @@ class _Object(BpfObject):
     loader = "libbpf"
 
 
-def load_by_libbpf(host: Host, programs: Collection[str]) -> Loaded:
+def load_by_libbpf(host: Host, programs: Collection[str], sizes: Mapping[str, int]) -> Loaded:
     """Load the compiled object that comes with this package."""
     _need_btf(host)
     available()
-    return _Object(read_resource(OBJECT), programs)
+    return _Object(read_resource(OBJECT), programs, sizes)
 
 
 def _need_btf(host: Host) -> Path:
@@ -142,17 +149,23 @@ def import_bcc() -> Any:
 
 def fields_in(source: str) -> list[tuple[str, str]]:
     """(structure, field) of every AT() in the source, sorted."""
-    body = source.split("#endif", 1)[1]
+    body = source[source.index("#define BLOCKS") :]
     return sorted(set(_FIELD.findall(body)))
 
 
-def load_by_bcc(host: Host, programs: Collection[str]) -> Loaded:
+def load_by_bcc(host: Host, programs: Collection[str], sizes: Mapping[str, int]) -> Loaded:
     """Compile the source on this machine. Headers of another version do no harm: the offsets are the kernel's own."""
     bcc = import_bcc()
     source = read_resource(SOURCE).decode()
     btf = Btf(host.read_bytes(_need_btf(host)))
     flags = ["-DMEMTIER_BCC"]
-    flags += [f"-DOFFSET_{kind}_{field}={offset}" for (kind, field), offset in btf.offsets(fields_in(source)).items()]
+    for kind, field in fields_in(source):
+        try:
+            flags.append(f"-DOFFSET_{kind}_{field}={btf.offset(kind, field)}")
+        except Unavailable:
+            if (kind, field) not in _OPTIONAL:
+                raise
+    flags += [f"-DENTRIES_{name}={sizes.get(name, 1)}" for name in _maps_of(source)]
     _need_headers(host)
     with _stderr_kept() as said:
         try:

@@ -22,6 +22,8 @@ HEAD_ONLY = 1
 """In an asked address: tell the block's state, do not copy its table."""
 
 STATE_NOTHING, STATE_TABLE, STATE_HUGE_PMD, STATE_HUGE_PUD, STATE_UNSTABLE, STATE_GONE = range(6)
+OTHER_MMU = 256
+"""Added to the state of a run's first block: a KVM guest or a device uses the memory by page tables of its own."""
 
 TOP_SHIFT_4_LEVELS = 39
 TOP_SHIFT_5_LEVELS = 48

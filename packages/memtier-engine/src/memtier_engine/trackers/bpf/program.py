@@ -10,10 +10,9 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import Capability
@@ -37,6 +36,15 @@ _PHYSICAL_BITS = re.compile(r"^address sizes\s*: (\d+) bits physical", re.M)
 _FLAGS = re.compile(r"^flags\s*:(.*)$", re.M)
 
 
+class Walk(NamedTuple):
+    """What one run of the walk saw."""
+
+    states: U64  # uint64[n]: `paging.STATE_...` of each block
+    words: U64  # uint64[n, 512]: one per page, see `paging.fill_blocks`
+    other_mmu: bool
+    """A KVM guest or a device accesses this memory without a trace in these words."""
+
+
 class Walker:
     """Loaded programs and a place for their answers. One caller at a time: `walking()` takes the turn."""
 
@@ -50,7 +58,7 @@ class Walker:
         self._turn = threading.Lock()
         self._maps: list[mmap.mmap] = []
         try:
-            self._mask, self._top_shift = _paging_of(host)
+            self.mask, self.top_shift = _paging_of(host)
             self._loaded: Loaded = load(host, _PROGRAMS, loader)
         except MemtierError as failure:
             raise explained(host, failure) from None
@@ -82,7 +90,7 @@ class Walker:
         self._maps.append(area)
         return np.frombuffer(area, np.uint64)
 
-    def walk(self, pagemap_fd: int, addresses: U64, out: U64 | None = None) -> tuple[NDArray[np.uint64], U64]:
+    def walk(self, pagemap_fd: int, addresses: U64, out: U64 | None = None) -> Walk:
         """Read the page tables of some blocks of one process.
 
         Args:
@@ -90,8 +98,6 @@ class Walker:
             addresses: uint64[n], n at most `MAX_BLOCKS`: 2 MiB aligned, below the kernel's half; `HEAD_ONLY` may be
                 added.
             out: uint64[>= n, 512] to copy into. None: a new array.
-        Returns:
-            states uint64[n] (`paging.STATE_...`), words uint64[n, 512]: one per page; see `paging.fill_blocks`.
         """
         count = len(addresses)
         if count > MAX_BLOCKS:
@@ -101,12 +107,15 @@ class Walker:
             self._blocks[:count, 0] = addresses
             self._blocks[:count, 1] = 0
             self._blocks[:count, 2] = paging.STATE_GONE
-            _prog_run(self._walk_fd, (pagemap_fd, count, self.base, self._mask, self._top_shift))
+            _prog_run(self._walk_fd, (pagemap_fd, count, self.base, self.mask, self.top_shift))
             states = self._blocks[:count, 2].copy()
             entries = self._blocks[:count, 1].copy()
             words[...] = self._tables[:count]
+        other_mmu = bool(count and states[0] & np.uint64(paging.OTHER_MMU))
+        if other_mmu:
+            states[0] -= np.uint64(paging.OTHER_MMU)
         paging.fill_blocks(states, entries, words)
-        return states, words
+        return Walk(states, words, other_mmu)
 
     def _verify(self) -> None:
         """Find the direct map by a page of ours with known contents, then compare a walk with pagemap.
@@ -126,12 +135,12 @@ class Walker:
                 at = np.uint64(address)
                 block = at & ~np.uint64(paging.BLOCK_BYTES - 1)
                 blocks = np.array([block, block + np.uint64(paging.BLOCK_BYTES)], np.uint64)
-                _, words = self.walk(pagemap.fileno(), blocks)
+                words = self.walk(pagemap.fileno(), blocks).words
                 first = int(at - block) >> PAGE_SHIFT
                 own = words.reshape(-1)[first : first + _TRIAL_PAGES]
                 if (own & np.uint64(paging.PTE_HUGE)).any():
                     own = own + (np.arange(first, first + _TRIAL_PAGES, dtype=np.uint64) << np.uint64(PAGE_SHIFT))
-                seen = (own & np.uint64(self._mask)) >> np.uint64(PAGE_SHIFT)
+                seen = (own & np.uint64(self.mask)) >> np.uint64(PAGE_SHIFT)
                 if not (paging.resident(own).all() and paging.accessed(own).all() and (seen == frames).all()):
                     frames = self._frames(pagemap, address)  # migrated meanwhile?
                     if not (seen == frames).all():
@@ -167,7 +176,7 @@ class Walker:
                 return base
             first += _CANDIDATES
             # The page directory lies inside the direct map, so its base is at most all physical memory below it.
-            if first << 30 > self._mask:
+            if first << 30 > self.mask:
                 raise TrackerUnavailable(
                     "where the kernel maps physical memory could not be verified",
                     hint="use another tracker (`memtier check` lists them)",
