@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nri_core import Adjustment, Container, ContainerState, EventMask, Mount, Plugin, Pod, Resources, Update
+from nri_core import (
+    Adjustment,
+    Container,
+    ContainerState,
+    Device,
+    EventMask,
+    Mount,
+    Plugin,
+    Pod,
+    Resources,
+    Rlimit,
+    Update,
+)
+from nri_core.api.adjust import update_from_message
 from nri_core.api.events import FROM_V0_10, HANDLERS, UP_TO_V0_9, known_events, parse_events, pretty
 from nri_core.api.model import container_from_message, container_to_message, pod_from_message, pod_to_message
-from nri_core.errors import LocalProtocolError, RemoteProtocolError
+from nri_core.errors import ConfigurationRefused, LocalProtocolError, RemoteProtocolError
 from nri_core.pb import nri_pb2
 from nri_core.plugin import identity
-from nri_core.session import LIFE, Session, State, Step
+from nri_core.session import LIFE, MAX_SYNCHRONIZED_BYTES, Session, State, Step
 
 POD = Pod("p1", "web", "default", annotations={"a": "b"}, labels={"l": "m"}, cgroup_parent="/kubepods", ips=("::1",))
 CONTAINER = Container(
@@ -92,6 +107,76 @@ def test_a_key_that_would_mean_a_removal_is_refused(key: str) -> None:
         Adjustment().unified(key, "v")
 
 
+def test_every_kind_of_key_can_be_set_removed_and_replaced() -> None:
+    message = (
+        Adjustment()
+        .device(Device("/dev/keep", "c", 1, 3, file_mode=0, uid=0))
+        .device(Device("/dev/gone", "c"))
+        .remove_device("/dev/gone")
+        .sysctl("net.a", "1")
+        .remove_sysctl("net.b")
+        .remove_namespace("uts")
+        .namespace("ipc", "/proc/1/ns/ipc")
+        .remove_net_device("eth7")
+        .net_device("eth8", "inner")
+        .rlimit(Rlimit("RLIMIT_NOFILE", 10, 20))
+        .rlimit(Rlimit("RLIMIT_NOFILE", 11, 20))
+        .cdi_device("vendor.com/gpu=0")
+        .cdi_device("vendor.com/gpu=0")
+        .to_message()
+    )
+    assert [each.path for each in message.linux.devices] == ["-/dev/gone", "/dev/keep"]
+    keep = message.linux.devices[1]
+    assert keep.HasField("file_mode")
+    assert keep.HasField("uid")
+    assert not keep.HasField("gid")
+    assert dict(message.linux.sysctl) == {"-net.b": "", "net.a": "1"}
+    assert [(each.type, each.path) for each in message.linux.namespaces] == [("-uts", ""), ("ipc", "/proc/1/ns/ipc")]
+    assert {key: each.name for key, each in message.linux.net_devices.items()} == {"-eth7": "", "eth8": "inner"}
+    assert [each.soft for each in message.rlimits] == [11]
+    assert [each.name for each in message.CDI_devices] == ["vendor.com/gpu=0"]
+    assert not Adjustment().annotation("a", "b").to_message().HasField("linux")
+
+
+def test_what_has_no_method_is_merged_as_a_message() -> None:
+    hooks = nri_pb2.ContainerAdjustment(hooks=nri_pb2.Hooks(prestart=[nri_pb2.Hook(path="/bin/true")]))
+    policy = nri_pb2.ContainerAdjustment()
+    policy.linux.memory_policy.nodes = "0-1"
+    message = Adjustment().oom(5).merge(hooks).merge(policy).to_message()
+    assert [hook.path for hook in message.hooks.prestart] == ["/bin/true"]
+    assert (message.linux.memory_policy.nodes, message.linux.oom_score_adj.value) == ("0-1", 5)
+
+
+_OPTIONAL = st.none() | st.integers(0, 2**40)
+
+
+@given(
+    st.builds(
+        Resources,
+        unified=st.dictionaries(st.text(min_size=1, max_size=9), st.text(max_size=9), max_size=3),
+        memory_limit_bytes=_OPTIONAL,
+        memory_swap_bytes=st.none() | st.integers(-1, 2**40),
+        memory_swappiness=_OPTIONAL,
+        cpu_shares=_OPTIONAL,
+        cpu_quota_us=st.none() | st.integers(-1, 2**40),
+        cpuset_cpus=st.none() | st.text(min_size=1, max_size=5),
+        pids_limit=st.none() | st.integers(-1, 2**40),
+        hugepage_limits=st.dictionaries(st.sampled_from(["2MB", "1GB"]), st.integers(0, 2**40)),
+        blockio_class=st.none() | st.text(max_size=5),
+    )
+)
+def test_limits_survive_the_wire_with_zeros_and_absences_kept_apart(resources: Resources) -> None:
+    data = Update("c", resources, True).to_message().SerializeToString()
+    assert update_from_message(nri_pb2.ContainerUpdate.FromString(data)) == Update("c", resources, True)
+
+
+def test_limits_set_one_after_another_add_up() -> None:
+    update = Update("c").unified("memory.high", "1").limits(Resources(cpu_shares=0)).limits(Resources(cpuset_mems="1"))
+    update = update.unified("memory.high", "2").unified("memory.max", "3")
+    wanted = Resources(unified={"memory.high": "2", "memory.max": "3"}, cpu_shares=0, cpuset_mems="1")
+    assert update.resources == wanted
+
+
 def test_zero_is_a_value_and_none_is_an_absence() -> None:
     update = Update("c1").limits(Resources(memory_limit_bytes=0, cpu_quota_us=-1)).unified("memory.high", "max")
     linux = update.to_message().linux.resources
@@ -130,6 +215,34 @@ def test_event_texts_are_read_and_written() -> None:
     assert pretty(0x4009) == "RunPodSandbox,CreateContainer,unknown(0x4000)"
     with pytest.raises(ValueError, match="no event"):
         parse_events("createcontaine")
+
+
+def test_a_runtime_too_old_for_what_a_plugin_requires_is_an_error_with_the_reason() -> None:
+    """A validator that is never asked would be worse than none."""
+    session = Session()
+    session.step(Step.REGISTER)
+    request = nri_pb2.ConfigureRequest(runtime_name="containerd", runtime_version="v1.7.24")
+    with pytest.raises(ConfigurationRefused, match=r"v1.7.24 does not know.*ValidateContainerAdjustment.*2\.2"):
+        session.configured(request, EventMask(0), EventMask.VALIDATE_CONTAINER_ADJUSTMENT)
+
+
+def test_a_synchronize_without_end_is_refused_at_the_limit_and_let_go_of() -> None:
+    session = Session()
+    session.step(Step.REGISTER)
+    session.configured(nri_pb2.ConfigureRequest(), EventMask(0))
+    part = nri_pb2.SynchronizeRequest(pods=[nri_pb2.PodSandbox(name="x" * (4 << 20))], more=True)
+    for _ in range(MAX_SYNCHRONIZED_BYTES // (4 << 20) - 1):
+        assert session.synchronized(part) is None
+    with pytest.raises(RemoteProtocolError, match="more than"):
+        session.synchronized(part)
+
+
+def test_a_launched_plugin_of_an_old_runtime_gets_events_without_synchronize() -> None:
+    session = Session()
+    session.step(Step.REGISTER)
+    session.configured(nri_pb2.ConfigureRequest(), EventMask(0))
+    session.step(Step.EVENT)
+    assert session.state is State.SERVING
 
 
 def test_every_event_has_a_method_on_the_plugin() -> None:

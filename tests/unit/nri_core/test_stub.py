@@ -17,12 +17,15 @@ import pytest
 from nri_core import (
     Adjustment,
     Backoff,
+    ConfigurationRefused,
     ConnectError,
     ConnectionLost,
     Container,
     EventMask,
     LocalProtocolError,
+    NriError,
     Plugin,
+    PluginAlreadyRunning,
     Pod,
     RegistrationRefused,
     Rejected,
@@ -253,6 +256,7 @@ def test_an_update_of_the_container_under_creation_is_our_own_mistake(tmp_path: 
 def test_updates_of_our_own_reach_the_runtime_but_not_from_within_a_handler(tmp_path: Path) -> None:
     class Eager(Recorder):
         errors: list[BaseException] = []
+        later: asyncio.Task[list[Update]] | None = None
 
         async def start_or_fail(self) -> None:
             assert self.stub is not None
@@ -263,6 +267,10 @@ def test_updates_of_our_own_reach_the_runtime_but_not_from_within_a_handler(tmp_
 
         async def create_container(self, pod: Pod, container: Container) -> Adjustment:
             await self.start_or_fail()
+            assert self.stub is not None
+            self.later = asyncio.create_task(self.stub.update_containers([Update("c3")]))
+            await asyncio.sleep(0.05)
+            assert not seen  # it waits for our answer
             return Adjustment()
 
     plugin = Eager()
@@ -274,11 +282,13 @@ def test_updates_of_our_own_reach_the_runtime_but_not_from_within_a_handler(tmp_
 
     async def play(runtime: FakeRuntime, connection: PluginConnection, stub: Stub) -> None:
         await connection.create_container(POD, CONTAINER)
+        assert plugin.later is not None
+        await plugin.later
         failed = await stub.update_containers([Update("c1").unified("memory.high", "5"), Update("c2")])
         assert failed == [Update("c1").unified("memory.high", "5")]
 
     scene(tmp_path, plugin, play, on_update=on_update)
-    assert len(seen) == 2
+    assert len(seen) == 3
     assert "return the updates" in str(plugin.errors[0])
 
 
@@ -293,6 +303,110 @@ def test_an_older_runtime_is_not_asked_for_events_it_does_not_know(tmp_path: Pat
         )
 
     scene(tmp_path, Curious(), play, version="v1.7.24", nri_version="")
+
+
+def test_a_second_plugin_of_the_same_name_is_told_so_and_the_first_goes_on(tmp_path: Path) -> None:
+    """Runtimes take both, and then every container they adjust fails with a conflict."""
+
+    async def play(runtime: FakeRuntime, connection: PluginConnection, stub: Stub) -> None:
+        with pytest.raises(PluginAlreadyRunning, match=r"50-recorder is already connected.*stop the other one"):
+            await Stub(Recorder(), socket_path=runtime.path).run()
+        done = await asyncio.to_thread(ping, str(runtime.path), "--name", "recorder", "--index", "50")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "already connected" in done.stderr
+        other = Recorder()
+        other.index = "51"
+        second = Stub(other, socket_path=runtime.path)
+        task = asyncio.create_task(second.run())
+        await runtime.connected()
+        second.stop()
+        await task
+        await connection.create_container(POD, CONTAINER)
+
+    scene(tmp_path, Recorder(), play)
+
+
+def test_unknown_bits_of_a_plugin_s_own_subscription_are_its_mistake(tmp_path: Path) -> None:
+    class Odd(Recorder):
+        def events(self) -> EventMask:
+            return EventMask.CREATE_CONTAINER | 0x8000
+
+    async def main() -> None:
+        with pytest.raises(LocalProtocolError, match=r"50-recorder has bits of no event: 0x8000"):
+            Stub(Odd(), socket_path=tmp_path / "s")
+
+    asyncio.run(main())
+
+
+def test_a_plugin_that_requires_an_event_of_newer_runtimes_ends_with_the_reason(tmp_path: Path) -> None:
+    class Strict(Plugin):
+        name, index = "strict", "60"
+        required = EventMask.VALIDATE_CONTAINER_ADJUSTMENT
+
+        def validate_container_adjustment(self, validation: Validation) -> None:
+            pass
+
+    async def main() -> None:
+        async with FakeRuntime(tmp_path / "s", version="v1.7.24", nri_version="") as runtime:
+            with pytest.raises(ConfigurationRefused, match=r"containerd v1\.7\.24 does not know"):
+                await Stub(Strict(), socket_path=runtime.path, backoff=QUICK).run()
+
+    asyncio.run(main())
+
+
+def test_a_subscription_that_the_runtime_does_not_like_is_a_typed_error(tmp_path: Path) -> None:
+    """The runtime closes the connection and says why only in its log."""
+
+    class Picky(PluginConnection):
+        async def configure(self, config: str = "") -> EventMask:
+            await super().configure()
+            self.close()
+            raise ConnectionLost("picky")
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX)
+        theirs.setblocking(False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NRI_PLUGIN_SOCKET", str(ours.detach()))
+            stub = Stub(Recorder(), reconnect=False)
+            task = asyncio.create_task(stub.run())
+            with pytest.raises(ConnectionLost, match="picky"):
+                await Picky(FakeRuntime(tmp_path / "unused")).start(theirs)
+            with pytest.raises(ConfigurationRefused, match=r"closed the connection after the subscription to.*log"):
+                await task
+
+    asyncio.run(main())
+
+
+def test_a_synchronize_answered_too_late_ends_the_connection(tmp_path: Path) -> None:
+    """Older runtimes would leave it open and never send an event: it would look healthy for ever."""
+
+    class Blocking(Plugin):
+        name, index = "blocking", "60"
+
+        async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> None:
+            import time
+
+            time.sleep(0.3)  # noqa: ASYNC251  this is the mistake
+
+    async def main() -> None:
+        async with FakeRuntime(tmp_path / "s", request_timeout_s=0.2, patient=True) as runtime:
+            with pytest.raises(ConnectionLost, match=r"limit of 0\.2 s.*must not block"):
+                await Stub(Blocking(), socket_path=runtime.path, reconnect=False).run()
+
+    asyncio.run(main())
+
+
+def test_a_method_that_is_cancelled_still_gets_an_answer(tmp_path: Path) -> None:
+    class Cancelled(Recorder):
+        async def create_container(self, pod: Pod, container: Container) -> Adjustment:
+            raise asyncio.CancelledError
+
+    async def play(runtime: FakeRuntime, connection: PluginConnection, stub: Stub) -> None:
+        with pytest.raises(RpcError, match="cancelled"):
+            await connection.create_container(POD, CONTAINER)
+
+    scene(tmp_path, Cancelled(), play)
 
 
 def run_once(path: Path, plugin: Plugin | None = None) -> None:
@@ -344,8 +458,6 @@ def serve_bytes(path: Path, data: bytes) -> None:
 
 
 def test_a_peer_that_is_no_runtime_is_a_typed_error(tmp_path: Path) -> None:
-    from nri_core import NriError
-
     with pytest.raises(NriError, match="is the peer an NRI runtime"):
         serve_bytes(tmp_path / "http", b"HTTP/1.1 400 Bad Request\r\n\r\n")
     with pytest.raises(ConnectionLost, match=r"closed the connection|connection broke"):
@@ -423,12 +535,60 @@ def test_nri_ping_prints_the_runtime_and_what_runs_as_json_lines(tmp_path: Path)
     assert lines[3] == {"pods": 1, "containers": 1}
 
 
+def test_nri_ping_ends_when_nobody_reads_and_fails_no_pod(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with FakeRuntime(tmp_path / "s") as runtime:
+            reader, writer = os.pipe()
+            command = [sys.executable, "-m", "nri_core", str(runtime.path)]
+            process = await asyncio.create_subprocess_exec(*command, stdout=writer, stderr=subprocess.PIPE)
+            os.close(writer)
+            connection = await runtime.connected()
+            os.close(reader)
+            await connection.create_container(POD, CONTAINER)  # answered, although it cannot be told
+            _, errors = await asyncio.wait_for(process.communicate(), 10)
+            assert (process.returncode, errors) == (0, b"")
+
+    asyncio.run(main())
+
+
+def test_nri_ping_tells_events_and_why_it_was_refused(tmp_path: Path) -> None:
+    async def events() -> list[dict[str, object]]:
+        async with FakeRuntime(tmp_path / "s") as runtime:
+            command = [sys.executable, "-m", "nri_core", str(runtime.path)]
+            process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+            connection = await runtime.connected()
+            await connection.notify("RunPodSandbox", POD)
+            await connection.update_pod_sandbox(POD)
+            await connection.create_container(POD, CONTAINER)
+            process.terminate()
+            out, _ = await process.communicate()
+            assert process.returncode == 0
+            return [json.loads(line) for line in out.splitlines()]
+
+    assert asyncio.run(events())[2:] == [
+        {"event": "RunPodSandbox", "pod": "default/web"},
+        {"event": "UpdatePodSandbox", "pod": "default/web"},
+        {"event": "CreateContainer", "pod": "default/web", "container": "main", "id": "c1"},
+    ]
+
+    async def refused() -> subprocess.CompletedProcess[str]:
+        async with FakeRuntime(tmp_path / "r", refuse="invalid plugin", registration_timeout_s=1) as runtime:
+            return await asyncio.to_thread(ping, str(runtime.path))
+
+    done = asyncio.run(refused())
+    assert done.returncode == 1
+    assert done.stderr.startswith("nri-ping: the runtime does not take plugin 99-nri-ping: invalid plugin (")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_nri_ping_says_in_one_line_why_it_cannot_connect(tmp_path: Path) -> None:
     done = ping(str(tmp_path / "absent"))
     assert done.returncode == 1
     assert done.stderr.startswith(f"nri-ping: {tmp_path}/absent: No such file or directory (is the runtime running")
     assert len(done.stderr.splitlines()) == 1
-    assert ping("--index", "7", str(tmp_path / "absent")).stderr.startswith("nri-ping: plugin index '7' is not two")
+    wrong = ping("--index", "7", str(tmp_path / "absent"))
+    assert wrong.stderr.startswith("nri-ping: plugin index '7' is not two")
+    assert wrong.returncode == 2
     assert ping("--nonsense").returncode == 2
 
 

@@ -49,9 +49,7 @@ def frames_of(data: bytes, portion: int | None = None) -> list[Frame | Oversized
 
 @pytest.mark.parametrize("each", VECTORS, ids=lambda each: each["name"].split(" ")[0])
 @pytest.mark.parametrize("portion", [None, 1, 7])
-def test_every_known_message_is_decoded_and_encoded_again(
-    each: dict[str, Any], portion: int | None
-) -> None:
+def test_every_known_message_is_decoded_and_encoded_again(each: dict[str, Any], portion: int | None) -> None:
     data = bytes.fromhex(each["ttrpc"])
     [frame] = frames_of(data, portion)
     assert isinstance(frame, Frame)

@@ -12,9 +12,10 @@ run(Swap())
 """
 
 from nri_core.aio.stub import Backoff, Stub, run
-from nri_core.api.adjust import Adjustment, Resources, Update
+from nri_core.api.adjust import Adjustment, Device, Rlimit, Update
 from nri_core.api.events import EventMask, parse_events
 from nri_core.api.model import Container, ContainerState, Mount, Pod, Runtime
+from nri_core.api.resources import Resources
 from nri_core.errors import (
     Code,
     ConfigurationRefused,
@@ -23,6 +24,7 @@ from nri_core.errors import (
     LocalProtocolError,
     MessageTooLarge,
     NriError,
+    PluginAlreadyRunning,
     RegistrationRefused,
     RemoteProtocolError,
     RpcError,
@@ -39,17 +41,20 @@ __all__ = [
     "ConnectionLost",
     "Container",
     "ContainerState",
+    "Device",
     "EventMask",
     "LocalProtocolError",
     "MessageTooLarge",
     "Mount",
     "NriError",
     "Plugin",
+    "PluginAlreadyRunning",
     "Pod",
     "RegistrationRefused",
     "Rejected",
     "RemoteProtocolError",
     "Resources",
+    "Rlimit",
     "RpcError",
     "Runtime",
     "SessionError",

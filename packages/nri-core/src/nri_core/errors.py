@@ -9,7 +9,8 @@ NriError
 │   └── MessageTooLarge      status 8, also when we refuse to send
 └── SessionError             connected, but the runtime and we cannot work together
     ├── RegistrationRefused
-    └── ConfigurationRefused
+    ├── ConfigurationRefused
+    └── PluginAlreadyRunning
 """
 
 from __future__ import annotations
@@ -97,4 +98,8 @@ class RegistrationRefused(SessionError):
 
 
 class ConfigurationRefused(SessionError):
-    """The runtime closed the connection after the plugin's subscription."""
+    """The runtime does not take the plugin's subscription, or is too old for what the plugin requires."""
+
+
+class PluginAlreadyRunning(SessionError):
+    """Another plugin of the same index and name is connected: the two would conflict at every container."""

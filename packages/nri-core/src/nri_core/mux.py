@@ -54,14 +54,20 @@ class MuxDecoder:
     def __init__(self, connections: frozenset[int] = frozenset((PLUGIN_SERVICE, RUNTIME_SERVICE))) -> None:
         """`connections`: open ones; payload of others is dropped."""
         self._open = connections
-        self._header = bytearray()
+        self._header = b""
         self._connection = 0
         self._left = 0
-        self._data = b""
+        self._data = memoryview(b"")
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What is held between portions: part of a header at most."""
+        return len(self._header) + len(self._data)
 
     def receive_data(self, data: bytes) -> None:
         """Bytes from the trunk. Call `next_chunk` until it gives None before the next portion."""
-        self._data = self._data + data if self._data else data
+        # A view: a portion can hold thousands of small frames, and copying the rest for each would be quadratic.
+        self._data = memoryview(bytes(self._data) + data if self._data else data)
 
     def next_chunk(self) -> tuple[int, bytes] | None:
         """(connection, bytes of it), or None.
@@ -72,12 +78,12 @@ class MuxDecoder:
         while self._data:
             if self._left == 0:
                 wanted = HEADER.size - len(self._header)
-                self._header += self._data[:wanted]
+                self._header += bytes(self._data[:wanted])
                 self._data = self._data[wanted:]
                 if len(self._header) < HEADER.size:
                     return None
                 self._connection, self._left = HEADER.unpack(self._header)
-                self._header.clear()
+                self._header = b""
                 if self._left > MAX_PAYLOAD_BYTES:
                     raise RemoteProtocolError(
                         f"a mux frame of {self._left} bytes on connection {self._connection}; "
@@ -88,5 +94,5 @@ class MuxDecoder:
             chunk, self._data = self._data[: self._left], self._data[self._left :]
             self._left -= len(chunk)
             if self._connection in self._open:
-                return self._connection, chunk
+                return self._connection, bytes(chunk)
         return None

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nri_core.api.adjust import Adjustment, Update
 from nri_core.api.events import HANDLERS, EventMask
 from nri_core.api.model import Container, Pod, Runtime
+from nri_core.api.resources import Resources
 from nri_core.errors import LocalProtocolError
 from nri_core.pb import nri_pb2
 
@@ -52,6 +53,8 @@ class Plugin:
     name: str | None = None
     index: str | None = None
     """Two digits; plugins are called in the order of their index."""
+    required: EventMask = EventMask(0)
+    """Events without which the plugin is of no use: a runtime that does not know them is an error, not a warning."""
     stub: Stub | None = None
     """The connection's driver while running: `await self.stub.update_containers([...])`, not in a handler."""
 
@@ -71,7 +74,7 @@ class Plugin:
     def run_pod_sandbox(self, pod: Pod) -> Nothing:
         """A pod is being started; an exception fails it."""
 
-    def update_pod_sandbox(self, pod: Pod, overhead: Any, resources: Any) -> Nothing:
+    def update_pod_sandbox(self, pod: Pod, overhead: Resources, resources: Resources) -> Nothing:
         """A pod's resources are about to change (NRI v0.10)."""
 
     def post_update_pod_sandbox(self, pod: Pod) -> Nothing:
@@ -96,7 +99,7 @@ class Plugin:
     def post_start_container(self, pod: Pod, container: Container) -> Nothing:
         """It started."""
 
-    def update_container(self, pod: Pod, container: Container, resources: Any) -> Updates | Awaitable[Updates]:
+    def update_container(self, pod: Pod, container: Container, resources: Resources) -> Updates | Awaitable[Updates]:
         """Its resources are about to change. May return updates, also of this container."""
         return None
 

@@ -7,13 +7,16 @@ from enum import Enum
 
 from nri_core.api.events import EventMask, known_events, pretty
 from nri_core.api.model import Runtime
-from nri_core.errors import LocalProtocolError, RemoteProtocolError
+from nri_core.errors import ConfigurationRefused, LocalProtocolError, RemoteProtocolError
 from nri_core.pb import nri_pb2
 
 DEFAULT_REGISTRATION_TIMEOUT_S = 5.0
 DEFAULT_REQUEST_TIMEOUT_S = 2.0
-MAX_SYNCHRONIZED_OBJECTS = 1_000_000
-"""Pods and containers collected from a split Synchronize; more is not a node but an attack."""
+MAX_SYNCHRONIZED_BYTES = 128 << 20
+"""Collected from a split Synchronize, as encoded; 2 000 containers make about 10 MiB. More is an attack."""
+
+
+NOTHING = EventMask(0)
 
 
 class State(Enum):
@@ -44,8 +47,20 @@ LIFE: dict[State, dict[Step, State]] = {
     State.CONNECTED: {Step.REGISTER: State.REGISTERING},
     # Configure may arrive before the answer to RegisterPlugin.
     State.REGISTERING: {Step.CONFIGURE: State.CONFIGURED},
-    State.CONFIGURED: {Step.SYNCHRONIZE: State.SERVING, Step.SYNCHRONIZE_PART: State.SYNCHRONIZING},
-    State.SYNCHRONIZING: {Step.SYNCHRONIZE: State.SERVING, Step.SYNCHRONIZE_PART: State.SYNCHRONIZING},
+    # Runtimes before NRI v0.7 do not synchronize plugins that they launched: their first event comes at once.
+    State.CONFIGURED: {
+        Step.SYNCHRONIZE: State.SERVING,
+        Step.SYNCHRONIZE_PART: State.SYNCHRONIZING,
+        Step.EVENT: State.SERVING,
+        Step.SHUTDOWN: State.CONFIGURED,
+    },
+    # An event here would be unusual, but to refuse it would fail a pod.
+    State.SYNCHRONIZING: {
+        Step.SYNCHRONIZE: State.SERVING,
+        Step.SYNCHRONIZE_PART: State.SYNCHRONIZING,
+        Step.EVENT: State.SYNCHRONIZING,
+        Step.SHUTDOWN: State.SYNCHRONIZING,
+    },
     # A runtime may configure and synchronize again; events come in between, as they happen.
     State.SERVING: {
         Step.EVENT: State.SERVING,
@@ -71,6 +86,7 @@ class Session:
         self.subscribed = EventMask(0)
         self._pods: list[nri_pb2.PodSandbox] = []
         self._containers: list[nri_pb2.Container] = []
+        self._bytes = 0
 
     def step(self, step: Step) -> None:
         """Move on.
@@ -81,7 +97,7 @@ class Session:
         """
         if step is Step.CLOSE:
             self.state = State.CLOSED
-            self._pods, self._containers = [], []
+            self._pods, self._containers, self._bytes = [], [], 0
             return
         after = LIFE[self.state].get(step)
         if after is None:
@@ -89,11 +105,16 @@ class Session:
             raise kind(f"{step.value} does not fit a connection that is {self.state.value}")
         self.state = after
 
-    def configured(self, request: nri_pb2.ConfigureRequest, wanted: EventMask) -> EventMask:
+    def configured(
+        self, request: nri_pb2.ConfigureRequest, wanted: EventMask, required: EventMask = NOTHING
+    ) -> EventMask:
         """Take over what Configure tells; returns the events to subscribe to.
 
         Of `wanted`, only what the runtime knows: it refuses a plugin that names others. Never 0, which would mean
         all: a plugin that wants nothing gets the harmless event RemovePodSandbox.
+
+        Raises:
+            ConfigurationRefused: the runtime is too old for one of `required`.
         """
         self.step(Step.CONFIGURE)
         self.runtime = Runtime(
@@ -102,10 +123,16 @@ class Session:
             nri_version=request.NRI_version,
             config=request.config,
             # 0 from runtimes that are too old to tell
-            registration_timeout_s=request.registration_timeout / 1000 or DEFAULT_REGISTRATION_TIMEOUT_S,
-            request_timeout_s=request.request_timeout / 1000 or DEFAULT_REQUEST_TIMEOUT_S,
+            registration_timeout_s=_seconds(request.registration_timeout, DEFAULT_REGISTRATION_TIMEOUT_S),
+            request_timeout_s=_seconds(request.request_timeout, DEFAULT_REQUEST_TIMEOUT_S),
         )
         known = known_events(request.runtime_name, request.runtime_version, request.NRI_version)
+        if required & ~known:
+            raise ConfigurationRefused(
+                f"{request.runtime_name} {request.runtime_version} does not know the events "
+                f"{pretty(required & ~known)}, without which this plugin cannot work",
+                hint="use a newer runtime: containerd 2.2, CRI-O 1.34",
+            )
         self.subscribed = (wanted & known) or EventMask.REMOVE_POD_SANDBOX
         return self.subscribed
 
@@ -122,12 +149,18 @@ class Session:
             RemoteProtocolError: it does not fit here, or is too much.
         """
         self.step(Step.SYNCHRONIZE_PART if request.more else Step.SYNCHRONIZE)
+        self._bytes += request.ByteSize()
+        if self._bytes > MAX_SYNCHRONIZED_BYTES:
+            self._pods, self._containers = [], []
+            raise RemoteProtocolError(f"Synchronize with more than {MAX_SYNCHRONIZED_BYTES} bytes")
         self._pods.extend(request.pods)
         self._containers.extend(request.containers)
-        if len(self._pods) + len(self._containers) > MAX_SYNCHRONIZED_OBJECTS:
-            raise RemoteProtocolError(f"Synchronize with more than {MAX_SYNCHRONIZED_OBJECTS} objects")
         if request.more:
             return None
         everything = self._pods, self._containers
-        self._pods, self._containers = [], []
+        self._pods, self._containers, self._bytes = [], [], 0
         return everything
+
+
+def _seconds(milliseconds: int, default_s: float) -> float:
+    return milliseconds / 1000 if milliseconds > 0 else default_s

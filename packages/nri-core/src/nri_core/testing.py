@@ -37,6 +37,7 @@ _OLD_STYLE_EVENTS = {
     "PostStartContainer": 7,
     "PostUpdateContainer": 9,
     "RemoveContainer": 11,
+    "PostUpdatePodSandbox": 13,
 }
 
 
@@ -136,6 +137,19 @@ class PluginConnection:
         )
         return list((await self.call("UpdateContainer", request, nri_pb2.UpdateContainerResponse())).update)
 
+    async def update_pod_sandbox(
+        self,
+        pod: Pod,
+        overhead: nri_pb2.LinuxResources | None = None,
+        resources: nri_pb2.LinuxResources | None = None,
+    ) -> None:
+        """UpdatePodSandbox."""
+        if EventMask.UPDATE_POD_SANDBOX in self.events:
+            request = nri_pb2.UpdatePodSandboxRequest(
+                pod=pod_to_message(pod), overhead_linux_resources=overhead, linux_resources=resources
+            )
+            await self.call("UpdatePodSandbox", request, nri_pb2.UpdatePodSandboxResponse())
+
     async def stop_container(self, pod: Pod, container: Container) -> list[nri_pb2.ContainerUpdate]:
         """StopContainer; returns the updates."""
         if EventMask.STOP_CONTAINER not in self.events:
@@ -182,7 +196,8 @@ class PluginConnection:
                 timeout_s=self._runtime.request_timeout_s,
             )
         except TimeoutError:
-            self.close()
+            if not self._runtime.patient:
+                self.close()
             raise
         response.ParseFromString(answer)
         return response
@@ -209,6 +224,8 @@ class PluginConnection:
         return nri_pb2.UpdateContainersResponse(failed=failed).SerializeToString()
 
     def _lost(self, done: asyncio.Future[Any]) -> None:
+        if done.cancelled():
+            return
         error = done.result()
         lost = error if isinstance(error, ConnectionLost) else ConnectionLost(str(error))
         self.client.lose(lost)
@@ -231,15 +248,24 @@ class FakeRuntime:
         registration_timeout_s: float = 5.0,
         request_timeout_s: float = 2.0,
         refuse: str | None = None,
+        patient: bool = False,
         on_update: OnUpdate = lambda updates: (),
     ) -> None:
-        """`refuse`: the text with which registrations are refused; `on_update`: returns the updates that fail."""
+        """How the runtime behaves.
+
+        Args:
+            old_style: send events through StateChange, as before NRI v0.12.
+            refuse: the text with which registrations are refused.
+            patient: keep a connection open after a late answer, as NRI up to v0.6.1 does for Synchronize.
+            on_update: takes the updates of UpdateContainers and returns those that fail.
+        """
         self.path = Path(path)
         self.name, self.version, self.nri_version = name, version, nri_version
         self.old_style = old_style
         self.pods, self.containers = pods, containers
         self.registration_timeout_s, self.request_timeout_s = registration_timeout_s, request_timeout_s
         self.refuse = refuse
+        self.patient = patient
         self.on_update = on_update
         self.failures: list[BaseException] = []
         """Plugins that did not get through registration, configuration or synchronization."""
@@ -288,7 +314,9 @@ class FakeRuntime:
                     await plugin.start(sock)
                 except (NriError, TimeoutError) as error:
                     self.failures.append(error)
-                    if self.refuse is None:  # a refused plugin finds its connection open, as with real runtimes
+                    if (
+                        self.refuse is None and not self.patient
+                    ):  # a refused plugin finds its connection open, as with real runtimes
                         plugin.close()
                     continue
                 self._queue.put_nowait(plugin)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -17,7 +18,16 @@ from nri_core.aio.rpc import Call, Handler, Services
 from nri_core.api.adjust import Adjustment, Update
 from nri_core.api.events import HANDLERS, EventMask
 from nri_core.api.model import Container, Pod, container_from_message, pod_from_message
-from nri_core.errors import Code, LocalProtocolError, RpcError
+from nri_core.api.resources import resources_from_message
+from nri_core.errors import (
+    Code,
+    ConnectionLost,
+    LocalProtocolError,
+    NriError,
+    RemoteProtocolError,
+    RpcError,
+    SessionError,
+)
 from nri_core.pb import nri_pb2
 from nri_core.plugin import Plugin, Rejected, Validation
 from nri_core.session import Session, Step
@@ -31,8 +41,17 @@ MARGIN_SHARE = 0.15
 MARGIN_LEAST_S = 0.05
 """An answer is given this long before the runtime's limit: 15 % of it, at least 50 ms."""
 
-in_handler: contextvars.ContextVar[bool] = contextvars.ContextVar("in_handler", default=False)
-"""Set while a method of the plugin runs: the runtime holds its lock and would wait for itself."""
+
+@dataclass(eq=False)
+class Handling:
+    """One call of the runtime that a method of the plugin is working on."""
+
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[Any] | None = None
+
+
+handling: contextvars.ContextVar[Handling | None] = contextvars.ContextVar("handling", default=None)
+"""What the code that runs was called for, also in tasks that it started."""
 
 _POD_EVENTS = ("run_pod_sandbox", "post_update_pod_sandbox", "stop_pod_sandbox", "remove_pod_sandbox")
 _CONTAINER_EVENTS = (
@@ -51,7 +70,11 @@ class Late(Exception):
 class Dispatcher:
     """Serves the Plugin service for one connection."""
 
-    def __init__(self, plugin: Plugin, session: Session, executor: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, plugin: Plugin, session: Session, executor: ThreadPoolExecutor, fatal: Callable[[NriError], None]
+    ) -> None:
+        """`fatal`: called with what makes the connection useless."""
+        self._fatal = fatal
         self._plugin = plugin
         self._session = session
         self._executor = executor
@@ -74,12 +97,22 @@ class Dispatcher:
         for method in (*_POD_EVENTS, *_CONTAINER_EVENTS):
             name = "".join(part.title() for part in method.split("_"))
             handlers[name] = self._notification(method, name)
-        return {PLUGIN_SERVICE_NAME: {name: (Kind.UNARY, handler) for name, handler in handlers.items()}}
+        return {PLUGIN_SERVICE_NAME: {name: (Kind.UNARY, self._guarded(handler)) for name, handler in handlers.items()}}
+
+    def _guarded(self, handler: Handler) -> Handler:
+        async def handle(call: Call) -> bytes | None:
+            try:
+                return await handler(call)
+            except (RemoteProtocolError, SessionError) as error:
+                asyncio.get_running_loop().call_soon(self._fatal, error)  # after the answer is out
+                raise
+
+        return handle
 
     async def _configure(self, call: Call) -> bytes:
         request = _decode(nri_pb2.ConfigureRequest(), call)
         wanted = self._plugin.events()
-        events = self._session.configured(request, wanted)
+        events = self._session.configured(request, wanted, self._plugin.required)
         missing = self._session.missing_events(wanted)
         if missing:
             log.warning("%s %s does not know the events %s", request.runtime_name, request.runtime_version, missing)
@@ -87,18 +120,30 @@ class Dispatcher:
         return nri_pb2.ConfigureResponse(events=int(events)).SerializeToString()
 
     async def _synchronize(self, call: Call) -> bytes:
+        began_s, limit_s = time.monotonic(), self._limit_s(call)
+        try:
+            answer = await self._synchronize_in_time(call)
+        finally:
+            if limit_s is not None and time.monotonic() - began_s > limit_s:
+                # Older runtimes now leave the connection open, and never send an event.
+                late = ConnectionLost(
+                    f"Synchronize took longer than the runtime's limit of {limit_s:g} s",
+                    hint="an async method must not block the event loop",
+                )
+                asyncio.get_running_loop().call_soon(self._fatal, late)
+        return answer
+
+    async def _synchronize_in_time(self, call: Call) -> bytes:
         request = _decode(nri_pb2.SynchronizeRequest(), call)
         everything = self._session.synchronized(request)
         if everything is None:
             return nri_pb2.SynchronizeResponse(more=True).SerializeToString()
         pods = [pod_from_message(pod) for pod in everything[0]]
         containers = [container_from_message(container) for container in everything[1]]
-        response = nri_pb2.SynchronizeResponse()
-        updates = await self._run("synchronize", call, self._plugin.synchronize, pods, containers, late=None)
-        response.update.extend(_updates(updates))
+        updates = await self._run("synchronize", call, self._plugin.synchronize, pods, containers)
         if not self.synchronized.done():
             self.synchronized.set_result(None)
-        return response.SerializeToString()
+        return nri_pb2.SynchronizeResponse(update=_updates(updates)).SerializeToString()
 
     async def _shutdown(self, call: Call) -> bytes:
         log.info("the runtime says it is shutting down")
@@ -155,9 +200,8 @@ class Dispatcher:
         request = _decode(nri_pb2.UpdateContainerRequest(), call)
         self._session.step(Step.EVENT)
         pod, container = pod_from_message(request.pod), container_from_message(request.container)
-        updates = await self._run(
-            "update_container", call, self._plugin.update_container, pod, container, request.linux_resources
-        )
+        wanted = resources_from_message(request.linux_resources)
+        updates = await self._run("update_container", call, self._plugin.update_container, pod, container, wanted)
         return nri_pb2.UpdateContainerResponse(update=_updates(updates)).SerializeToString()
 
     async def _stop_container(self, call: Call) -> bytes:
@@ -170,7 +214,8 @@ class Dispatcher:
     async def _update_pod_sandbox(self, call: Call) -> bytes:
         request = _decode(nri_pb2.UpdatePodSandboxRequest(), call)
         self._session.step(Step.EVENT)
-        overhead, resources = request.overhead_linux_resources, request.linux_resources
+        overhead = resources_from_message(request.overhead_linux_resources)
+        resources = resources_from_message(request.linux_resources)
         pod = pod_from_message(request.pod)
         await self._run("update_pod_sandbox", call, self._plugin.update_pod_sandbox, pod, overhead, resources)
         return b""
@@ -197,27 +242,42 @@ class Dispatcher:
         self, name: str, call: Call, method: Callable[..., Any], *arguments: Any, late: Exception | None = None
     ) -> Any:
         """The method's result; if it takes too long, None or `late` raised, while it runs on."""
-        limit_s = call.timeout_s
-        if limit_s is None and self._session.runtime is not None:
-            limit_s = self._session.runtime.request_timeout_s
-        task = asyncio.ensure_future(self._invoke(method, arguments))
+        limit_s = self._limit_s(call)
+        current = Handling()
+        task = current.task = asyncio.ensure_future(self._invoke(method, arguments, current))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         wait_s = None if limit_s is None else max(0.0, limit_s - max(MARGIN_LEAST_S, MARGIN_SHARE * limit_s))
         began_s = time.monotonic()
-        done, _ = await asyncio.wait({task}, timeout=wait_s)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=wait_s)
+        finally:
+            current.answered.set()
         if done:
+            if task.cancelled():
+                raise RpcError(Code.CANCELED, f"{name} was cancelled")
+            error = task.exception()
+            if error is not None and not isinstance(error, NriError | Rejected):
+                log.error("%s failed", name, exc_info=error)
             return task.result()
         seconds = time.monotonic() - began_s
         log.error("%s takes longer than %.2f s: answered without it, before the runtime drops us", name, seconds)
-        self._plugin.late(name, seconds)
         task.add_done_callback(lambda task: _report_late(name, began_s, task))
+        try:
+            self._plugin.late(name, seconds)
+        except Exception:
+            log.exception("late() failed")
         if late is not None:
             raise late
         return None
 
-    async def _invoke(self, method: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        in_handler.set(True)  # this task's own context
+    def _limit_s(self, call: Call) -> float | None:
+        if call.timeout_s is not None:
+            return call.timeout_s
+        return self._session.runtime.request_timeout_s if self._session.runtime is not None else None
+
+    async def _invoke(self, method: Callable[..., Any], arguments: Sequence[Any], current: Handling) -> Any:
+        handling.set(current)  # this task's own context
         if inspect.iscoroutinefunction(method):
             return await method(*arguments)
         context = contextvars.copy_context()

@@ -23,22 +23,46 @@ from nri_core.ttrpc.frame import MAX_DATA_BYTES
 log = logging.getLogger("nri_core")
 
 SendFrame = Callable[[bytes], None]
-STREAM_QUEUE_MESSAGES = 64
-"""Messages of one streaming call that may wait to be read; more ends the call, not the connection."""
+STREAM_QUEUE_MESSAGES = 4096
+"""Messages of one streaming call that may wait to be read; more ends the call, not the connection. One read of the
+socket can bring hundreds of small ones before any handler runs."""
 MAX_CALLS_IN_FLIGHT = 100
 """Ours at one time. A Go peer closes an NRI trunk when 256 frames wait, and a call can be two."""
 MAX_CALLS_SERVED = 1000
 """The peer's at one time; more are answered with RESOURCE_EXHAUSTED."""
+MAX_HELD_BYTES = 64 << 20
+"""Payloads of the calls being served and of messages that wait to be read, per endpoint; more is refused likewise."""
+
+
+class Budget:
+    """Bytes of the peer's that an endpoint may hold at one time."""
+
+    def __init__(self, limit: int = MAX_HELD_BYTES) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def take(self, count: int) -> bool:
+        """Account for `count` bytes; False if they are too many."""
+        if self.used + count > self.limit:
+            return False
+        self.used += count
+        return True
+
+    def give_back(self, count: int) -> None:
+        """They are no longer held."""
+        self.used -= count
 
 
 class Stream:
     """The messages of one streaming call, both ways."""
 
-    def __init__(self, send: Callable[[bytes], None], end: Callable[[], None]) -> None:
+    def __init__(self, send: Callable[[bytes], None], end: Callable[[], None], budget: Budget) -> None:
         self._send_message = send
         self._end_messages = end
+        self._budget = budget
         self._queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(STREAM_QUEUE_MESSAGES + 1)
         self._over: BaseException | None = None
+        self._discarded = False
         self.result = b""
         """Client-streaming calls: the answer, once `receive` gave None."""
 
@@ -65,11 +89,26 @@ class Stream:
             raise found
         if found is None:
             self._over = ConnectionLost("the stream has ended")
+        else:
+            self._budget.give_back(len(found))
         return found
+
+    def discard(self) -> None:
+        """Drop what waits to be read, and what still comes."""
+        self._discarded = True
+        while not self._queue.empty():
+            found = self._queue.get_nowait()
+            if isinstance(found, bytes):
+                self._budget.give_back(len(found))
+        self._over = self._over or ConnectionLost("the stream was dropped")
 
     def put(self, item: bytes | BaseException | None) -> bool:
         """Hand in what arrived; False if nobody reads and the queue is full."""
-        if self._queue.qsize() >= STREAM_QUEUE_MESSAGES and isinstance(item, bytes):
+        if self._discarded:
+            return True
+        if isinstance(item, bytes) and (
+            self._queue.qsize() >= STREAM_QUEUE_MESSAGES or not self._budget.take(len(item))
+        ):
             return False
         try:
             self._queue.put_nowait(item)
@@ -87,6 +126,7 @@ class ClientEndpoint:
         self._calls: dict[int, asyncio.Future[bytes]] = {}
         self._streams: dict[int, Stream] = {}
         self._slots = asyncio.Semaphore(MAX_CALLS_IN_FLIGHT)
+        self._budget = Budget()
         self._lost: NriError | None = None
 
     async def call(
@@ -141,7 +181,7 @@ class ClientEndpoint:
             self._core.end_messages(stream_id)
             self._flush()
 
-        self._streams[stream_id] = made = Stream(send, end)
+        self._streams[stream_id] = made = Stream(send, end, self._budget)
         self._flush()
         return made
 
@@ -224,6 +264,7 @@ class ServerEndpoint:
         self._core = ServerConnection(methods, max_receive_bytes=max_receive_bytes)
         self._services = services
         self._send_frame = send_frame
+        self._budget = Budget()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._streams: dict[int, Stream] = {}
 
@@ -250,7 +291,8 @@ class ServerEndpoint:
             await asyncio.wait(list(self._tasks.values()))
 
     def _started(self, event: CallStarted) -> None:
-        if len(self._tasks) >= MAX_CALLS_SERVED:
+        size = len(event.head.payload)
+        if len(self._tasks) >= MAX_CALLS_SERVED or not self._budget.take(size):
             self._core.fail(event.stream_id, Code.RESOURCE_EXHAUSTED, "too many calls at one time")
             return
         stream = None
@@ -259,21 +301,27 @@ class ServerEndpoint:
         _, handler = self._services[event.head.service][event.head.method]
         task = asyncio.ensure_future(self._serve(event, handler, Call(event.head, stream)))
         self._tasks[event.stream_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(event.stream_id, None))
+        task.add_done_callback(lambda _: self._done(event.stream_id, size))
+
+    def _done(self, stream_id: int, size: int) -> None:
+        self._tasks.pop(stream_id, None)
+        self._budget.give_back(size)
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None:
+            stream.discard()
 
     def _stream(self, stream_id: int) -> Stream:
         def send(message: bytes) -> None:
             self._core.send_message(stream_id, message)
             self._flush()
 
-        return Stream(send, lambda: None)
+        return Stream(send, lambda: None, self._budget)
 
     def _message(self, event: MessageReceived) -> None:
         stream = self._streams.get(event.stream_id)
         if stream is not None and not stream.put(event.payload):
-            self._streams.pop(event.stream_id, None)
+            self._fail(event.stream_id, Code.RESOURCE_EXHAUSTED, "stream buffer full")
             task = self._tasks.get(event.stream_id)
-            self._core.fail(event.stream_id, Code.RESOURCE_EXHAUSTED, "stream buffer full")
             if task is not None:
                 task.cancel()
 
@@ -289,13 +337,14 @@ class ServerEndpoint:
         except MessageTooLarge as error:
             log.error("%s: the answer is too large: %s", event.head.method, error)
         except asyncio.CancelledError:
-            return  # the connection ended, or the call was answered already
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                return  # the connection ended, or the call was answered already
+            self._fail(stream_id, Code.CANCELED, "cancelled")  # by the handler itself: the peer waits for an answer
         except Exception as error:
             code, text = status_of(error)
             log.debug("%s failed: %s", event.head.method, text)
             self._fail(stream_id, code, text)
-        finally:
-            self._streams.pop(stream_id, None)
         self._flush()
 
     def _fail(self, stream_id: int, code: int, text: str) -> None:

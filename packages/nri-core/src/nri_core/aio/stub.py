@@ -6,7 +6,9 @@ import asyncio
 import logging
 import os
 import random
+import signal
 import socket
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,10 +17,12 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from nri_core.aio.dispatch import RUNTIME_SERVICE_NAME, Dispatcher, in_handler
+from nri_core.aio.claim import claim
+from nri_core.aio.dispatch import RUNTIME_SERVICE_NAME, Dispatcher, handling
 from nri_core.aio.rpc import ClientEndpoint, ServerEndpoint
 from nri_core.aio.transport import DEFAULT_SOCKET, Trunk, connect, inherited
 from nri_core.api.adjust import Update, update_from_message
+from nri_core.api.events import FROM_V0_10, pretty
 from nri_core.errors import (
     ConfigurationRefused,
     ConnectError,
@@ -39,6 +43,10 @@ log = logging.getLogger("nri_core")
 
 NRI_VERSION = "v0.12.2"
 """The NRI release whose protocol this library speaks; told to runtimes."""
+
+
+REGISTRATION_WAIT_S = 20.0
+"""Longer than the runtime's own limit, 5 s: it takes plugins one at a time, and those before us count for us too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +72,21 @@ class Stub:
         socket_path: str | os.PathLike[str] = DEFAULT_SOCKET,
         reconnect: bool = True,
         backoff: Backoff | None = None,
-        registration_timeout_s: float = DEFAULT_REGISTRATION_TIMEOUT_S,
+        registration_timeout_s: float = REGISTRATION_WAIT_S,
     ) -> None:
         """The plugin's name and index are settled here: see `nri_core.plugin.identity`.
 
         Raises:
-            LocalProtocolError: the plugin has no well-formed name and index.
+            LocalProtocolError: the plugin has no well-formed name and index, or its `events` has bits of no event.
         """
         self.plugin = plugin
         self.name, self.index = identity(plugin)
+        unknown = (plugin.events() | plugin.required) & ~int(FROM_V0_10)
+        if unknown:
+            raise LocalProtocolError(
+                f"events() of plugin {self.index}-{self.name} has bits of no event: {int(unknown):#x}",
+                hint="combine members of EventMask",
+            )
         self.session = Session()
         plugin.stub = self
         self._path = socket_path
@@ -80,6 +94,7 @@ class Stub:
         self._backoff = backoff or Backoff()
         self._registration_timeout_s = registration_timeout_s
         self._stopping = asyncio.Event()
+        self._synchronized = False
         self._trunk: Trunk | None = None
         self._client: ClientEndpoint | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"nri-{self.name}")
@@ -98,10 +113,14 @@ class Stub:
         attempt = 0
         try:
             while not self._stopping.is_set():
+                self._synchronized = False
                 try:
-                    sock = given if given is not None else await connect(self._path)
-                    await self._serve(sock)
-                except SessionError:
+                    if given is not None:
+                        await self._serve(given, pre_launched=True)
+                    else:
+                        with claim(self._path, self.index, self.name):
+                            await self._serve(await connect(self._path))
+                except (SessionError, LocalProtocolError):
                     raise
                 except NriError as error:
                     if self._stopping.is_set():
@@ -111,8 +130,10 @@ class Stub:
                         return
                     if given is not None or not self._reconnect:
                         raise
-                    attempt = 0 if self._served else attempt + 1
+                    # Only a connection that came to serve makes the waits short again.
+                    attempt = 0 if self._synchronized else attempt
                     wait_s = self._backoff.wait_s(attempt, random.random())
+                    attempt += 1
                     log.warning("%s; trying again in %.1f s", error, wait_s)
                     with suppress(TimeoutError):
                         async with asyncio.timeout(wait_s):
@@ -129,16 +150,22 @@ class Stub:
     async def update_containers(self, updates: Sequence[Update], *, timeout_s: float | None = None) -> list[Update]:
         """Ask for changes of running containers; returns those that failed.
 
+        The runtime cannot serve this while it waits for one of our methods. So a task that a method started waits
+        here until the method was answered, and a method itself must not call this.
+
         Raises:
-            LocalProtocolError: called within a handler (return the updates instead), or not synchronized yet.
+            LocalProtocolError: called within a method of the plugin, or not synchronized yet.
             RpcError, TimeoutError, ConnectionLost: see `ClientEndpoint.call`.
         """
-        if in_handler.get():
-            raise LocalProtocolError(
-                "update_containers was called within a handler: the runtime waits for the handler, and would "
-                "wait for itself",
-                hint="return the updates from the handler, or start a task of its own for the call",
-            )
+        current = handling.get()
+        if current is not None and not current.answered.is_set():
+            if current.task is asyncio.current_task():
+                raise LocalProtocolError(
+                    "update_containers was called within a handler: the runtime waits for the handler, and would "
+                    "wait for itself",
+                    hint="return the updates from the handler, or start a task of its own for the call",
+                )
+            await current.answered.wait()
         self.session.step(Step.UPDATE)
         assert self._client is not None
         request = nri_pb2.UpdateContainersRequest(update=[update.to_message() for update in updates])
@@ -155,15 +182,11 @@ class Stub:
             raise RemoteProtocolError(f"the answer to UpdateContainers cannot be decoded: {error}") from None
         return [update_from_message(update) for update in response.failed]
 
-    @property
-    def _served(self) -> bool:
-        return self.session.runtime is not None
-
-    async def _serve(self, sock: socket.socket) -> None:
+    async def _serve(self, sock: socket.socket, *, pre_launched: bool = False) -> None:
         """One connection, from registration to its end. Always raises, unless `stop` was called."""
         session = self.session = Session()
         trunk = self._trunk = Trunk()
-        dispatcher = Dispatcher(self.plugin, session, self._executor)
+        dispatcher = Dispatcher(self.plugin, session, self._executor, trunk.close)
         sends: dict[int, object] = {}
         # Runtimes before NRI v0.7 send a Synchronize of any size in one message.
         server = ServerEndpoint(
@@ -180,7 +203,7 @@ class Stub:
             closed = asyncio.ensure_future(trunk.wait_closed())
             closed.add_done_callback(lambda done: None if done.cancelled() else client.lose(done.result()))
             try:
-                await self._begin(session, client, dispatcher, closed)
+                await self._begin(session, client, dispatcher, closed, pre_launched)
                 error = await closed
             finally:
                 closed.cancel()
@@ -201,21 +224,36 @@ class Stub:
         session: Session,
         client: ClientEndpoint,
         dispatcher: Dispatcher,
-        closed: asyncio.Future[ConnectionLost | RemoteProtocolError],
+        closed: asyncio.Future[NriError],
+        pre_launched: bool,
     ) -> None:
         """Register, and wait until the runtime has configured and synchronized the plugin.
 
         A runtime can give a plugin up without closing the connection: then nothing would ever come.
         """
         session.step(Step.REGISTER)
+        await self._register(client)
+        runtime_s = session.runtime.request_timeout_s if session.runtime else DEFAULT_REQUEST_TIMEOUT_S
+        wait_s = DEFAULT_REGISTRATION_TIMEOUT_S + 5 * runtime_s
+        waited: set[asyncio.Future[Any]] = {dispatcher.synchronized, closed}
+        await asyncio.wait(waited, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        runtime = session.runtime
+        if not dispatcher.synchronized.done():
+            if closed.done():
+                raise self._dropped(session, closed.result())
+            # Runtimes before NRI v0.7 do not synchronize what they launched themselves.
+            if not pre_launched or runtime is None:
+                raise ConnectionLost(f"registered, but not synchronized within {wait_s:g} s: the runtime gave us up")
+        self._synchronized = True
+        if runtime is not None:
+            log.info("connected to %s %s as %s-%s", runtime.name, runtime.version, self.index, self.name)
+
+    async def _register(self, client: ClientEndpoint) -> None:
         request = nri_pb2.RegisterPluginRequest(plugin_name=self.name, plugin_idx=self.index, NRI_version=NRI_VERSION)
+        payload = request.SerializeToString()
+        limit_s = self._registration_timeout_s
         try:
-            await client.call(
-                RUNTIME_SERVICE_NAME,
-                "RegisterPlugin",
-                request.SerializeToString(),
-                timeout_s=self._registration_timeout_s,
-            )
+            await client.call(RUNTIME_SERVICE_NAME, "RegisterPlugin", payload, timeout_s=limit_s)
         except RpcError as error:
             raise RegistrationRefused(
                 f"the runtime does not take plugin {self.index}-{self.name}: {error.message}",
@@ -223,46 +261,51 @@ class Stub:
             ) from None
         except TimeoutError:
             raise ConnectionLost(
-                f"no answer to the registration within {self._registration_timeout_s:g} s",
+                f"no answer to the registration within {limit_s:g} s",
                 hint="is it an NRI socket? on a busy node, raise plugin_registration_timeout of the runtime",
             ) from None
-        runtime_s = session.runtime.request_timeout_s if session.runtime else DEFAULT_REQUEST_TIMEOUT_S
-        wait_s = self._registration_timeout_s + 5 * runtime_s
-        waited: set[asyncio.Future[Any]] = {dispatcher.synchronized, closed}
-        await asyncio.wait(waited, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-        if closed.done() and not dispatcher.synchronized.done():
-            lost = closed.result()
-            if session.runtime is not None and session.state is State.CONFIGURED and not self._reconnect:
-                raise ConfigurationRefused(
-                    f"{session.runtime.name} {session.runtime.version} closed the connection after the "
-                    f"subscription to {session.subscribed!r}",
-                    hint="its log says why",
-                )
-            raise lost
-        if not dispatcher.synchronized.done():
-            raise ConnectionLost(f"registered, but not synchronized within {wait_s:g} s: the runtime gave us up")
+        except ConnectionLost as error:
+            if error.hint is None:
+                error.hint = "if this happens every time: is it an NRI socket? the runtime's log says more"
+            raise
+
+    def _dropped(self, session: Session, lost: NriError) -> NriError:
+        """What to say of a connection that was closed between the registration and the end of Synchronize."""
         runtime = session.runtime
-        assert runtime is not None
-        log.info("connected to %s %s as %s-%s", runtime.name, runtime.version, self.index, self.name)
+        if runtime is None or session.state is not State.CONFIGURED or not isinstance(lost, ConnectionLost):
+            return lost
+        # It may as well have restarted: worth another attempt if those are wanted.
+        kind = ConnectionLost if self._reconnect else ConfigurationRefused
+        return kind(
+            f"{runtime.name} {runtime.version} closed the connection after the subscription to "
+            f"{pretty(session.subscribed)}",
+            hint="the runtime's log says why",
+        )
 
     async def _tell_disconnected(self, error: BaseException | None) -> None:
-        found = self.plugin.disconnected(error)
-        if found is not None:
-            await found
+        try:
+            found = self.plugin.disconnected(error)
+            if found is not None:
+                await found
+        except Exception:
+            log.exception("disconnected() failed")
 
 
 def run(plugin: Plugin, *, socket_path: str | os.PathLike[str] = DEFAULT_SOCKET, reconnect: bool = True) -> None:
-    """Run a plugin until it is interrupted: the whole main program of most plugins.
+    """Run a plugin until SIGINT or SIGTERM: the whole main program of most plugins.
 
     Raises:
         See `Stub` and `Stub.run`.
     """
 
     async def main() -> None:
-        await Stub(plugin, socket_path=socket_path, reconnect=reconnect).run()
+        stub = Stub(plugin, socket_path=socket_path, reconnect=reconnect)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stub.stop)
+        await stub.run()
 
-    with suppress(KeyboardInterrupt):
-        asyncio.run(main())
+    asyncio.run(main())
 
 
 __all__ = ["Backoff", "ConnectError", "Stub", "run"]

@@ -9,7 +9,7 @@ import socket
 import stat
 from collections.abc import Callable
 
-from nri_core.errors import ConnectError, ConnectionLost, RemoteProtocolError
+from nri_core.errors import ConnectError, ConnectionLost, NriError, RemoteProtocolError
 from nri_core.mux import MuxDecoder, wrap
 
 DEFAULT_SOCKET = "/var/run/nri/nri.sock"
@@ -152,16 +152,16 @@ class Trunk:
         """Begin reading; all connections must be attached before."""
         self._wire = await Wire.over(sock, self._receive)
 
-    def close(self, error: BaseException | None = None) -> None:
-        """End the trunk and all its connections."""
+    def close(self, error: NriError | None = None) -> None:
+        """End the trunk and all its connections; `error` is what `wait_closed` gives then."""
         if self._wire is not None:
             self._wire.close(error)
 
-    async def wait_closed(self) -> ConnectionLost | RemoteProtocolError:
+    async def wait_closed(self) -> NriError:
         """Wait for the end and say why it came."""
         assert self._wire is not None
         error = await self._wire.wait_closed()
-        if isinstance(error, RemoteProtocolError | ConnectionLost):
+        if isinstance(error, NriError):
             return error
         return ConnectionLost(f"the connection broke: {error}" if error else "the runtime closed the connection")
 

@@ -72,7 +72,7 @@ _M = TypeVar("_M", ttrpc_pb2.Request, ttrpc_pb2.Response)
 def _parsed(message: _M, data: bytes) -> _M:
     try:
         message.ParseFromString(data)
-    except DecodeError as error:
+    except (DecodeError, UnicodeDecodeError, RecursionError) as error:  # the last two: protobuf without C
         raise ValueError(str(error)) from None
     return message
 
