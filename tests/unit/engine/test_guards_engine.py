@@ -117,3 +117,17 @@ def test_nothing_moves_during_the_grace_time(tmp_path: Path, monkeypatch: pytest
     assert scene.moves == []
     scene.run(3)
     assert scene.moves
+
+
+def test_the_report_tells_how_right_the_decisions_were(scene: Scene) -> None:
+    """A tenth of what went out came back within a few seconds."""
+    report = scene.run(8)
+    out = report.refaults.pending_bytes
+    assert out == report.moved_bytes_total
+    assert report.refaults.precision == 1.0
+    back = sorted(scene.tracker.absent)[:10]
+    scene.tracker.absent -= set(back)
+    report = scene.run(2)
+    assert report.refaults.early_bytes == len(back) * PAGE_BYTES
+    assert report.refaults.precision is not None
+    assert report.refaults.precision < 1.0

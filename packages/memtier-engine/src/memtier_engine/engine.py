@@ -24,10 +24,11 @@ from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import Context, GuardSet
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_mappings
-from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Tracker
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans, Tracker
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import Policy
+from memtier_engine.refaults import RefaultLedger, RefaultStats
 from memtier_engine.stats.observer import Observer, event_prefix
 from memtier_engine.targets.base import RestrictingTarget, Target
 from memtier_engine.targets.cgroups import CgroupsTarget
@@ -94,6 +95,8 @@ class StepReport:
     """What each guard said at this scan."""
     skipped: Mapping[int, str] = field(default_factory=dict)
     """Processes that memory was wanted of and that are left alone, by pid, and why."""
+    refaults: RefaultStats = field(default_factory=RefaultStats)
+    """How right the decisions to page out were."""
 
     def idle_bytes(self, idle_s: float) -> int:
         """Resident memory not touched for at least `idle_s`."""
@@ -114,6 +117,7 @@ class Engine:
         policy: Policy | None = None,
         mover: Mover | None = None,
         guards: GuardSet | None = None,
+        refaults: RefaultLedger | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         """Any stage can be replaced by one of your own. `observers` are told of every scan, move and event.
@@ -136,6 +140,7 @@ class Engine:
             scan_interval_s=self.config.scan_interval_ms / 1000,
         )
         self.observers: list[Observer] = list(observers)
+        self.refaults = refaults or RefaultLedger()
         self.pages: dict[ProcessId, ProcessPages] = {}
         self.age_clock = AgeClock()
         self._next_scan_s = now_s
@@ -270,7 +275,9 @@ class Engine:
         self.policy.begin(process, spans)
         for observer in self.observers:
             observer.scan_began(process, spans, self.age_clock.now_s)
+        idle_s, now_s = self.age_clock.idle_s(), self.age_clock.now_s
         for chunk in self.tracker.scan(process, spans):
+            self.refaults.observe(process, own, chunk, idle_s, now_s)
             self._refault_bytes += own.update(chunk, table) * PAGE_BYTES
             self.policy.observe(process, chunk)
             for observer in self.observers:
@@ -280,6 +287,7 @@ class Engine:
 
     def _forget(self, process: ProcessId) -> None:
         self.pages.pop(process, None)
+        self.refaults.forget(process)
         self.mover.drop(process)
 
     def _decide(self, now_s: float) -> None:
@@ -306,11 +314,26 @@ class Engine:
             return
         if outcome.to_node == SWAP_NODE:
             if outcome.moved_bytes:
+                idle_s = self._least_idle_s(own, outcome.spans)
+                self.refaults.paged_out(outcome.process, outcome.spans, outcome.stuck, idle_s, self.clock.now_s())
                 own.set_age(outcome.spans, PAGED_OUT)
             # What the kernel kept begins to age anew: asking again at once would only burn CPU.
             own.set_age(outcome.stuck if outcome.moved_bytes else outcome.spans, 0)
         else:
             own.set_place(outcome.spans, outcome.to_node)
+
+    def _least_idle_s(self, own: ProcessPages, spans: Spans) -> float:
+        """How long the pages of a batch were idle, by its first and last page: decisions take them by age."""
+        idle_s = self.age_clock.idle_s()
+        found = []
+        for address in (int(spans.starts[0]), int(spans.ends[-1]) - PAGE_BYTES):
+            try:
+                age = int(own.ages[own.index_of(address)])
+            except KeyError:  # unmapped since
+                continue
+            if age <= AGE_MAX and np.isfinite(idle_s[age]):
+                found.append(float(idle_s[age]))
+        return min(found, default=0.0)
 
     def _note(self, error: str) -> None:
         if len(self._errors) < ERRORS_KEPT and error not in self._errors:
@@ -341,6 +364,7 @@ class Engine:
             errors=errors,
             guards=self.guards.verdict.states,
             skipped={process.pid: why for process, why in self.guards.skipped.items()},
+            refaults=self.refaults.stats(now_s),
         )
 
 
