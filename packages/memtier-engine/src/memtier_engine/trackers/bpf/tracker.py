@@ -38,8 +38,9 @@ class BpfTracker:
         """Raises TrackerUnavailable: with the reason and what would help."""
         self._host = host
         self._shared = SharedWalker(host, loader)
-        self.loader = self._shared.walker.loader
-        self._flush_is_free = flush_is_free(host)
+        self.walker = self._shared.walker
+        self.loader = self.walker.loader
+        self.flushes = flush_is_free(host)
         self._seen = FirstSight()
         self._warned: set[ProcessId] = set()
         self._buffer = np.empty((MAX_BLOCKS, paging.BLOCK_PAGES), np.uint64)
@@ -56,7 +57,7 @@ class BpfTracker:
             for pieces in batches(spans):
                 yield from self._read(process, pagemap, pieces, known)
         clear_refs(self._host, process.pid, CLEAR_REFS_REFERENCED)
-        if self._flush_is_free:
+        if self.flushes:
             clear_refs(self._host, process.pid, CLEAR_REFS_SOFT_DIRTY)
         self._seen.completed(process, spans)
 
@@ -64,7 +65,7 @@ class BpfTracker:
         self, process: ProcessId, pagemap: Pagemap, pieces: list[tuple[int, int]], known: Spans
     ) -> Iterator[PageChunk]:
         blocks, firsts = blocks_of(pieces)
-        walk = self._shared.walker.walk(pagemap.fileno(), blocks, self._buffer)
+        walk = self.walker.walk(pagemap.fileno(), blocks, self._buffer)
         if len(walk.states) and walk.states[0] == paging.STATE_GONE:
             raise ProcessGone(f"process {process.pid} exited", errno.ESRCH)
         flat = walk.words.reshape(-1)
