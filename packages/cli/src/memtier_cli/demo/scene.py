@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -33,7 +34,8 @@ class Memory:
     hot_out_bytes: int
     cold_out_bytes: int
     refault_bytes: int
-    """Read back from swap since the start, at most: what every major fault of the workload may have brought in."""
+    """Read back from swap since the start, at most: what the workload's major faults may have brought in, and never
+    more than the machine has read from swap."""
 
 
 class Workload:
@@ -52,6 +54,7 @@ class Workload:
         self.round_s: float = where["round_s"]
         """Time from one touch of a hot page to the next, on a machine with nothing else to do."""
         self._major_faults = self._read_major_faults()
+        self._swapped_in = _swapped_in_pages()
         self._bytes_per_fault = PAGE_BYTES * readahead_pages(Host())
 
     def memory(self) -> Memory:
@@ -60,10 +63,18 @@ class Workload:
             hot_out = pagemap.swapped_bytes(self.hot.starts, self.hot.ends)
             cold_out = pagemap.swapped_bytes(self.cold.starts, self.cold.ends)
         faults = self._read_major_faults() - self._major_faults
-        return Memory(self.hot.total_bytes, self.cold.total_bytes, hot_out, cold_out, faults * self._bytes_per_fault)
+        swapped_in = (_swapped_in_pages() - self._swapped_in) * PAGE_BYTES
+        refaults = min(faults * self._bytes_per_fault, swapped_in)
+        return Memory(self.hot.total_bytes, self.cold.total_bytes, hot_out, cold_out, refaults)
 
     def _read_major_faults(self) -> int:
         return int(read_stat_fields(Host(), self.pid)[_MAJFLT_FIELD - 3])
+
+
+def _swapped_in_pages() -> int:
+    host = Host()
+    found = re.search(r"^pswpin (\d+)$", host.read_text(host.path("proc/vmstat")), re.M)
+    return int(found[1]) if found else 0
 
 
 def scan_seconds(tracker: Tracker, load: Workload) -> float:
