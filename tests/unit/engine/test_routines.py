@@ -93,8 +93,14 @@ def test_a_line_of_the_prompt_is_run_as_it_is() -> None:
 def test_the_pageout_command_runs_once_per_step_whoever_paged_out_and_with_what_success() -> None:
     prompt, statistics = Prompt(), Statistics()
     page_out(statistics, 500)  # before the start: does not count
-    keys = {"pageout_command": ("p",), "pageout_command_runner": "memtier", "pageout_mib": 10}
-    found = routine(statistics, prompt, interval_ms=1000, **keys)
+    found = routine(
+        statistics,
+        prompt,
+        interval_ms=1000,
+        pageout_command=("p",),
+        pageout_command_runner="memtier",
+        pageout_mib=10,
+    )
     for now_s, more_mib, runs in ((1, 9, 0), (2, 1, 1), (3, 0, 1), (4, 35, 2), (5, 9, 2), (6, 1, 3)):
         page_out(statistics, more_mib)
         found.advance(float(now_s))
