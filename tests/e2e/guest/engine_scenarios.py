@@ -53,12 +53,12 @@ def two_cgroups() -> None:
         cgroup("e2e-a") as a,
         cgroup("e2e-b") as b,
         meme(48, 16, cgroup=a) as first,
-        meme(48, 24, cgroup=b) as second,
+        meme(48, 24, cgroup=b, cpu=1) as second,
         meme(24, 8) as bystander,
         memtierd("idlepage", cgroups=[a]),
-        memtierd("idlepage", cgroups=[b]),
+        memtierd("idlepage", cgroups=[b], cpu=1),
     ):
-        took_s = wait_for(lambda: min(first.cold_out(), second.cold_out()) >= 0.95, OUT_TIMEOUT_S)
+        took_s = wait_for(lambda: min(first.cold_out(), second.cold_out()) >= 0.95, 2 * OUT_TIMEOUT_S)
         time.sleep(10)
         say(
             kind="two-cgroups",

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -72,12 +73,14 @@ class Meme:
 
 
 @contextlib.contextmanager
-def meme(size_mib: int, hot_mib: int, *, write: bool = False, cgroup: Path | None = None) -> Iterator[Meme]:
-    """`memtier-meme` with one array of `size_mib`, `hot_mib` of it in use, pinned to CPU 0."""
+def meme(
+    size_mib: int, hot_mib: int, *, write: bool = False, cgroup: Path | None = None, cpu: int = 0
+) -> Iterator[Meme]:
+    """`memtier-meme` with one array of `size_mib`, `hot_mib` of it in use, pinned to a CPU."""
     kind = "w" if write else "r"
     other = "r" if write else "w"
-    command = ["taskset", "-c", "0", "memtier-meme", "-bs", f"{size_mib}M", "-ttl", "1h"]
-    command += [f"-b{kind}c", "1", f"-b{kind}s", f"{hot_mib}M", f"-b{kind}i", "50ms", f"-b{other}c", "0"]
+    command = ["taskset", "-c", str(cpu), "memtier-meme", "-bs", f"{size_mib}M", "-ttl", "1h"]
+    command += [f"-b{kind}c", "1", f"-b{kind}s", f"{hot_mib}M", f"-b{kind}i", "400ms", f"-b{other}c", "0"]
     command += [f"-b{other}s", "0"]
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_joiner(cgroup))
     made = Meme(popen)
@@ -93,12 +96,13 @@ def meme(size_mib: int, hot_mib: int, *, write: bool = False, cgroup: Path | Non
         assert array is not None, "memtier-meme did not tell its array"
         if made.hot:
             made.cold = [(made.hot[0][1], array[1] & ~4095)]
+        # Each round writes a line: unread, the pipe would fill and stop the exerciser.
+        threading.Thread(target=popen.stdout.read, daemon=True).start()
         yield made
     finally:
         with contextlib.suppress(ProcessLookupError):
             popen.kill()
         popen.wait()
-        popen.stdout.close()
 
 
 def _joiner(cgroup: Path | None) -> Callable[[], None] | None:
@@ -144,7 +148,7 @@ policy:
 
 @contextlib.contextmanager
 def memtierd(
-    tracker: str, *, pids: list[int] | None = None, cgroups: list[Path] | None = None
+    tracker: str, *, pids: list[int] | None = None, cgroups: list[Path] | None = None, cpu: int = 0
 ) -> Iterator[subprocess.Popen[str]]:
     """The daemon with a configuration file in the reference's form."""
     watched = f"pids: {pids}" if pids else f"cgroups: {json.dumps([str(path) for path in cgroups or []])}"
@@ -159,7 +163,7 @@ def memtierd(
     path.write_text(text)
     log = open(f"{path}.log", "w")  # noqa: SIM115
     popen = subprocess.Popen(
-        ["taskset", "-c", "0", "memtierd", "-config", str(path)],
+        ["taskset", "-c", str(cpu), "memtierd", "-config", str(path)],
         env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         stdout=log,
         stderr=subprocess.STDOUT,
