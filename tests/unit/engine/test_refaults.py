@@ -19,7 +19,7 @@ class Scene:
     """100 pages of one process, looked at every 10 s."""
 
     def __init__(self, *, gaps: bool = False) -> None:
-        self.ledger = RefaultLedger(remember_s=600, gaps=gaps)
+        self.ledger = RefaultLedger(judge_s=600, gaps=gaps)
         self.clock = AgeClock()
         self.own = ProcessPages(PROCESS)
         self.own.set_spans(spans((0, 100)))
@@ -144,8 +144,34 @@ def test_gaps_of_pages_that_were_out_go_on_from_their_age_when_they_went() -> No
     assert count == 2
 
 
+def test_pages_that_are_out_are_known_by_how_long_they_are_idle() -> None:
+    """30 s when they went and 100 s since; of others only that they went before anything is remembered."""
+    scene = Scene(gaps=True)
+    scene.scan()
+    scene.page_out(0, 10, idle_s=30)
+    counts = scene.ledger.out_pages(scene.now_s + 100, 25)
+    found = {round(float(BIN_S[index])): int(counts[index]) for index in np.flatnonzero(counts)}
+    assert found == {128: 10, 558: 15}
+
+
+def test_what_is_remembered_for_longer_is_still_judged_by_the_shorter_time() -> None:
+    """Back after 700 s: no wrong decision, but the gap is known."""
+    scene = Scene(gaps=True)
+    scene.ledger = RefaultLedger(judge_s=600, remember_s=3600, gaps=True)
+    scene.scan()
+    scene.page_out(0, 10)
+    scene.scan(seconds=690)
+    scene.come_back(0)
+    scene.scan()
+    stats = scene.ledger.stats(scene.now_s)
+    assert (stats.early_bytes, stats.late_bytes, stats.kept_bytes) == (0, pages(1), pages(10))
+    [(gap_s, count)] = scene.gap_counts().items()
+    assert 660 <= gap_s <= 730
+    assert count == 1
+
+
 def test_remembering_a_gigabyte_of_runs_takes_some_kilobytes() -> None:
-    ledger = RefaultLedger(remember_s=600)
+    ledger = RefaultLedger(judge_s=600)
     gigabyte = 1 << 18
     ledger.paged_out(PROCESS, spans((0, gigabyte)), NONE, 30, 0)
     ledger.paged_out(PROCESS, spans((gigabyte, gigabyte + 1)), NONE, 30, 100)  # seals the one before

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from memtier_engine.ages import AGE_MAX, PAGED_OUT, ProcessPages
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans
 
-REMEMBER_S = 600.0
+JUDGE_S = 600.0
 """What comes back within this time counts against the decision."""
 GENERATIONS = 10
+"""Into which the time of judgement is cut."""
 _BLOCK_SHIFT = 16
 _BLOCK_PAGES = 1 << _BLOCK_SHIFT
 _BLOCK_BYTES = _BLOCK_PAGES // 8
@@ -27,6 +28,11 @@ BINS_PER_DOUBLING = 8
 BINS = 20 * BINS_PER_DOUBLING + 1
 BIN_S: NDArray[np.float64] = np.concatenate(([0.0], 2.0 ** (np.arange(1, BINS) / BINS_PER_DOUBLING)))
 """float64[BINS]: the least gap of each bin in seconds, from 0 to 12 days."""
+
+
+def bins_of(seconds: NDArray[np.float64]) -> NDArray[np.intp]:
+    """The bin of each gap."""
+    return np.searchsorted(BIN_S, seconds, side="right") - 1
 
 
 class PageSet:
@@ -113,7 +119,7 @@ class RefaultStats:
     """How right the decisions to page out were. Bytes since the start."""
 
     early_bytes: int = 0
-    """Came back within `REMEMBER_S` (as configured): wrong decisions."""
+    """Came back within the time of judgement (`JUDGE_S`): wrong decisions."""
     late_bytes: int = 0
     """Came back after that."""
     kept_bytes: int = 0
@@ -121,7 +127,7 @@ class RefaultStats:
     pending_bytes: int = 0
     """Out for less than that, so far right."""
     recent_precision: float | None = None
-    """Share of what went out within the time remembered that has not come back. None: nothing went out."""
+    """Share of what went out within that time that has not come back. None: nothing went out."""
     stored_bytes: int = 0
     """Memory that remembering takes."""
 
@@ -139,6 +145,7 @@ class _Part:
     pages: PageSet = field(default_factory=PageSet)
     moved: int = 0
     back: int = 0
+    early: int = 0
     idle_page_s: float = 0.0
     """Sum over its pages of how long each had been idle when it went."""
 
@@ -156,13 +163,20 @@ class _Generation:
 class RefaultLedger:
     """Keeps account of one engine's decisions."""
 
-    def __init__(self, *, remember_s: float = REMEMBER_S, gaps: bool = False) -> None:
-        """`gaps`: also count after how long pages are touched again, for policies that ask."""
-        self.remember_s = remember_s
+    def __init__(self, *, judge_s: float = JUDGE_S, remember_s: float | None = None, gaps: bool = False) -> None:
+        """Set up empty.
+
+        Args:
+            judge_s: what comes back within this time counts against the decision.
+            remember_s: how long to know when each page went out, if longer than `judge_s`.
+            gaps: also count after how long pages are touched again, for policies that ask.
+        """
+        self.judge_s = judge_s
+        self.remember_s = max(judge_s, remember_s or 0.0)
         self.gaps: NDArray[np.int64] | None = np.zeros(BINS, np.int64) if gaps else None
         """int64[BINS]: pages touched again, by the time since the touch before, whether paged out in between or
         not; see `BIN_S`. Grows until `take_gaps`."""
-        self._slice_s = remember_s / GENERATIONS
+        self._slice_s = judge_s / GENERATIONS
         self._generations: deque[_Generation] = deque()
         self._early = self._late = self._kept = 0
 
@@ -219,17 +233,38 @@ class RefaultLedger:
     def stats(self, now_s: float) -> RefaultStats:
         """The account at `now_s`."""
         self._expire(now_s)
-        parts = [part for generation in self._generations for part in generation.parts.values()]
-        moved = sum(part.moved for part in parts)
-        back = sum(part.back for part in parts)
+        moved = early = stored = 0
+        kept = self._kept
+        for generation in self._generations:
+            judged = self._is_judged(generation, now_s)
+            for part in generation.parts.values():
+                stored += part.pages.stored_bytes
+                if judged:
+                    kept += max(0, part.moved - part.early)
+                else:
+                    moved += part.moved
+                    early += part.early
         return RefaultStats(
             early_bytes=self._early * PAGE_BYTES,
             late_bytes=self._late * PAGE_BYTES,
-            kept_bytes=self._kept * PAGE_BYTES,
-            pending_bytes=(moved - back) * PAGE_BYTES,
-            recent_precision=1 - back / moved if moved else None,
-            stored_bytes=sum(part.pages.stored_bytes for part in parts),
+            kept_bytes=kept * PAGE_BYTES,
+            pending_bytes=max(0, moved - early) * PAGE_BYTES,
+            recent_precision=1 - early / moved if moved else None,
+            stored_bytes=stored,
         )
+
+    def out_pages(self, now_s: float, total: int) -> NDArray[np.int64]:
+        """int64[BINS]: pages that are out, by how long they have been idle.
+
+        `total`: all that are out; those not remembered any more count as idle for as long as is remembered.
+        """
+        counts = np.zeros(BINS, np.int64)
+        for generation in self._generations:
+            for part in generation.parts.values():
+                idle_s = part.idle_s + max(0.0, now_s - generation.begin_s)
+                counts[int(bins_of(np.array([idle_s]))[0])] += max(0, part.moved - part.back)
+        counts[int(bins_of(np.array([self.remember_s]))[0])] += max(0, total - int(counts.sum()))
+        return counts
 
     def _came_back(self, process: ProcessId, pages: U64, now_s: float) -> None:
         self._expire(now_s)
@@ -242,7 +277,11 @@ class RefaultLedger:
             if found:
                 pages = pages[~here]
                 part.back += found
-                self._early += found
+                if self._is_judged(generation, now_s):
+                    self._late += found
+                else:
+                    part.early += found
+                    self._early += found
                 away_s = max(0.0, now_s - generation.begin_s)
                 self._count_gaps(np.array([part.idle_s + away_s]), np.array([found]))
         self._late += len(pages)
@@ -250,10 +289,12 @@ class RefaultLedger:
 
     def _count_gaps(self, gap_s: NDArray[np.float64], pages: NDArray[np.int64]) -> None:
         if self.gaps is not None:
-            bins = np.searchsorted(BIN_S, gap_s, side="right") - 1
-            np.add.at(self.gaps, bins, pages)
+            np.add.at(self.gaps, bins_of(gap_s), pages)
+
+    def _is_judged(self, generation: _Generation, now_s: float) -> bool:
+        return now_s - generation.begin_s >= self.judge_s + self._slice_s
 
     def _expire(self, now_s: float) -> None:
         while self._generations and now_s - self._generations[0].begin_s >= self.remember_s + self._slice_s:
             for part in self._generations.popleft().parts.values():
-                self._kept += max(0, part.moved - part.back)
+                self._kept += max(0, part.moved - part.early)
