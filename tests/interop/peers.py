@@ -173,6 +173,14 @@ class Peer:
             raise AssertionError(f"no {name} within {wait_s:g} s; events: {self.events}\n{self.log}") from None
         return found[count - 1]
 
+    async def logged(self, text: str, *, count: int = 1, wait_s: float = WAIT_S) -> None:
+        """Wait until its log has `text` `count` times."""
+        try:
+            async with asyncio.timeout(wait_s), self._changed:
+                await self._changed.wait_for(lambda: self.log.count(text) >= count)
+        except TimeoutError:
+            raise AssertionError(f"{text!r} was not logged {count} times within {wait_s:g} s\n{self.log}") from None
+
     async def _ask(self, key: int | None, values: Record, wait_s: float) -> Record:
         queue = self._answers.setdefault(key, asyncio.Queue())
         assert self.process.stdin is not None
@@ -198,4 +206,6 @@ class Peer:
     async def _read_log(self) -> None:
         assert self.process.stderr is not None
         async for line in self.process.stderr:
-            self.log += line.decode(errors="replace")
+            async with self._changed:
+                self.log += line.decode(errors="replace").replace('\\"', '"')
+                self._changed.notify_all()
