@@ -242,6 +242,8 @@ class Dispatcher:
         self, name: str, call: Call, method: Callable[..., Any], *arguments: Any, late: Exception | None = None
     ) -> Any:
         """The method's result; if it takes too long, None or `late` raised, while it runs on."""
+        if getattr(method, "__func__", None) is getattr(Plugin, name):
+            return None  # not overridden: no need for a thread to do nothing
         limit_s = self._limit_s(call)
         current = Handling()
         task = current.task = asyncio.ensure_future(self._invoke(method, arguments, current))
