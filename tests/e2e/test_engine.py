@@ -15,7 +15,7 @@ def scenario(vm: VmSession, name: str, timeout_s: float = 400) -> dict[str, Any]
     """Run a scenario of engine_scenarios.py; problems that the guest noticed fail it."""
     result = vm.run_script("engine_scenarios.py", name, timeout_s=timeout_s).check()
     problems = [record for record in result.records() if record.get("kind") == "problem"]
-    assert problems == []
+    assert not problems, problems[0]["text"]
     return result.record(name)
 
 

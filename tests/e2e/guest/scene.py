@@ -175,10 +175,10 @@ def memtierd(
         if popen.poll() is None:
             popen.terminate()
             try:
-                popen.wait(10)
+                popen.wait(60)
             except subprocess.TimeoutExpired:
                 popen.kill()
-                say(kind="problem", text="memtierd did not end within 10 s of SIGTERM")
+                say(kind="problem", text="memtierd did not end within 60 s of SIGTERM")
         popen.wait()
         log.close()
         output = Path(log.name).read_text()
