@@ -1,0 +1,57 @@
+"""What a person wants of policy `auto`: "psi: 0.1%", "refaults: 0.2%/min", "free: 2GiB", "save: 30%". No IO."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from memtier_engine.errors import ConfigError
+from memtier_engine.units import parse_size
+
+KINDS = ("psi", "refaults", "free", "save")
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*(/\s*min)?\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One goal."""
+
+    kind: str
+    """`psi`: stall for memory at most so many percent of the time. `refaults`: of the memory in RAM at most so
+    many percent come back per minute. `free`: keep so many bytes of the node available. `save`: have so many
+    percent of the engine's memory out."""
+    value: float
+    """Percent; of `free`, bytes."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(
+                f"no goal is named {self.kind!r}", key_path="goal", hint=f"use one of: {', '.join(KINDS)}"
+            )
+        most = None if self.kind == "free" else 100
+        if self.value < 0 or (most is not None and self.value > most) or (self.value == 0 and self.kind != "psi"):
+            raise ConfigError(
+                f"value {self.value:g}",
+                key_path=f"goal.{self.kind}",
+                hint="use a size above 0" if most is None else "use percents above 0 and up to 100",
+            )
+
+    def __str__(self) -> str:
+        if self.kind == "free":
+            return f"free: {self.value / (1 << 30):.3g}GiB"
+        return f"{self.kind}: {self.value:g}%{'/min' if self.kind == 'refaults' else ''}"
+
+
+def parse_goal(kind: str, text: str) -> Goal:
+    """The goal of a configuration's key and text.
+
+    Raises:
+        ConfigError: no such goal, or no value of its kind.
+    """
+    if kind == "free":
+        return Goal(kind, float(parse_size(text, key_path="goal.free")))
+    found = _PERCENT.fullmatch(text)
+    if kind in KINDS and (found is None or (found[2] and kind != "refaults")):
+        example = {"psi": "0.1%", "refaults": "0.2%/min", "save": "30%"}[kind]
+        raise ConfigError(f"{text!r} is no such goal", key_path=f"goal.{kind}", hint=f"write it like {example}")
+    return Goal(kind, float(found[1]) if found else 0.0)
