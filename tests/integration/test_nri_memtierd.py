@@ -98,10 +98,10 @@ def run(tmp_path: Path, body: Callable[[Scene], Coroutine[Any, Any, None]], conf
                     yield Scene(program, runtime, cgroup)
                 finally:
                     program.close()
-                    for inner in cgroup.iterdir():
+                    with contextlib.suppress(OSError):
+                        (cgroup / "cgroup.kill").write_text("1")
+                    for inner in sorted(cgroup.rglob("*"), reverse=True):  # what is inside comes first
                         if inner.is_dir():
-                            with contextlib.suppress(OSError):
-                                (inner / "cgroup.kill").write_text("1")
                             await program.until(lambda inner=inner: _removed(inner), 5)  # type: ignore[misc]
 
     async def main() -> None:
@@ -147,6 +147,37 @@ def test_idle_memory_of_a_started_container_is_paged_out_until_it_stops(tmp_path
                 await connection.stop_container(POD, container)
             await scene.program.until(lambda: list(scene.program.runs.iterdir()) == [])
             assert idle.swapped_share(idle.cold) > 0.9, "what is out stays out"
+
+        run(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("cgroups_path", "directory"),
+    [
+        ("kubepods-burstable-pod1_2.slice:cri-containerd:{id}", "{slices}/cri-containerd-{id}.scope/container"),
+        ("kubepods-burstable-pod1_2.slice:crio:{id}", "{slices}/crio-{id}.scope"),
+        ("/kubepods/burstable/pod1-2/crio-{id}", "kubepods/burstable/pod1-2/crio-{id}"),
+    ],
+)
+def test_a_path_of_either_cgroup_driver_leads_to_the_process(tmp_path: Path, cgroups_path: str, directory: str) -> None:
+    """crun under systemd puts the process one level below the scope. A monitor beside it is not the container's."""
+    with temporary_zram_swap(256 << 20), workload(1, 24, write=True) as load, workload(1, 24, write=True) as monitor:
+
+        async def body(scene: Scene) -> None:
+            # A tree of its own, in place of the node's: slices are made at its root.
+            scene.program.arguments[scene.program.arguments.index("-cgroups-dir") + 1] = str(scene.cgroup)
+            slices = "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice"
+            inner = scene.cgroup / directory.format(id="dada", slices=slices)
+            beside = (inner.parent if inner.name == "container" else inner).parent / "crio-conmon-dada"
+            for path, pid in ((inner, load.pid), (beside, monitor.pid)):
+                path.mkdir(parents=True)
+                (path / "cgroup.procs").write_text(str(pid))
+            connection = await scene.begin()
+            container = Container("dada", "p1", "c0", cgroups_path=cgroups_path.format(id="dada"))
+            await connection.notify("StartContainer", POD, container)
+            await scene.program.until(lambda: load.swapped_share(load.cold) > 0.95)
+            assert monitor.swapped_share(monitor.cold) == 0.0
+            await connection.stop_container(POD, container)
 
         run(tmp_path, body)
 
