@@ -1,4 +1,4 @@
-"""CreateContainer as a container runtime sees it: our plugin against one on NRI's Go stub, under the same Go runtime side.
+"""CreateContainer as a runtime sees it: our plugin against one on NRI's Go stub, under the same Go runtime side.
 
 Each plugin is a process of its own with the same answer, `memory.swap.max` set to `max`. The rounds take turns, and
 the quietest round of each counts: another program on the machine disturbs one round, not one plugin.
