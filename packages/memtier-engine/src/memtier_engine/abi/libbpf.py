@@ -135,6 +135,8 @@ class BpfObject:
     def _failed(self, what: str, number: int) -> KernelCallError:
         error = KernelCallError.from_errno(what, number)
         words = [line for line in _log.lines if "Error in bpf_object__probe_loading" not in line]
+        if number == errno.EPERM:
+            words = []  # advice on ulimits that does not fit
         if number in _NAMED:
             words.insert(0, _NAMED[number])
         return type(error)(f"{error.message}: {'; '.join(words)}" if words else error.message, number)

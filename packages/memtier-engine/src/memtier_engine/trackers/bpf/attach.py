@@ -140,6 +140,8 @@ def follow(map_fd: int, before: frozenset[ProcessId], wanted: frozenset[ProcessI
 
 def rows_by_process(keys: U64, processes: Iterable[ProcessId]) -> dict[ProcessId, NDArray[np.int64]]:
     """By process the numbers of its rows in `keys` (uint64[n, 2]: number, pid), in the order of their numbers."""
+    if not len(keys):
+        return {}
     order = np.lexsort((keys[:, 0], keys[:, 1]))
     pids, firsts = np.unique(keys[order, 1], return_index=True)
     by_pid = {process.pid: process for process in processes}

@@ -96,13 +96,14 @@ class Walker:
         Args:
             pagemap_fd: its open /proc/PID/pagemap.
             addresses: uint64[n], n at most `MAX_BLOCKS`: 2 MiB aligned, below the kernel's half; `HEAD_ONLY` may be
-                added.
+                added: then the block's words mean nothing if its state is STATE_TABLE.
             out: uint64[>= n, 512] to copy into. None: a new array.
         """
         count = len(addresses)
         if count > MAX_BLOCKS:
             raise ValueError(f"at most {MAX_BLOCKS} blocks a run, got {count}")
         words = np.empty((count, paging.BLOCK_PAGES), np.uint64) if out is None else out[:count]
+        wanted = (addresses & np.uint64(paging.HEAD_ONLY)) == 0
         with self._turn:
             self._blocks[:count, 0] = addresses
             self._blocks[:count, 1] = 0
@@ -110,7 +111,10 @@ class Walker:
             _prog_run(self._walk_fd, (pagemap_fd, count, self.base, self.mask, self.top_shift))
             states = self._blocks[:count, 2].copy()
             entries = self._blocks[:count, 1].copy()
-            words[...] = self._tables[:count]
+            if wanted.all():
+                words[...] = self._tables[:count]
+            else:
+                words[wanted] = self._tables[:count][wanted]
         other_mmu = bool(count and states[0] & np.uint64(paging.OTHER_MMU))
         if other_mmu:
             states[0] -= np.uint64(paging.OTHER_MMU)
@@ -226,6 +230,7 @@ def _paging_of(host: Host) -> tuple[int, int]:
 
 
 _NEEDED = (Capability.CAP_BPF, Capability.CAP_PERFMON)
+_LOCKDOWN = "sys/kernel/security/lockdown"
 
 
 def explained(host: Host, failure: MemtierError) -> TrackerUnavailable:
@@ -235,17 +240,27 @@ def explained(host: Host, failure: MemtierError) -> TrackerUnavailable:
     if isinstance(failure, AccessDenied):
         return _lacking(host, failure.message, _NEEDED)
     if isinstance(failure, KernelCallError):
+        if _is_locked_down(host):
+            return TrackerUnavailable(
+                "the kernel is locked down (confidentiality): BPF programs cannot read kernel memory",
+                hint="boot with lockdown=integrity",
+            )
         return TrackerUnavailable(failure.message, hint=failure.hint or "Linux 5.10 or later with CONFIG_BPF_SYSCALL=y")
     return TrackerUnavailable(failure.message, hint=failure.hint)
+
+
+def _is_locked_down(host: Host) -> bool:
+    path = host.path(_LOCKDOWN)
+    return path.exists() and "[confidentiality]" in host.read_text(path)
 
 
 def _lacking(host: Host, message: str, needed: tuple[Capability, ...]) -> TrackerUnavailable:
     held = effective_capabilities(host)
     # CAP_SYS_ADMIN stands for both newer ones. Source: include/linux/capability.h, bpf_capable(), perfmon_capable().
-    admin = held is not None and held >> Capability.CAP_SYS_ADMIN & 1
-    absent = [each.name for each in needed if held is not None and not admin and not held >> each & 1]
-    if absent:
-        return TrackerUnavailable(f"{message}: this process lacks {', '.join(absent)}", hint="run as root")
+    if held is not None and not held >> Capability.CAP_SYS_ADMIN & 1:
+        absent = [each.name for each in needed if not held >> each & 1]
+        if absent:
+            return TrackerUnavailable(f"{message}: this process lacks {', '.join(absent)}", hint="run as root")
     return TrackerUnavailable(message, hint="allow bpf(2) in the seccomp profile, outside a user namespace")
 
 

@@ -1,0 +1,209 @@
+"""Loading tracker `bpf`: by libbpf and by bcc, with rights and without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memtier_engine.errors import TrackerUnavailable, Unavailable
+from memtier_engine.hostfs.host import Host
+from memtier_engine.trackers.bpf import build, loaders, program
+from memtier_engine.trackers.bpf.btf import Btf
+from memtier_engine.trackers.bpf.faults import FaultCounter
+from memtier_engine.trackers.bpf.tracker import BpfTracker
+from memtier_engine.trackers.registry import create_tracker, why_not
+from support.toucher import scan, toucher
+
+_WHY = why_not("bpf", Host())
+pytestmark = pytest.mark.skipif(
+    _WHY is not None, reason=f"tracker bpf does not work here: {_WHY}; run as root, or `make e2e` in the test VM"
+)
+
+
+@pytest.fixture
+def kernel_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Headers for bcc: the running kernel's, or those of any other version."""
+    try:
+        loaders.import_bcc()
+        loaders._need_headers(Host())
+    except Unavailable as failure:
+        if "kernel headers" not in failure.message:
+            pytest.skip(f"{failure.message}: {failure.hint}")
+    else:
+        yield
+        return
+    builds = sorted(Path("/usr/src").glob("linux-headers-*-amd64"))
+    if not builds:
+        pytest.skip("needs kernel headers of any version: apt install linux-headers-amd64")
+    common = Path(str(builds[-1]).removesuffix("-amd64") + "-common")
+    tree = tmp_path / "headers"  # Debian splits them in two; the build's own files win
+    tree.mkdir()
+    for source in (common, builds[-1]):
+        subprocess.run(["cp", "-asf", source / "include", source / "arch", tree], check=True)
+    monkeypatch.setenv("BCC_KERNEL_SOURCE", str(tree))
+    yield
+
+
+def test_auto_takes_the_loader_that_needs_no_compiler() -> None:
+    tracker = BpfTracker(Host())
+    assert tracker.loader == "libbpf"
+    tracker.close()
+
+
+def test_bcc_compiles_the_same_source_and_sees_the_same(kernel_headers: None, tmp_path: Path) -> None:
+    """With the headers of another kernel version too: offsets come from this kernel's BTF."""
+    tracker = BpfTracker(Host(), loader="bcc")
+    try:
+        assert tracker.loader == "bcc"
+        with toucher("anonymous", 1000, tmp_path) as load:
+            load.write(range(1000))
+            scan(tracker, load)
+            load.read(range(0, 1000, 7))
+            assert scan(tracker, load).accessed.tolist() == list(range(0, 1000, 7))
+    finally:
+        tracker.close()
+
+
+def test_bcc_counts_faults_too(kernel_headers: None, tmp_path: Path) -> None:
+    with FaultCounter(Host(), loader="bcc") as counter, toucher("anonymous", 1000, tmp_path) as load:
+        counter.watch(frozenset({load.process}))
+        load.write(range(100))
+        table = counter.read()[load.process]
+        assert int(table.faults.sum()) >= 100
+
+
+def test_without_libbpf_auto_falls_back_to_bcc(kernel_headers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(host: Host, programs: object, sizes: object) -> loaders.Loaded:
+        raise Unavailable("libbpf.so.1 is not installed")
+
+    monkeypatch.setitem(loaders._LOAD, "libbpf", absent)
+    tracker = BpfTracker(Host())
+    assert tracker.loader == "bcc"
+    tracker.close()
+
+
+def test_without_both_the_reasons_of_both_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(host: Host, programs: object, sizes: object) -> loaders.Loaded:
+        raise Unavailable("not here", hint="install it")
+
+    monkeypatch.setitem(loaders._LOAD, "libbpf", absent)
+    monkeypatch.setitem(loaders._LOAD, "bcc", absent)
+    with pytest.raises(TrackerUnavailable, match=r"libbpf: not here; bcc: not here \(install it\)"):
+        BpfTracker(Host())
+
+
+def test_without_kernel_headers_bcc_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("BCC_KERNEL_SOURCE", raising=False)
+    (tmp_path / "proc/sys/kernel").mkdir(parents=True)
+    (tmp_path / "proc/sys/kernel/osrelease").write_text("1.2.3\n")
+    with pytest.raises(Unavailable, match=r"neither /lib/modules/1\.2\.3/build nor .* exists"):
+        loaders._need_headers(Host(tmp_path))
+
+
+def test_without_type_information_the_option_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match=r"btf/vmlinux does not exist .*CONFIG_DEBUG_INFO_BTF"):
+        loaders.load_by_libbpf(Host(tmp_path), ("walk",), {})
+
+
+@pytest.mark.parametrize(
+    ("dropped", "missing"),
+    [
+        ("-sys_admin,-bpf,-perfmon", "CAP_BPF, CAP_PERFMON"),
+        ("-sys_admin,-perfmon", "CAP_PERFMON"),
+        ("-sys_admin,-bpf", "CAP_BPF"),
+        ("-sys_admin", "CAP_SYS_ADMIN"),
+    ],
+)
+def test_a_missing_capability_is_named(dropped: str, missing: str) -> None:
+    """Really dropped, in a process of its own."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("needs setpriv: apt install util-linux")
+    output = subprocess.run(
+        ["setpriv", "--inh-caps=-all", f"--bounding-set={dropped}", sys.executable, "-c", _TRY],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"this process lacks {missing} (run as root)" in output.stdout
+    assert output.stderr == ""
+    assert output.stdout.count("\n") == 1
+
+
+_TRY = """
+from memtier_engine.hostfs.host import Host
+from memtier_engine.trackers.bpf.program import Walker
+try:
+    Walker(Host())
+    print("works")
+except Exception as failure:
+    print(failure)
+"""
+
+
+def test_a_kernel_that_gives_programs_no_kernel_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: the program runs, but reads zeros everywhere."""
+    monkeypatch.setattr(program, "_prog_run", lambda fd, arguments: None)
+    with pytest.raises(TrackerUnavailable, match="cannot read kernel memory"):
+        program.Walker(Host())
+
+
+def test_a_direct_map_that_is_not_where_it_should_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: we look for bytes that are nowhere."""
+    real = program._prog_run
+
+    def elsewhere(fd: int, arguments: tuple[int, ...]) -> None:
+        is_locate = len(arguments) == 5 and arguments[3] >> 40
+        real(fd, (*arguments[:3], arguments[3] ^ 1, arguments[4]) if is_locate else arguments)
+
+    monkeypatch.setattr(program, "_prog_run", elsewhere)
+    with pytest.raises(TrackerUnavailable, match="could not be verified"):
+        program.Walker(Host())
+
+
+def test_a_walk_that_contradicts_pagemap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: page tables with one level more than they have."""
+    real = program._paging_of
+    monkeypatch.setattr(program, "_paging_of", lambda host: (real(host)[0], 48 if real(host)[1] == 39 else 39))
+    with pytest.raises(TrackerUnavailable, match="contradicts pagemap"):
+        program.Walker(Host())
+
+
+def test_nothing_stays_loaded_or_open_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = program._paging_of
+    monkeypatch.setattr(program, "_paging_of", lambda host: (real(host)[0], 48 if real(host)[1] == 39 else 39))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(TrackerUnavailable):
+            program.Walker(Host())
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_kernels_own_type_information_is_understood() -> None:
+    """All of it, and every field that the source reads."""
+    btf = Btf(Path("/sys/kernel/btf/vmlinux").read_bytes())
+    for structure, field in loaders.fields_in(loaders.read_resource(loaders.SOURCE).decode()):
+        if (structure, field) not in loaders._OPTIONAL:
+            assert 0 <= btf.offset(structure, field) < 20_000
+    assert btf.offset("list_head", "prev") == 8
+
+
+def test_the_source_compiles_without_a_warning(tmp_path: Path) -> None:
+    """Where there is clang; the shipped object needs none."""
+    if shutil.which("clang") is None and not any(shutil.which(f"clang-{version}") for version in range(11, 23)):
+        pytest.skip("needs clang: apt install clang")
+    (tmp_path / loaders.SOURCE).write_bytes(loaders.read_resource(loaders.SOURCE))
+    build.compile_object(tmp_path)
+    assert build.is_fresh(tmp_path)
+
+
+def test_the_registry_offers_it_first() -> None:
+    choice = create_tracker("auto", Host())
+    assert choice.tracker.name == "bpf"
+    assert choice.rejected == ()
+    choice.tracker.close()
