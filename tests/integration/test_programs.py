@@ -98,7 +98,7 @@ def test_sigterm_ends_a_run_cleanly() -> None:
         command = [str(BIN / "memtier"), "run", "--pid", str(load.pid), "--dry-run", "--idle-after", "2s"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout is not None
-        process.stdout.readline()
+        assert any("processes" in line for line in process.stdout)  # the first report
         began_s = time.monotonic()
         process.terminate()
         output = process.stdout.read()

@@ -79,11 +79,11 @@ def command(
     if sum(given) != 1:
         raise click.UsageError("give one of --cgroup, --pid and --config")
     configure()  # the engine says what goes wrong by itself, on stderr
-    if config_file is not None:
-        engine = _from_file(config_file, dry_run)
-    else:
-        engine = _from_options(cgroups, pids, idle_after, bandwidth, tracker, interval, dry_run)
     with stop_on_signals() as stop:
+        if config_file is not None:
+            engine = _from_file(config_file, dry_run)
+        else:
+            engine = _from_options(cgroups, pids, idle_after, bandwidth, tracker, interval, dry_run)
         last = None
         line = ProgressLine()
         would_move_bytes = 0
