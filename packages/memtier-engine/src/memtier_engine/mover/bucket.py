@@ -25,6 +25,11 @@ class TokenBucket:
         self._tokens = 0.0
         self._at_s = now_s
 
+    @property
+    def depth_bytes(self) -> float:
+        """The most it holds."""
+        return self._depth
+
     def available_bytes(self, now_s: float) -> int | None:
         """What may be moved now; None: no limit."""
         if self.rate_bytes_per_s is None:

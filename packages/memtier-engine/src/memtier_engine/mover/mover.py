@@ -101,12 +101,22 @@ class Mover:
         if handle is not None:
             handle.close()
 
+    @property
+    def has_work(self) -> bool:
+        """Whether anything is pending."""
+        return bool(self._queue)
+
     def pump(self, now_s: float) -> list[MoveOutcome]:
         """Move what the bucket allows now, at most one batch."""
+        return self._pump(now_s, None)
+
+    def _pump(self, now_s: float, limit_bytes: int | None) -> list[MoveOutcome]:
+        """`limit_bytes`: what somebody else allows; None: no limit of that kind."""
         if not self._queue:
             return []
         allowed = self._bucket.available_bytes(now_s)
         budget = self._batch_bytes if allowed is None else min(allowed, self._batch_bytes)
+        budget = budget if limit_bytes is None else min(budget, limit_bytes)
         if budget < PAGE_BYTES:
             return []
         pending = self._queue.popleft()
