@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from memtier_engine.config import Spec, load, parse
 from memtier_engine.errors import ConfigError
+from memtier_engine.policies.age import AgePolicyConfig
 
 ROOT = Path(__file__).parents[3]
 GOOD = """\
@@ -46,6 +47,7 @@ def failure(text: str) -> ConfigError:
 
 def test_a_good_file_is_decoded_with_all_its_values() -> None:
     spec = parse(GOOD)
+    assert isinstance(spec.policy, AgePolicyConfig)
     assert (spec.policy.interval_ms, spec.policy.swap_out_ms) == (4000, 5000)
     assert (spec.tracker.name, spec.tracker.scan_interval_ms, spec.tracker.pages_in_region) == ("idlepage", 2000, 512)
     assert (spec.target.name, spec.target.pids) == ("pidlist", (4242,))
@@ -56,6 +58,7 @@ def test_every_missing_key_has_a_real_default() -> None:
     """The reference starts from zero: no mover section there means that every task is dropped."""
     spec = parse(GOOD[: GOOD.index("    mover:")].replace("    intervalms: 4000\n", ""))
     assert (spec.mover.interval_ms, spec.mover.bandwidth_mib_per_s) == (10, 100)
+    assert isinstance(spec.policy, AgePolicyConfig)
     assert spec.policy.interval_ms == 5000
 
 
@@ -95,7 +98,9 @@ def test_yaml_keys_must_be_lower_case() -> None:
     ],
 )
 def test_numbers_are_read_as_the_reference_reads_them(written: str, value: int) -> None:
-    assert parse(changed("swapoutms: 5000", f"swapoutms: {written}")).policy.swap_out_ms == value
+    policy = parse(changed("swapoutms: 5000", f"swapoutms: {written}")).policy
+    assert isinstance(policy, AgePolicyConfig)
+    assert policy.swap_out_ms == value
 
 
 BAD = [

@@ -194,6 +194,13 @@ def test_a_process_that_exits_during_the_decision_costs_the_others_nothing() -> 
     assert short(scene.decide({PROCESS: HOT, OTHER: HOT})) == [(1, [(0, 4)])]
 
 
+def test_without_processes_or_memory_nothing_is_decided() -> None:
+    scene = Scene({3: (1,), 0: (2,)})
+    assert scene.decide({}) == []
+    scene.process(PROCESS, [], Spans.empty())
+    assert scene.decide({PROCESS: []}) == []
+
+
 class Invert:
     """A forecaster of the test's: hot becomes cold and the reverse; or it breaks."""
 

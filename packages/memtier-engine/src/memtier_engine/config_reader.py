@@ -78,6 +78,10 @@ class Section:
         """An error at the value of `key`, or at the section if it has none."""
         return self.place.error(self._values.get(key, self._node), self.at(key), message, hint)
 
+    def keys(self) -> tuple[str, ...]:
+        """The keys of a mapping that is a table, in the order of the file."""
+        return tuple(self._values)
+
     def has(self, key: str) -> bool:
         """Whether `key` is there and not null."""
         return self._get(key) is not None
@@ -107,6 +111,11 @@ class Section:
         if not isinstance(node, yaml.ScalarNode):
             raise self._wrong(node, self.at(key), "text", default)
         return str(node.value)
+
+    def text_or_none(self, key: str) -> str | None:
+        """The text of a scalar; None for anything else, or nothing."""
+        node = self._get(key)
+        return str(node.value) if isinstance(node, yaml.ScalarNode) else None
 
     def choice(self, key: str, allowed: Sequence[str]) -> str:
         """One of `allowed`; the key must be there."""

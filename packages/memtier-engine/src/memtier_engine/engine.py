@@ -242,6 +242,7 @@ class Engine:
         self.mover.close()
         self.guards.close()
         self.tracker.close()
+        self.policy.close()
 
     def _follow(self) -> list[ProcessId]:
         """Poll the target; returns the processes to scan."""

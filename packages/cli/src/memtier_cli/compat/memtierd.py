@@ -76,7 +76,7 @@ def _serve(flags: Parsed) -> int:
         engine = spec.build(host)
         routines = StatActions(spec.routines, _print, now_s=engine.clock.now_s())
         logger.info("tracker {}, policy {}", engine.tracker.name, engine.policy.name)
-        if spec.policy.swap_out_ms and not read_swaps(host):
+        if spec.swaps and not read_swaps(host):
             logger.warning("there is no swap: nothing can be paged out until some is turned on (swapon)")
         for report in engine.run(stop=stop):
             routines.run_due(engine, report.time_s)

@@ -46,6 +46,9 @@ class Policy(Protocol):
             budget_bytes: the mover cannot move more than this before the next decision; None: no limit.
         """
 
+    def close(self) -> None:
+        """Give back what it was given to own. Safe to call twice."""
+
 
 class BasePolicy:
     """What most policies have in common: inherit it and write `decide`."""
@@ -64,6 +67,9 @@ class BasePolicy:
 
     def observe(self, process: ProcessId, chunk: PageChunk) -> None:
         """See `Policy.observe`."""
+
+    def close(self) -> None:
+        """See `Policy.close`."""
 
 
 class Locator(Protocol):

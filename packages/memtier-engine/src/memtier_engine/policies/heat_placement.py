@@ -71,6 +71,8 @@ class Placement:
 
     def tasks(self, budget_pages: int | None) -> list[MoveTask]:
         """Moves of misplaced pages, hottest class first, no more than `budget_pages`."""
+        if not self._rows:
+            return []
         used = self.used_pages
         room: dict[int, float] = {}
         for nodes in self._class_nodes.values():

@@ -12,8 +12,22 @@ from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, Bools, PageChunk, ProcessId, Spans, Tracker
 from memtier_engine.trackers.common import chunks
 
-EXCLUSIVE = (frozenset({"idlepage", "refs", "damon"}), frozenset({"softdirty"}))
+EXCLUSIVE = (frozenset({"idlepage", "refs", "damon", "bpf"}), frozenset({"softdirty"}))
 """Trackers that read and clear the same bits: accessed, soft-dirty."""
+
+
+def check_parts(names: Sequence[str]) -> None:
+    """Raises ConfigError if trackers of these names cannot work together."""
+    if not names:
+        raise ConfigError("is empty", key_path="trackers", hint="a list of trackers with `name` and `config`")
+    for bits in EXCLUSIVE:
+        found = [name for name in names if name in bits]
+        if len(found) > 1:
+            raise ConfigError(
+                f"{' and '.join(found)} disturb each other",
+                key_path="trackers",
+                hint=f"keep one of {', '.join(sorted(bits))}: each clears what the other has to see",
+            )
 
 
 class MultiTracker:
@@ -23,17 +37,7 @@ class MultiTracker:
 
     def __init__(self, parts: Sequence[Tracker]) -> None:
         """Raises ConfigError without parts, or with two that clear the same bits of the kernel."""
-        if not parts:
-            raise ConfigError("is empty", key_path="trackers", hint="a list of trackers with `name` and `config`")
-        names = [part.name for part in parts]
-        for bits in EXCLUSIVE:
-            found = [name for name in names if name in bits]
-            if len(found) > 1:
-                raise ConfigError(
-                    f"{' and '.join(found)} disturb each other",
-                    key_path="trackers",
-                    hint=f"keep one of {', '.join(sorted(bits))}: each clears what the other has to see",
-                )
+        check_parts([part.name for part in parts])
         self.parts = tuple(parts)
         self.page_exact = all(part.page_exact for part in parts)
 

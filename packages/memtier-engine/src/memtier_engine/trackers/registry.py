@@ -39,9 +39,12 @@ def _modules() -> Mapping[str, Callable[[Host], Tracker]]:
 
     return {
         "bpf": load("bpf.tracker", "BpfTracker"),
+        "damon": load("damon", "DamonTracker"),
+        "finder": load("finder", "FinderTracker"),
         "idlepage": load("idlepage", "IdlePageTracker"),
         "refs": load("refs", "RefsTracker"),
         "softdirty": load("softdirty", "SoftDirtyTracker"),
+        "stub": load("stub", "StubTracker"),
         "userfault": load("userfault", "UserfaultTracker"),
     }
 
@@ -49,13 +52,14 @@ def _modules() -> Mapping[str, Callable[[Host], Tracker]]:
 TRACKERS = _modules()
 _NEEDS = {
     "bpf": ("pagemap-pfns", "clear-refs", "btf", "bpf"),
+    "finder": ("pagemap",),
     "idlepage": ("pagemap-pfns", "idle-bitmap", "kpageflags"),
     "softdirty": ("pagemap", "soft-dirty"),
     "refs": ("clear-refs", "smaps-referenced"),
     "userfault": ("userfaultfd-wp-async",),
 }
 """Probe features that each tracker cannot do without."""
-_TRIED = ("bpf",)
+_TRIED = ("bpf", "damon")
 """Trackers that verify themselves when made: the features alone do not promise that they work."""
 
 

@@ -1,0 +1,350 @@
+"""Trackers and targets of a configuration file: blocks of `name` and `config`, decoded and built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from memtier_engine.clock import SystemClock
+from memtier_engine.config_reader import Section
+from memtier_engine.errors import ConfigError
+from memtier_engine.hostfs.damon import DamonAttributes
+from memtier_engine.hostfs.host import Host
+from memtier_engine.model import Tracker
+from memtier_engine.regions import RegionCounters
+from memtier_engine.targets.base import Target
+from memtier_engine.targets.cgroups import CgroupsTarget
+from memtier_engine.targets.filter import FilterTarget, ProcessFilter
+from memtier_engine.targets.paced import PacedTarget
+from memtier_engine.targets.pids import PidsTarget
+from memtier_engine.targets.poi import PagesOfInterestTarget
+from memtier_engine.targets.proc import ProcTarget
+from memtier_engine.targets.regexp import compile_re2
+from memtier_engine.trackers.damon import DamonConfig, DamonTracker
+from memtier_engine.trackers.finder import FinderConfig, FinderTracker
+from memtier_engine.trackers.multi import MultiTracker, check_parts
+from memtier_engine.trackers.registry import create_tracker
+
+PID_MAX = 1 << 22
+"""Source: include/linux/threads.h PID_MAX_LIMIT on 64-bit."""
+INTERVAL_MAX_MS = 24 * 3600 * 1000
+_KIB_MAX = 1 << 53
+_US_MAX = 1000 * INTERVAL_MAX_MS
+_WRITES_ONLY = ("softdirty", "userfault")
+PAGED_KEYS = ("pagesinregion", "maxcountperregion", "scanintervalms", "regionsupdatems", "pagemapreadahead")
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerSpec:
+    """A `tracker` block."""
+
+    name: str
+    scan_interval_ms: int | None = None
+    """None: once per decision of the policy."""
+    pages_in_region: int = 512
+    """For policies that decide by regions; ages are kept per page."""
+    max_count_per_region: int = 1
+    options: FinderConfig | DamonConfig | None = None
+    parts: tuple[TrackerSpec, ...] = ()
+    """Of `multi`."""
+
+    def build(self, host: Host) -> Tracker:
+        """The tracker on this machine.
+
+        Raises:
+            TrackerUnavailable: it does not work here.
+        """
+        if self.name == "multi":
+            return MultiTracker([part.build(host) for part in self.parts])
+        if isinstance(self.options, DamonConfig):
+            return DamonTracker(host, self.options)
+        if isinstance(self.options, FinderConfig):
+            return FinderTracker(host, self.options)
+        return create_tracker(self.name, host).tracker
+
+    def regions(self) -> RegionCounters:
+        """How a policy that decides by regions counts what this tracker sees."""
+        sampled = self.name in ("damon", "finder")  # theirs are counts already, not pages
+        return RegionCounters(
+            self.pages_in_region,
+            0 if sampled else self.max_count_per_region,
+            writes_only=self.name in _WRITES_ONLY,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSpec:
+    """A `pidwatcher` block, or what takes its place."""
+
+    name: str
+    pids: tuple[int, ...] = ()
+    cgroups: tuple[str, ...] = ()
+    interval_ms: int = 5000
+    source: TargetSpec | None = None
+    filters: tuple[ProcessFilter, ...] = ()
+    directory: str = ""
+
+    def build(self, host: Host) -> Target:
+        """The target on this machine.
+
+        Raises:
+            ConfigError: a directory is not there.
+        """
+        if self.name == "cgroups":
+            return CgroupsTarget(host, self.cgroups)
+        if self.name == "proc":
+            return PacedTarget(ProcTarget(host), self.interval_ms / 1000, SystemClock())
+        if self.name == "filter":
+            assert self.source is not None
+            return FilterTarget(host, self.source.build(host), self.filters)
+        if self.name == "pagesofinterest":
+            return PagesOfInterestTarget(host, self.directory)
+        return PidsTarget(host, self.pids)
+
+
+NO_TARGET = TargetSpec("stub")
+"""No process at all."""
+
+
+def required_config(block: Section) -> Section:
+    """The decoded `config` of a `name` and `config` block."""
+    block.allow("name", "config")
+    config = block.config()
+    if config is None:
+        raise block.error("config", "is missing", "text in YAML, as `config: |` and indented lines")
+    return config
+
+
+def decode_target(section: Section, key: str = "pidwatcher") -> TargetSpec:
+    """The block under `key`."""
+    block = section.section(key)
+    if block is None:
+        raise section.error(key, "is missing", "a mapping with `name` and `config`")
+    return TARGETS[block.choice("name", tuple(TARGETS))](block)
+
+
+def _pidlist(block: Section) -> TargetSpec:
+    section = required_config(block)
+    section.allow("pids")
+    pids = section.integers("pids", least=1, most=PID_MAX)
+    if not pids:
+        raise section.error("pids", "is empty", "a list of process ids")
+    return TargetSpec("pidlist", pids=pids)
+
+
+def _cgroups(block: Section) -> TargetSpec:
+    section = required_config(block)
+    section.allow("intervalms", "cgroups")
+    interval_ms = section.integer("intervalms", 5000, most=INTERVAL_MAX_MS) or 5000
+    return TargetSpec("cgroups", cgroups=cgroup_names(section), interval_ms=interval_ms)
+
+
+def cgroup_names(section: Section) -> tuple[str, ...]:
+    """The list under `cgroups`: absolute directories, at least one."""
+    cgroups = section.texts("cgroups")
+    if not cgroups:
+        raise section.error("cgroups", "is empty", "a list of cgroup directories")
+    for index, cgroup in enumerate(cgroups):
+        if not cgroup.startswith("/"):
+            raise section.error(f"cgroups[{index}]", f"{cgroup!r} is not absolute", "start it with /sys/fs/cgroup/")
+    return cgroups
+
+
+def _proc(block: Section) -> TargetSpec:
+    block.allow("name", "config")
+    if block.text_or_none("config") == "":  # the reference takes an empty text here
+        return TargetSpec("proc")
+    section = block.config()
+    if section is None:
+        return TargetSpec("proc")
+    section.allow("intervalms")
+    return TargetSpec("proc", interval_ms=section.integer("intervalms", 5000, most=INTERVAL_MAX_MS) or 5000)
+
+
+def _filter(block: Section) -> TargetSpec:
+    section = required_config(block)
+    section.allow("source", "filters")
+    source = decode_target(section, "source")
+    filters = tuple(map(_process_filter, section.sections("filters")))
+    if not filters:
+        raise section.error("filters", "is empty, which lets no process pass", "a list; `- {}` lets all pass")
+    return TargetSpec("filter", source=source, filters=filters)
+
+
+def _process_filter(section: Section) -> ProcessFilter:
+    section.allow("procexeregexp", "minvmsizekb", "minvmrsskb", "minprivatedirtykb", "and", "or", "not")
+    pattern = section.text("procexeregexp", None)
+    compiled = None
+    if pattern:
+        try:
+            compiled = compile_re2(pattern)
+        except ConfigError as failure:
+            raise section.error("procexeregexp", failure.message, failure.hint) from None
+    other = section.section("not")
+    return ProcessFilter(
+        exe_regexp=compiled,
+        min_vm_size_kib=section.integer("minvmsizekb", 0, most=_KIB_MAX) or 0,
+        min_vm_rss_kib=section.integer("minvmrsskb", 0, most=_KIB_MAX) or 0,
+        min_private_dirty_kib=section.integer("minprivatedirtykb", 0, most=_KIB_MAX) or 0,
+        and_filters=tuple(map(_process_filter, section.sections("and"))),
+        or_filters=tuple(map(_process_filter, section.sections("or"))),
+        not_filter=None if other is None else _process_filter(other),
+    )
+
+
+def _no_target(block: Section) -> TargetSpec:
+    block.allow("name", "config")
+    return NO_TARGET
+
+
+def decode_tracker(section: Section, default: TrackerSpec | None = None) -> TrackerSpec:
+    """The block under `tracker`; `default` if it is missing."""
+    block = section.section("tracker")
+    if block is None or (default is not None and not block.has("name")):
+        if default is not None:
+            return default
+        raise section.error("tracker", "is missing", f"a mapping with `name`: one of {', '.join(sorted(TRACKERS))}")
+    return _tracker(block)
+
+
+def _tracker(block: Section) -> TrackerSpec:
+    name = block.choice("name", tuple(TRACKERS))
+    block.allow("name", "config")
+    if name == "stub":
+        return TrackerSpec("stub")
+    config = block.config()
+    if config is None:
+        if name == "multi":
+            raise block.error("config", "is missing", "`trackers:` and a list of trackers")
+        defaults: Mapping[str, FinderConfig | DamonConfig] = {"damon": DamonConfig(), "finder": FinderConfig()}
+        options = defaults.get(name)
+        return TrackerSpec(name, None if options else 5000, options=options)
+    return TRACKERS[name](name, config)
+
+
+def _interval(section: Section, default: int | None) -> int | None:
+    return section.integer("scanintervalms", default, least=1, most=INTERVAL_MAX_MS)
+
+
+def _paged_tracker(name: str, section: Section) -> TrackerSpec:
+    interval_ms = _interval(section, 5000)
+    pages = section.integer("pagesinregion", 512, least=1, most=1 << 30)
+    most = section.integer("maxcountperregion", 1, most=1 << 30)
+    # Checked and without effect: maps are read at each scan, reads are as large as useful.
+    section.integer("regionsupdatems", 10000, most=INTERVAL_MAX_MS)
+    section.integer("pagemapreadahead", 0, least=-1, most=1 << 20)
+    return TrackerSpec(name, interval_ms, pages or 512, most or 0)
+
+
+def _idlepage(name: str, section: Section) -> TrackerSpec:
+    section.allow(*PAGED_KEYS, "kpageflagsreadahead", "bitmapreadahead")
+    spec = _paged_tracker(name, section)
+    section.integer("kpageflagsreadahead", 0, least=-1, most=1 << 20)
+    section.integer("bitmapreadahead", 0, least=-1, most=1 << 20)
+    return spec
+
+
+def _softdirty(name: str, section: Section) -> TrackerSpec:
+    section.allow(*PAGED_KEYS, "skippageprob", "trackreferenced")
+    spec = _paged_tracker(name, section)
+    section.integer("skippageprob", 0, most=1000)
+    if section.flag("trackreferenced", False):
+        raise section.error("trackreferenced", "is not supported", "use tracker idlepage to see reads")
+    return spec
+
+
+def _own_tracker(name: str, section: Section) -> TrackerSpec:
+    section.allow("scanintervalms", "pagesinregion", "maxcountperregion")
+    pages = section.integer("pagesinregion", 512, least=1, most=1 << 30)
+    most = section.integer("maxcountperregion", 1, most=1 << 30)
+    return TrackerSpec(name, _interval(section, 5000), pages or 512, most or 0)
+
+
+def _finder(name: str, section: Section) -> TrackerSpec:
+    bits = ("pagemapbitexclusive", "pagemapbitpresent", "pagemapbitsoftdirty")
+    section.allow("regionsupdatems", "reportaccesses", "scanintervalms", *bits)
+    # Mappings are read at each scan, so this is how often to scan; 0, never again, makes no sense for a policy.
+    interval_ms = section.integer("regionsupdatems", None, most=INTERVAL_MAX_MS)
+    exclusive, present, soft_dirty = (section.flag(bit, None) for bit in bits)
+    options = FinderConfig(
+        report_accesses=section.integer("reportaccesses", 0, most=(1 << 31) - 1) or 0,
+        exclusive=exclusive,
+        present=present,
+        soft_dirty=soft_dirty,
+    )
+    return TrackerSpec(name, _interval(section, interval_ms or None), options=options)
+
+
+def _damon(name: str, section: Section) -> TrackerSpec:
+    section.allow(
+        *("connection", "samplingus", "aggregationus", "regionsupdateus", "mintargetregions", "maxtargetregions"),
+        *("filteraddressrangesizemax", "interface", "sysfsregionsmanager", "kdamondslist", "nrkdamonds"),
+        "scanintervalms",
+    )
+    connection = section.text("connection", "bpftrace") or "bpftrace"
+    if connection != "bpftrace" and not connection.startswith("perf"):
+        raise section.error("connection", f"{connection!r} is not known", "leave it out: results come through sysfs")
+    if section.integer("interface", 0, most=2) == 2:
+        raise section.error("interface", "debugfs is not supported", "leave it out: sysfs is used")
+    section.integer("sysfsregionsmanager", 0, most=1)  # the kernel finds the regions itself
+
+    def positive(key: str, default: int, most: int) -> int:
+        return section.integer(key, 0, most=most) or default  # 0 is the default, as in the reference
+
+    attributes = DamonAttributes(
+        sample_us=positive("samplingus", 5_000, _US_MAX),
+        aggregation_us=positive("aggregationus", 100_000, _US_MAX),
+        update_us=positive("regionsupdateus", 1_000_000, _US_MAX),
+        regions_min=positive("mintargetregions", 10, 1 << 20),
+        regions_max=positive("maxtargetregions", 1000, 1 << 20),
+    )
+    filter_max = section.integer("filteraddressrangesizemax", 0, least=-(1 << 62), most=1 << 62)
+    try:
+        options = DamonConfig(
+            attributes=attributes,
+            filter_bytes_max=None if (filter_max or 0) < 0 else filter_max or 32 << 20,
+            kdamonds=section.integers("kdamondslist", least=0, most=1 << 16),
+            create=section.integer("nrkdamonds", 0, most=1 << 10) or 1,
+        )
+    except ConfigError as failure:
+        raise section.error(failure.key_path or "", failure.message, failure.hint) from None
+    return TrackerSpec(name, _interval(section, None), options=options)
+
+
+def _multi(name: str, section: Section) -> TrackerSpec:
+    section.allow("trackers")
+    parts = tuple(map(_tracker, section.sections("trackers")))
+    try:
+        check_parts([part.name for part in parts])
+    except ConfigError as failure:
+        raise section.error("trackers", failure.message, failure.hint) from None
+    intervals = [part.scan_interval_ms for part in parts if part.scan_interval_ms is not None]
+    # All parts are scanned together, so as often as the most frequent one.
+    return TrackerSpec(
+        name,
+        min(intervals, default=None),
+        min(part.pages_in_region for part in parts),
+        max(part.max_count_per_region for part in parts),
+        parts=parts,
+    )
+
+
+TARGETS: Mapping[str, Callable[[Section], TargetSpec]] = {
+    "cgroups": _cgroups,
+    "filter": _filter,
+    "pidlist": _pidlist,
+    "proc": _proc,
+    "stub": _no_target,
+}
+TRACKERS: Mapping[str, Callable[[str, Section], TrackerSpec]] = {
+    "auto": _own_tracker,
+    "bpf": _own_tracker,
+    "damon": _damon,
+    "finder": _finder,
+    "idlepage": _idlepage,
+    "multi": _multi,
+    "refs": _own_tracker,
+    "softdirty": _softdirty,
+    "stub": _own_tracker,
+    "userfault": _own_tracker,
+}

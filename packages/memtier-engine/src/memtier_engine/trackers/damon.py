@@ -1,0 +1,190 @@
+"""Tracker `damon`: the kernel samples a few pages per region and adapts the regions to what it finds.
+
+Its cost does not grow with the memory watched, and its answer is by regions, not by pages. A region counts as
+touched if samples of the last aggregation found accesses, or if its accesses changed since the last scan.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from loguru import logger
+from numpy.typing import NDArray
+
+from memtier_engine.clock import Clock, SystemClock
+from memtier_engine.errors import ConfigError, KernelCallError, ProcessGone, TrackerUnavailable
+from memtier_engine.hostfs.damon import DamonAttributes, DamonRegions, Kdamond, areas_of, joined
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.maps import read_mappings, read_start_ticks
+from memtier_engine.hostfs.pagemap import Pagemap
+from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, PageChunk, ProcessId, Spans
+from memtier_engine.trackers.common import FirstSight, chunks, mark_new
+
+_Value = TypeVar("_Value", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DamonConfig:
+    """The keys of the reference's `damon` tracker that mean something without bpftrace and perf."""
+
+    attributes: DamonAttributes = field(default_factory=DamonAttributes)
+    filter_bytes_max: int | None = 32 << 20
+    """Accesses of larger regions say too little about each page to count as heat
+    (`filteraddressrangesizemax`). None: all count."""
+    kdamonds: tuple[int, ...] = ()
+    """Use one of these (`kdamondslist`); empty: any that is free."""
+    create: int = 1
+    """How many to make if the machine has none (`nrkdamonds`)."""
+
+    def __post_init__(self) -> None:
+        attributes = self.attributes
+        if not 0 < attributes.sample_us <= attributes.aggregation_us:
+            raise ConfigError(
+                f"value {attributes.sample_us}",
+                key_path="samplingus",
+                hint=f"from 1 to aggregationus, which is {attributes.aggregation_us}",
+            )
+        if attributes.update_us <= 0:
+            raise ConfigError(f"value {attributes.update_us}", key_path="regionsupdateus", hint="use 1 or more")
+        if not 3 <= attributes.regions_min <= attributes.regions_max:
+            raise ConfigError(
+                f"value {attributes.regions_min}",
+                key_path="mintargetregions",
+                hint=f"from 3 to maxtargetregions, which is {attributes.regions_max}",
+            )
+        if self.create < 1:
+            raise ConfigError(f"value {self.create}", key_path="nrkdamonds", hint="use 1 or more")
+
+
+class DamonTracker:
+    """One kdamond for all processes; reads and writes alike."""
+
+    name = "damon"
+    page_exact = False
+
+    def __init__(self, host: Host, config: DamonConfig | None = None, *, clock: Clock | None = None) -> None:
+        """Raises TrackerUnavailable without DAMON, or if all kdamonds are in use."""
+        self._host = host
+        self._config = config or DamonConfig()
+        self._clock = clock or SystemClock()
+        self._kdamond = Kdamond(host, among=self._config.kdamonds, create=self._config.create)
+        try:
+            self._kdamond.configure(self._config.attributes)
+        except KernelCallError as failure:
+            self._kdamond.close()
+            raise TrackerUnavailable(
+                f"DAMON: {failure}", hint="a kernel with CONFIG_DAMON_VADDR=y, and attributes that it takes"
+            ) from None
+        self._watched: frozenset[ProcessId] = frozenset()
+        self._snapshot: dict[int, DamonRegions] | None = None
+        self._snapshot_s = 0.0
+        self._scanned_s: dict[ProcessId, float] = {}
+        self._seen = FirstSight()
+
+    def watch(self, processes: frozenset[ProcessId]) -> None:
+        """See `Tracker.watch`. Also the beginning of a round: what is scanned next is read afresh."""
+        if processes != self._watched or (processes and not self._kdamond.running()):
+            self._retarget(processes)
+        self._snapshot = None
+
+    def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
+        """See `Tracker.scan`."""
+        if process not in self._watched:
+            raise ProcessGone(f"process {process.pid} exited", errno.ESRCH)
+        regions = self._regions(process)
+        window_s = self._snapshot_s - self._scanned_s.get(process, -np.inf)
+        known = self._seen.previous(process)
+        touched = regions.accesses > 0
+        # `age` counts aggregations since the accesses changed: so short, it may have been used since the last scan.
+        touched |= regions.ages * (self._config.attributes.aggregation_us / 1e6) < window_s
+        rates = self._rates(regions)
+        with Pagemap(self._host, process.pid) as pagemap:
+            for start, end in chunks(spans):
+                resident = pagemap.resident(start, end)
+                accessed = _spread(regions, touched, start, end, outside=True)
+                mark_new(accessed, start, known)
+                by_page = _spread(regions, rates, start, end, outside=0.0)
+                yield PageChunk(start, accessed & resident, resident, rates=by_page)
+        self._seen.completed(process, spans)
+        self._scanned_s[process] = self._snapshot_s
+
+    def regions(self) -> dict[int, DamonRegions]:
+        """The last snapshot by pid, as the kernel cut the regions; empty before the first scan of a round."""
+        return self._snapshot or {}
+
+    def close(self) -> None:
+        """See `Tracker.close`."""
+        self._kdamond.close()
+
+    def _retarget(self, processes: frozenset[ProcessId]) -> None:
+        known = {pid: areas_of(regions) for pid, regions in (self._snapshot or {}).items()}
+        alive = processes
+        if self._kdamond.running():
+            known |= {process.pid: self._mapped(process) for process in alive if process.pid not in known}
+        for _ in range(3):  # one that exits meanwhile makes the kernel refuse all of them
+            alive = frozenset(filter(self._is_alive, alive))
+            try:
+                self._kdamond.watch(sorted(process.pid for process in alive), known)
+                break
+            except KernelCallError as failure:
+                logger.debug("damon: {}", failure)
+        else:
+            self._kdamond.stop()
+            alive = frozenset()
+        self._watched = alive
+        self._seen.keep(alive)
+        for process in self._scanned_s.keys() - alive:
+            del self._scanned_s[process]
+
+    def _mapped(self, process: ProcessId) -> Spans:
+        try:
+            return joined(read_mappings(self._host, process.pid).tierable())
+        except KernelCallError:
+            return Spans.empty()
+
+    def _is_alive(self, process: ProcessId) -> bool:
+        try:
+            return read_start_ticks(self._host, process.pid) == process.start_ticks
+        except KernelCallError:
+            return False
+
+    def _regions(self, process: ProcessId) -> DamonRegions:
+        if self._snapshot is None:
+            try:
+                self._snapshot = self._kdamond.read()
+            except KernelCallError:
+                # It ends by itself when the last process is gone.
+                if self._kdamond.running():
+                    raise
+                raise ProcessGone(f"process {process.pid} exited", errno.ESRCH) from None
+            self._snapshot_s = self._clock.now_s()
+        return self._snapshot[process.pid]
+
+    def _rates(self, regions: DamonRegions) -> NDArray[np.float32]:
+        sizes = (regions.ends - regions.starts).astype(np.float64)
+        rates = regions.accesses / np.maximum(1.0, sizes / PAGE_BYTES)
+        if self._config.filter_bytes_max is not None:
+            rates[sizes > self._config.filter_bytes_max] = 0.0
+        return rates.astype(np.float32)
+
+
+def _spread(
+    regions: DamonRegions, values: NDArray[_Value], start: int, end: int, *, outside: bool | float
+) -> NDArray[_Value]:
+    """The value of the region over each page of [start, end); `outside` where there is none."""
+    pages = np.full(end - start >> PAGE_SHIFT, outside, values.dtype)
+    first = int(np.searchsorted(regions.ends, np.uint64(start), side="right"))
+    last = int(np.searchsorted(regions.starts, np.uint64(end), side="left"))
+    if first >= last:
+        return pages
+    lows = np.maximum(regions.starts[first:last].astype(np.int64) - start, 0) >> PAGE_SHIFT
+    highs = np.minimum(regions.ends[first:last].astype(np.int64), end) - start >> PAGE_SHIFT
+    lengths = np.maximum(highs - lows, 0)
+    before = np.cumsum(lengths) - lengths
+    index = np.arange(int(lengths.sum())) - np.repeat(before, lengths) + np.repeat(lows, lengths)
+    pages[index] = np.repeat(values[first:last], lengths)
+    return pages
