@@ -53,7 +53,7 @@ def test_the_schema_has_every_message_field_enum_and_method() -> None:
 
 
 def test_the_generated_code_is_fresh() -> None:
-    command = [sys.executable, ROOT / "tools/gen_proto.py", "--check"]
+    command = [sys.executable, str(ROOT / "tools/gen_proto.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
