@@ -121,7 +121,7 @@ def test_heat_of_unmapped_memory_is_forgotten() -> None:
 
 
 def test_updating_many_ranges_costs_the_same_per_range() -> None:
-    """8 times the ranges, about 8 times the time: the reference sorts the whole list for each record."""
+    """8 times the ranges, about 8 times the CPU time (caches cost some); sorting for each record would take 64."""
 
     def seconds(count: int) -> float:
         edges = np.arange(count, dtype=np.int64) * 8
@@ -136,13 +136,13 @@ def test_updating_many_ranges_costs_the_same_per_range() -> None:
         for _ in range(5):
             heatmap = Heatmap(H)
             heatmap.update(P, rows, 0)
-            began = time.perf_counter()
+            began = time.thread_time()
             heatmap.update(P, rows, NS_PER_S)
             heatmap.update(P, shifted, 2 * NS_PER_S)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.thread_time() - began)
         return best
 
-    assert seconds(128_000) < 8 * 2.5 * seconds(16_000)
+    assert seconds(128_000) < 8 * 3 * seconds(16_000)
 
 
 @pytest.mark.parametrize(
