@@ -26,6 +26,7 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_mappings
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans, Tracker
 from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.pace import Pace
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import Policy
 from memtier_engine.refaults import RefaultLedger, RefaultStats
@@ -97,6 +98,8 @@ class StepReport:
     """Processes that memory was wanted of and that are left alone, by pid, and why."""
     refaults: RefaultStats = field(default_factory=RefaultStats)
     """How right the decisions to page out were."""
+    scan_interval_s: float = 0.0
+    """Time until the next scan; longer than configured where scans would take too much CPU time."""
 
     def idle_bytes(self, idle_s: float) -> int:
         """Resident memory not touched for at least `idle_s`."""
@@ -118,6 +121,7 @@ class Engine:
         mover: Mover | None = None,
         guards: GuardSet | None = None,
         refaults: RefaultLedger | None = None,
+        pace: Pace | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         """Any stage can be replaced by one of your own. `observers` are told of every scan, move and event.
@@ -141,6 +145,7 @@ class Engine:
         )
         self.observers: list[Observer] = list(observers)
         self.refaults = refaults or RefaultLedger()
+        self.pace = pace
         self.pages: dict[ProcessId, ProcessPages] = {}
         self.age_clock = AgeClock()
         self._next_scan_s = now_s
@@ -174,7 +179,7 @@ class Engine:
         began = time.thread_time()
         if now_s >= self._next_scan_s:
             report = self.step(now_s)
-            interval_s = self.config.scan_interval_ms / 1000
+            interval_s = self.scan_interval_s
             # A scan that takes long must not crowd out the moving: as much time again is left for that.
             rest_s = max(interval_s / 2, report.scan_seconds)
             self._next_scan_s = max(self._next_scan_s + interval_s, self.clock.now_s() + rest_s)
@@ -191,6 +196,11 @@ class Engine:
         wait_s = None if self.config.dry_run else self.mover.wait_s()
         due_s = self._next_scan_s if wait_s is None else min(self._next_scan_s, self.clock.now_s() + wait_s)
         return report, due_s
+
+    @property
+    def scan_interval_s(self) -> float:
+        """Time between scans now: as configured, or longer where the node's scans would take too much CPU time."""
+        return self.config.scan_interval_ms / 1000 if self.pace is None else self.pace.interval_s
 
     def step(self, now_s: float | None = None) -> StepReport:
         """Scan every process once, decide, hand the mover its tasks."""
@@ -209,6 +219,8 @@ class Engine:
                 self._note(str(failure))
                 self._forget(process)
         scan_seconds = time.monotonic() - began_s
+        if self.pace is not None:
+            self.pace.scanned(time.thread_time() - began_cpu_s)
         for observer in self.observers:
             observer.event(f"{event_prefix('Tracker', self.tracker.name)}.sampler")
         ages = self._histogram()
@@ -241,6 +253,8 @@ class Engine:
         self.closed = True
         self.mover.close()
         self.guards.close()
+        if self.pace is not None:
+            self.pace.close()
         self.tracker.close()
         self.policy.close()
 
@@ -294,7 +308,7 @@ class Engine:
     def _decide(self, now_s: float) -> None:
         interval_s = (self.policy.interval_ms or self.config.scan_interval_ms) / 1000
         self._next_decision_s = max(self._next_decision_s, now_s - interval_s / 2) + interval_s
-        until_next_s = max(interval_s, self.config.scan_interval_ms / 1000)
+        until_next_s = max(interval_s, self.scan_interval_s)
         budget = None if self.config.dry_run else self.mover.budget_bytes(until_next_s)
         tasks = self.policy.decide(self.pages, self.age_clock, budget)
         self._candidate_bytes = sum(task.spans.total_bytes for task in tasks)
@@ -366,6 +380,7 @@ class Engine:
             guards=self.guards.verdict.states,
             skipped={process.pid: why for process, why in self.guards.skipped.items()},
             refaults=self.refaults.stats(now_s),
+            scan_interval_s=self.scan_interval_s,
         )
 
 

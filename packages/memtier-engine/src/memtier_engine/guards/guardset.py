@@ -98,7 +98,8 @@ class GuardSet:
         host = host or Host()
         self._own_node = node is None
         self._node = node or NodeReader(host, config)
-        self._cgroup = CgroupReader(host, tuple(cgroups), config)
+        self.cgroups = tuple(cgroups)
+        self._cgroup = CgroupReader(host, self.cgroups, config)
         self._facts = FactsReader(host, realtime=config.skip.realtime)
         self._refaults = WindowMeter(REFAULT_WINDOW_S, slots=12)
         grace_s = config.start_grace_s

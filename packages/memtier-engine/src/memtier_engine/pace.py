@@ -1,0 +1,120 @@
+"""When each engine of a node scans: spread over the interval, and within a budget of CPU time. No IO.
+
+What a scan costs is measured. When the scans of all engines together would take more than the budget, all
+intervals grow by the same factor, and shrink again when there is room.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from loguru import logger
+
+from memtier_engine.errors import ConfigError
+
+CPU_SHARE = 0.05
+"""Of one core, for all scans of the node."""
+_GOLDEN = 0.618033988749895
+"""Multiples of the golden ratio, less their whole part, lie evenly in 0..1 however many there are."""
+_WEIGHT = 0.3
+"""Of the newest scan in the running mean of what a scan costs."""
+_TELL_FROM = 1.1
+"""A factor below this is not worth a message."""
+
+
+class ScanBudget:
+    """The node's budget. Methods may be called from any thread."""
+
+    def __init__(self, cpu_share: float = CPU_SHARE) -> None:
+        """`cpu_share`: of one core, above 0; 1 is a whole core.
+
+        Raises:
+            ConfigError: not above 0.
+        """
+        if cpu_share <= 0:
+            raise ConfigError(
+                f"value {cpu_share}", key_path="scan.maxcpushare", hint="use a share above 0, such as 0.05"
+            )
+        self.cpu_share = cpu_share
+        self._lock = threading.Lock()
+        self._paces: dict[Pace, None] = {}
+        self._joined = 0
+        self._told = 1.0
+
+    @property
+    def factor(self) -> float:
+        """By which intervals are longer than configured now; 1: as configured."""
+        with self._lock:
+            return self._factor()
+
+    def join(self, interval_s: float) -> Pace:
+        """A new engine that would like to scan every `interval_s`."""
+        with self._lock:
+            pace = Pace(self, interval_s, self._joined * _GOLDEN % 1)
+            self._joined += 1
+            self._paces[pace] = None
+        return pace
+
+    def leave(self, pace: Pace) -> None:
+        """Its scans cost nothing any more. Safe to call twice."""
+        with self._lock:
+            self._paces.pop(pace, None)
+
+    def note(self, pace: Pace, cpu_s: float) -> None:
+        """A scan of `pace` took so much CPU time."""
+        with self._lock:
+            known = pace.cpu_s
+            pace.cpu_s = cpu_s if known is None else known + _WEIGHT * (cpu_s - known)
+            factor = self._factor()
+            told, self._told = self._told, factor
+            if factor < _TELL_FROM:
+                if told >= _TELL_FROM:
+                    logger.info("scans are back at their configured intervals")
+                    self._told = 1.0
+                else:
+                    self._told = told
+            elif not told / 1.5 < factor < told * 1.5 or told < _TELL_FROM:
+                logger.warning(
+                    "scans would take {:.1%} of a core, {:.1%} are allowed: intervals are {:.2g} times as long",
+                    factor * self.cpu_share,
+                    self.cpu_share,
+                    factor,
+                )
+            else:
+                self._told = told
+
+    def _factor(self) -> float:
+        wanted = sum((pace.cpu_s or 0.0) / pace.wanted_s for pace in self._paces)
+        return max(1.0, wanted / self.cpu_share)
+
+
+class Pace:
+    """One engine's part in it."""
+
+    __slots__ = ("budget", "cpu_s", "phase", "wanted_s")
+
+    def __init__(self, budget: ScanBudget, wanted_s: float, phase: float) -> None:
+        self.budget = budget
+        self.wanted_s = wanted_s
+        self.phase = phase
+        """0 to 1: where in the interval its first scan is."""
+        self.cpu_s: float | None = None
+        """What a scan takes, lately; None: none yet."""
+
+    @property
+    def offset_s(self) -> float:
+        """After which the first scan should be."""
+        return self.phase * self.wanted_s
+
+    @property
+    def interval_s(self) -> float:
+        """Time between scans now."""
+        return self.wanted_s * self.budget.factor
+
+    def scanned(self, cpu_s: float) -> None:
+        """A scan took so much CPU time."""
+        self.budget.note(self, cpu_s)
+
+    def close(self) -> None:
+        """The engine ends. Safe to call twice."""
+        self.budget.leave(self)

@@ -1,0 +1,87 @@
+"""Scans of many engines: spread over the interval, within a budget of CPU time, and said when it is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from loguru import logger
+
+from memtier_engine.errors import ConfigError
+from memtier_engine.pace import ScanBudget
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    found: list[str] = []
+    logger.enable("memtier_engine")
+    handle = logger.add(lambda message: found.append(str(message).strip()), format="{level} {message}")
+    yield found
+    logger.remove(handle)
+    logger.disable("memtier_engine")
+
+
+@pytest.mark.parametrize("engines", [10, 30, 100])
+def test_scans_of_many_engines_are_spread_over_the_interval(engines: int) -> None:
+    """No tenth of the interval has more than twice its part."""
+    budget = ScanBudget()
+    offsets = [budget.join(5.0).offset_s for _ in range(engines)]
+    tenths = [sum(number * 0.5 <= offset < (number + 1) * 0.5 for offset in offsets) for number in range(10)]
+    assert sum(tenths) == engines
+    assert max(tenths) <= max(2, 2 * engines / 10)
+
+
+def test_within_the_budget_intervals_are_as_configured() -> None:
+    budget = ScanBudget(0.05)
+    paces = [budget.join(5.0) for _ in range(10)]
+    for pace in paces:
+        pace.scanned(0.02)  # together 4 % of a core
+    assert [pace.interval_s for pace in paces] == [5.0] * 10
+
+
+def test_beyond_the_budget_all_intervals_grow_by_the_same_factor() -> None:
+    """20 % of a core wanted, 5 % allowed; what then really is used is the budget."""
+    budget = ScanBudget(0.05)
+    paces = [budget.join(interval_s) for interval_s in (1.0, 2.0, 4.0, 10.0)]
+    for pace, cpu_s in zip(paces, (0.05, 0.1, 0.2, 0.5), strict=True):
+        pace.scanned(cpu_s)
+    assert [pace.interval_s for pace in paces] == pytest.approx([4.0, 8.0, 16.0, 40.0])
+    used = sum((pace.cpu_s or 0) / pace.interval_s for pace in paces)
+    assert used == pytest.approx(0.05)
+
+
+def test_one_slow_scan_does_not_decide_alone() -> None:
+    budget = ScanBudget(0.05)
+    pace = budget.join(1.0)
+    for _ in range(10):
+        pace.scanned(0.05)
+    pace.scanned(0.25)
+    assert pace.interval_s == pytest.approx(1.0 + 4 * 0.3)
+
+
+def test_an_engine_that_ends_makes_room() -> None:
+    budget = ScanBudget(0.05)
+    first, second = budget.join(1.0), budget.join(1.0)
+    first.scanned(0.05)
+    second.scanned(0.15)
+    assert first.interval_s == pytest.approx(4.0)
+    second.close()
+    second.close()
+    assert first.interval_s == 1.0
+
+
+def test_it_says_when_intervals_grow_and_when_they_are_back_and_not_at_every_scan(messages: list[str]) -> None:
+    budget = ScanBudget(0.05)
+    pace = budget.join(1.0)
+    for _ in range(20):
+        pace.scanned(0.2)
+    for _ in range(50):
+        pace.scanned(0.01)
+    assert messages[0] == "WARNING scans would take 20.0% of a core, 5.0% are allowed: intervals are 4 times as long"
+    assert messages[-1] == "INFO scans are back at their configured intervals"
+    assert len(messages) <= 6
+
+
+def test_a_budget_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="above 0"):
+        ScanBudget(0)
