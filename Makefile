@@ -13,7 +13,7 @@ SOURCES := packages tests tools
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 export UV_LINK_MODE := copy
 
-.PHONY: help setup fmt check test e2e demo bench vm proto images clean
+.PHONY: help setup fmt check test e2e demo bench vm proto bpf images clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -28,13 +28,14 @@ fmt: $(STAMP)  ## Format the code and sort the imports
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, generated code fresh
+check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, generated code and BPF object fresh
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy packages/*/src tests tools
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/python tools/gen_proto.py --check
+	$(BIN)/python -m memtier_engine.trackers.bpf.build --check
 
 test: $(STAMP)  ## Run all tests that need no virtual machine
 	$(BIN)/pytest $(PYTEST_ARGS)
@@ -53,6 +54,11 @@ vm: $(STAMP)  ## Open a shell in the test VM
 
 proto: $(STAMP)  ## Generate the protobuf modules from proto/
 	$(BIN)/python tools/gen_proto.py
+
+bpf: $(STAMP)  ## Compile the BPF object from its C source, if that changed (clang)
+	@$(BIN)/python -m memtier_engine.trackers.bpf.build --check 2>/dev/null && exit 0
+	command -v clang >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -y --no-install-recommends clang llvm; }
+	$(BIN)/python -m memtier_engine.trackers.bpf.build
 
 IMAGE_VERSION ?= devel
 IMAGE_NAME ?= localhost/memtier/nri-memtierd
