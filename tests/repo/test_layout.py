@@ -40,9 +40,7 @@ def commands(document: Path) -> list[str]:
 
 def test_import_layers_hold() -> None:
     """Libraries do not know the programs, stages meet in model.py only, policies do no IO."""
-    done = subprocess.run(
-        [BIN / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([BIN / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -126,10 +124,7 @@ def test_source_files_stay_short() -> None:
     sizes = {
         name: len((ROOT / name).read_text().splitlines())
         for name in tracked_files()
-        if name.startswith("packages/")
-        and name.endswith(".py")
-        and "/pb/" not in name
-        and (ROOT / name).exists()
+        if name.startswith("packages/") and name.endswith(".py") and "/pb/" not in name and (ROOT / name).exists()
     }
     assert max(sizes.values()) <= 600, max(sizes, key=lambda name: sizes[name])
     assert sum(size < 400 for size in sizes.values()) >= 0.9 * len(sizes)
