@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 
 def run() -> bool:
     """Print all lines; True if all limits hold."""
-    results = [pagemap_against_pread(), ages_per_gib(), mover_against_one_call(), memory(), start_up()]
+    results = [pagemap_against_pread(), ages_per_gib(), mover_against_one_call(), rates(), memory(), start_up()]
     return all(results)
 
 
@@ -104,6 +104,29 @@ def mover_against_one_call() -> bool:
         0.9,
         at_least=True,
     )
+
+
+def rates() -> bool:
+    """What really leaves RAM in 10 s under each bandwidth limit, against the limit."""
+    held = True
+    for mib_per_s in (10, 50, 200):
+        size = 12 * mib_per_s << 20
+        with temporary_zram_swap(4 << 30), holder(size) as (pid, address):
+            spans = Spans(np.array([address], np.uint64), np.array([address + size], np.uint64))
+            began_s = time.monotonic()
+            mover = Mover(MoverConfig(bandwidth_mib_per_s=mib_per_s), Host(), now_s=began_s)
+            mover.add(MoveTask(process_id(Host(), pid), spans))
+            while (now_s := time.monotonic()) < began_s + 10:
+                mover.pump(now_s)
+                time.sleep(mover.wait_s() or 0.0)
+            took_s = time.monotonic() - began_s
+            with Pagemap(Host(), pid) as pagemap:
+                moved = pagemap.swapped_bytes(spans.starts, spans.ends) / (1 << 20)
+            mover.close()
+        off = abs(moved / took_s / mib_per_s - 1)
+        name = f"paging out at {mib_per_s} MiB/s for 10 s: distance from the limit"
+        held &= ratio_line(name, f"{moved / took_s:.1f} MiB/s", off, 0.05)
+    return held
 
 
 _RESIDENT = """
