@@ -23,6 +23,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
 SUITE = "trixie"
@@ -174,7 +175,9 @@ def compile_with(debian: Path, into: Path, site: Path) -> None:
     into.mkdir()
     with tarfile.open(debian) as tar:
         wanted = [member for member in tar if _is_runtime(member.name)]
-        tar.extractall(into, members=wanted, filter="tar")
+        # The filter came with Python 3.11.4 and security updates of older ones; the archive is our own.
+        safer: dict[str, Any] = {"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}
+        tar.extractall(into, members=wanted, **safer)
     loader = next(into.glob("usr/lib*/ld-linux-*.so.*"), None) or next(into.glob("usr/lib/*/ld-linux-*.so.*"))
     python = next(path for path in sorted(into.glob("usr/bin/python3.*")) if path.name[8:].isdecimal())
     libraries = next(into.glob("usr/lib/*-linux-gnu"))
