@@ -1,7 +1,7 @@
 """Tracker `softdirty`: the soft-dirty bit says which pages were written. Reads are not seen.
 
-Source: Documentation/admin-guide/mm/soft-dirty.rst. Writes between the reading of a page's bit and the
-clearing at the end of the scan are lost; a page that is written all the time shows again in the next one.
+Source: Documentation/admin-guide/mm/soft-dirty.rst. Writes between the reading of a page's bit and the clearing
+right after the whole process was read are lost; a page that is written all the time shows again in the next scan.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present, soft_dirty
 from memtier_engine.hostfs.proc import CLEAR_REFS_SOFT_DIRTY, clear_refs
-from memtier_engine.model import CHUNK_PAGES, PageChunk, ProcessId, Spans
+from memtier_engine.model import CHUNK_PAGES, U8, PageChunk, ProcessId, Spans
 from memtier_engine.trackers.common import FirstSight, chunks, mark_new
 
 
@@ -35,16 +35,22 @@ class SoftDirtyTracker:
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """See `Tracker.scan`."""
         known = self._seen.previous(process)
+        seen: list[tuple[int, int, U8, U8, U8]] = []
         with Pagemap(self._host, process.pid) as pagemap:
             for start, end in chunks(spans):
                 words = pagemap.read(start, end, self._buffer)
                 resident = present(words)
                 written = soft_dirty(words) & resident
-                accessed = written.copy()
-                mark_new(accessed, start, known)
                 movable = exclusive(words) | ~resident
-                yield PageChunk(start, accessed & resident, resident, written=written, movable=movable)
+                columns = (np.packbits(resident), np.packbits(written), np.packbits(movable))
+                seen.append((start, len(words), *columns))
+        # Cleared before anything is done with what was read: a write in between would be lost.
         clear_refs(self._host, process.pid, CLEAR_REFS_SOFT_DIRTY)
+        for start, pages, *packed in seen:
+            resident, written, movable = (np.unpackbits(bits, count=pages).view(np.bool_) for bits in packed)
+            accessed = written.copy()
+            mark_new(accessed, start, known)
+            yield PageChunk(start, accessed & resident, resident, written=written, movable=movable)
         self._seen.completed(process, spans)
 
     def close(self) -> None:
