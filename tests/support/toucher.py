@@ -47,6 +47,7 @@ for line in sys.stdin:
     if verb == "fork":
         child = os.fork()
         if child == 0:
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: go with the parent
             signal.pause()
         print(child, flush=True)
         continue
