@@ -59,6 +59,7 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
     from memtier_cli.demo.zram import swap_for_now
     from memtier_cli.signals import stop_on_signals
     from memtier_engine.engine import Engine, EngineConfig
+    from memtier_engine.guards.config import GuardsConfig
     from memtier_engine.hostfs.host import Host
     from memtier_engine.mover.mover import MoverConfig
     from memtier_engine.policies.age import AgePolicyConfig
@@ -91,6 +92,8 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
             scan_interval_ms=interval_ms,
             policy=AgePolicyConfig(interval_ms=interval_ms, swap_out_ms=IDLE_AFTER_SCANS * interval_ms),
             mover=MoverConfig(bandwidth_mib_per_s=BANDWIDTH_MIB_PER_S),
+            # The installation just before may have left the disk busy; the demo's own memory harms nobody.
+            guards=GuardsConfig(memory_psi_node=None, io_psi_node=None),
         )
         engine = Engine(CgroupsTarget(host, [cgroup]), config, host=host, tracker=choice.tracker)
         screen = _screen(stack, as_json)

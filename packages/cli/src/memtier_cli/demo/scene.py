@@ -78,17 +78,20 @@ def _swapped_in_pages() -> int:
 
 
 def scan_seconds(tracker: Tracker, load: Workload) -> float:
-    """How long the tracker takes for one look at the workload here, in its second scan: the first is dearer."""
+    """How long the tracker takes for one look at the workload here, in the best of some scans.
+
+    The first is dearer, and on a machine that has just unpacked our own packages others may wait for its disk.
+    """
     host = Host()
     process = process_id(host, load.pid)
     spans = read_mappings(host, load.pid).tierable()
     tracker.watch(frozenset({process}))
-    seconds = 0.0
-    for _ in range(2):
+    seconds = float("inf")
+    for _ in range(4):
         began_s = time.monotonic()
         for _chunk in tracker.scan(process, spans):
             pass
-        seconds = time.monotonic() - began_s
+        seconds = min(seconds, time.monotonic() - began_s)
     return seconds
 
 

@@ -78,9 +78,11 @@ def main() -> None:
     """Run until killed."""
     views, hot, cold, _areas = lay_out(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     parent = os.getppid()
-    began_s = time.monotonic()
-    touch(views)
-    round_s = time.monotonic() - began_s + TOUCH_INTERVAL_S
+    round_s = float("inf")
+    for _ in range(3):
+        began_s = time.monotonic()
+        touch(views)
+        round_s = min(round_s, time.monotonic() - began_s + TOUCH_INTERVAL_S)
     print(json.dumps({"hot": hot, "cold": cold, "round_s": round_s}), flush=True)
     while os.getppid() == parent:  # an orphan ends itself
         touch(views)
