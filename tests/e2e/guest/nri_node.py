@@ -164,9 +164,20 @@ class Pod:
         return created
 
     def end(self, container: str) -> None:
-        """Stop and remove a container."""
-        self._runtime.call("StopContainer", cri.StopContainerRequest(container_id=container, timeout=0))
-        self._runtime.call("RemoveContainer", cri.RemoveContainerRequest(container_id=container))
+        """Stop and remove a container.
+
+        Like the kubelet, again when containerd has not taken in the exit yet and calls it running still.
+        """
+        for left in reversed(range(30)):
+            self._runtime.call("StopContainer", cri.StopContainerRequest(container_id=container, timeout=0))
+            try:
+                self._runtime.call("RemoveContainer", cri.RemoveContainerRequest(container_id=container))
+            except CriError as error:
+                if "still running" not in str(error) or not left:
+                    raise
+                time.sleep(0.5)
+            else:
+                return
 
     def log(self, name: str, attempt: int = 0) -> str:
         """What a container wrote."""
