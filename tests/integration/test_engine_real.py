@@ -46,10 +46,15 @@ def test_cold_memory_leaves_and_hot_memory_stays(name: str, strips: int) -> None
         workload(4, 16, write=True) as bystander,
     ):
         engine = Engine(PidsTarget(Host(), [load.pid]), config(tracker_or_skip(name)))
-        reports = list(engine.run(duration_s=6))
+        out_since_s = None
+        for report in engine.run(duration_s=25):  # a guard may hold it back for a while on a busy machine
+            if out_since_s is None and load.swapped_share(load.cold) >= 0.95:
+                out_since_s = report.time_s
+            if out_since_s is not None and report.time_s >= out_since_s + 2:
+                break
         assert load.swapped_share(load.cold) >= 0.95
         assert load.swapped_share(load.hot) <= 0.02
-        assert reports[-1].paged_out_bytes >= 0.95 * load.cold.total_bytes
+        assert report.paged_out_bytes >= 0.95 * load.cold.total_bytes
         assert bystander.swapped_share(bystander.cold) == 0.0
 
 
