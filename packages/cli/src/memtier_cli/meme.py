@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_cli.compat.goflags import Flag, HelpWanted, Parsed, UsageError, parse, usage, version_text
+from memtier_cli.compat.front import read_flags
+from memtier_cli.compat.goflags import Flag, Parsed
 
 FLAGS = (
     Flag("bc", "number of byte arrays", "int", "1"),
@@ -267,17 +268,9 @@ class Meme:
 def main() -> int:
     """Entry point of `memtier-meme`; returns the exit status."""
     program = Path(sys.argv[0]).name
-    try:
-        flags = parse(FLAGS, sys.argv[1:])
-    except HelpWanted:
-        print(usage(program, FLAGS), file=sys.stderr)
-        return 0
-    except UsageError as error:
-        print(f"{error}\n{usage(program, FLAGS)}", file=sys.stderr)
-        return 2
-    if flags.boolean("version"):
-        print(version_text(program))
-        return 0
+    flags = read_flags(program, FLAGS)
+    if isinstance(flags, int):
+        return flags
     try:
         Meme(flags).run()
     except KeyboardInterrupt:

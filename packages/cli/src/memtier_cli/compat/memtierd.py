@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from memtier_cli.compat.goflags import Flag, HelpWanted, Parsed, UsageError, parse, usage, version_text
+from memtier_cli.compat.front import read_flags
+from memtier_cli.compat.goflags import Flag, Parsed
 
 FLAGS = (
     Flag("config", "load the policy from a FILE", "FILE"),
@@ -28,17 +29,9 @@ _PROMPT_FLAGS = ("prompt", "c", "f", "echo")
 def main() -> int:
     """Entry point of `memtierd`; returns the exit status."""
     program = Path(sys.argv[0]).name
-    try:
-        flags = parse(FLAGS, sys.argv[1:])
-    except HelpWanted:
-        print(usage(program, FLAGS), file=sys.stderr)
-        return 0
-    except UsageError as error:
-        print(f"{error}\n{usage(program, FLAGS)}", file=sys.stderr)
-        return 2
-    if flags.boolean("version"):
-        print(version_text(program))
-        return 0
+    flags = read_flags(program, FLAGS)
+    if isinstance(flags, int):
+        return flags
     from memtier_engine.errors import MemtierError
 
     try:

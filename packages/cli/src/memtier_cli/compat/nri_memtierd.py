@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memtier_cli.compat.goflags import Flag, HelpWanted, Parsed, UsageError, parse, usage, version_text
+from memtier_cli.compat.front import read_flags
+from memtier_cli.compat.goflags import Flag, Parsed, UsageError
 
 if TYPE_CHECKING:
     from memtier_cli.fleet import Launcher
@@ -50,19 +51,10 @@ SWITCH_INTERVAL_S = 0.001
 def main() -> int:
     """Entry point of `nri-memtierd`; returns the exit status."""
     program = Path(sys.argv[0]).name
-    try:
-        flags = parse(FLAGS, sys.argv[1:])
-        if flags.boolean("version"):
-            print(version_text(program))
-            return 0
-        _check(flags)
-        index, name = identity(flags, program)
-    except HelpWanted:
-        print(usage(program, FLAGS), file=sys.stderr)
-        return 0
-    except UsageError as error:
-        print(f"{error}\n{usage(program, FLAGS)}", file=sys.stderr)
-        return 2
+    flags = read_flags(program, FLAGS, lambda parsed: _check(parsed, program))
+    if isinstance(flags, int):
+        return flags
+    index, name = identity(flags, program)
 
     from memtier_engine.errors import MemtierError
     from nri_core import NriError
@@ -98,13 +90,14 @@ def identity(flags: Parsed, program: str) -> tuple[str, str]:
     return index, name or os.environ.get("NRI_PLUGIN_NAME", "") or program
 
 
-def _check(flags: Parsed) -> None:
+def _check(flags: Parsed, program: str) -> None:
     for name, allowed in _CHOICES.items():
         value = flags.text(name, allowed[0])
         if value not in allowed:
             raise UsageError(f"-{name} {value}: use {' or '.join(allowed)}")
     if flags.boolean("no-adopt") and flags.boolean("adopt"):
         raise UsageError("-adopt and -no-adopt exclude each other")
+    identity(flags, program)
 
 
 def _serve(flags: Parsed, index: str, name: str) -> int:

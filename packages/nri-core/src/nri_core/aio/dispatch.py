@@ -63,10 +63,6 @@ _CONTAINER_EVENTS = (
 )
 
 
-class Late(Exception):
-    """A method of the plugin did not come to an end in time; it runs on."""
-
-
 class Dispatcher:
     """Serves the Plugin service for one connection."""
 
