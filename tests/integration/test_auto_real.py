@@ -13,6 +13,7 @@ from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.auto import AutoPolicyConfig
 from memtier_engine.policies.goals import Goal
 from memtier_engine.targets.pids import PidsTarget
+from support.guards import OWN_GUARDS
 from support.swap import temporary_zram_swap
 from support.workload import workload
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the t
 def test_a_refault_goal_finds_the_cold_memory_of_a_real_process_by_itself() -> None:
     """Windows of 1.5 s instead of a minute, for the test."""
     policy = AutoPolicyConfig(goal=Goal("refaults", 1.0), interval_ms=300, window_ms=1500, idle_least_s=1.0)
-    config = EngineConfig(scan_interval_ms=300, mover=MoverConfig(bandwidth_mib_per_s=400))
+    config = EngineConfig(scan_interval_ms=300, mover=MoverConfig(bandwidth_mib_per_s=400), guards=OWN_GUARDS)
     with temporary_zram_swap(512 << 20), workload(16, 48, write=True) as load:
         engine = auto_engine(PidsTarget(Host(), [load.pid]), policy, config)
         for report in engine.run(duration_s=30):  # noqa: B007

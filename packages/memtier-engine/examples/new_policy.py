@@ -7,6 +7,7 @@ import sys
 
 from memtier_engine import Engine, EngineConfig
 from memtier_engine.ages import AGE_MAX
+from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, MoveTask
 from memtier_engine.policies.base import BasePolicy
@@ -38,7 +39,7 @@ class KeepPolicy(BasePolicy):
 
 if __name__ == "__main__":
     host, pid, mib = Host(), int(sys.argv[1]), float(sys.argv[2])
-    config = EngineConfig(scan_interval_ms=1000)
+    config = EngineConfig(scan_interval_ms=1000, guards=GuardsConfig(memory_psi_node=None, io_psi_node=None))
     engine = Engine(PidsTarget(host, [pid]), config, host=host, policy=KeepPolicy(int(mib * 2**20)))
     for report in engine.run(duration_s=float(sys.argv[3]) if len(sys.argv) > 3 else None):
         print(f"{report.resident_bytes >> 20} MiB in RAM, {report.paged_out_bytes >> 20} MiB out", flush=True)
