@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,19 @@ from memtier_engine.hostfs.proc import read_swaps
 _CONTROL = Path("/sys/class/zram-control")
 
 
+_MEMORY_PRESSURE = Path("/proc/pressure/memory")
+_CALM_PERCENT = 4.0  # below where the guard on the node's memory pressure opens again
+
+
+def calm_down(deadline_s: float = 60.0) -> None:
+    """Wait until what came back from swap in the test before no longer counts as pressure of the node."""
+    end_s = time.monotonic() + deadline_s
+    while _MEMORY_PRESSURE.exists() and time.monotonic() < end_s:
+        if float(_MEMORY_PRESSURE.read_text().partition("avg10=")[2].split()[0]) < _CALM_PERCENT:
+            return
+        time.sleep(0.5)
+
+
 def swap_is_on() -> bool:
     """Whether the machine has any swap."""
     return len(Path("/proc/swaps").read_text().splitlines()) > 1
@@ -23,6 +37,7 @@ def swap_is_on() -> bool:
 @contextmanager
 def temporary_zram_swap(size_bytes: int) -> Iterator[None]:
     """Swap for the time of the test: the machine's own if there is enough, or a zram device made and removed here."""
+    calm_down()
     if sum(area.free_bytes for area in read_swaps(Host())) >= size_bytes:
         yield
         return
