@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -236,45 +238,67 @@ def test_an_event_that_the_machine_refuses_is_named() -> None:
         AccessSampler(Host(), events=[Event("nonsense", 0x7FFF, 1)])
 
 
+BATCH_PAGES = 64
+"""More than wait in a CPU's batch (31) to join an LRU list: MADV_COLD passes over those, so they are not compared."""
+
+
+@contextlib.contextmanager
+def settled_toucher(pages: int, folder: Path) -> Iterator[Toucher]:
+    """`pages` written pages that have left the batch of their CPU: later ones pushed them out.
+
+    It is pinned, for each CPU has a batch of its own.
+    """
+    pinned = ("taskset", "-c", str(max(os.sched_getaffinity(0))))
+    with toucher("anonymous", pages + BATCH_PAGES, folder, command=pinned) as load:
+        load.write(range(load.pages))
+        yield load
+
+
 def test_a_sampled_process_is_exact_within_the_panel_and_in_use_outside(tmp_path: Path) -> None:
     """Share 1/2 of 32 blocks; the estimate lies within three standard errors of the truth."""
-    tracker = SampledBpfTracker(Host(), share=0.5, seed=11)
-    with toucher("anonymous", 32 * 512, tmp_path) as load:
-        load.write(range(load.pages))
+    pages = 32 * 512
+    with (
+        contextlib.closing(SampledBpfTracker(Host(), share=0.5, seed=11)) as tracker,
+        settled_toucher(pages, tmp_path) as load,
+    ):
         scan(tracker, load)
         scan(tracker, load)
         assert tracker.estimate(load.process) is not None
-        touched = sorted(page for page in range(load.pages) if page * 2654435761 % 7 == 0)
-        load.read(touched)
+        touched = np.arange(0, pages, 7)
+        load.read(touched.tolist())
         seen = scan(tracker, load)
-        first = load.address // REGION
-        numbers = np.arange(first, first + 34, dtype=np.uint64)
-        chosen = in_panel(numbers * np.uint64(REGION), 11, 0.5)
-        block_of = (load.address + np.arange(load.pages) * PAGE_BYTES) // REGION - first
-        inside = chosen[block_of]
-        assert inside.any()
-        assert not inside.all()
+        blocks = (load.address + np.arange(load.pages) * PAGE_BYTES) // REGION * REGION
+        chosen = in_panel(blocks.astype(np.uint64), 11, 0.5)
         accessed = np.zeros(load.pages, np.bool_)
         accessed[seen.accessed] = True
         expected = np.zeros(load.pages, np.bool_)
         expected[touched] = True
-        assert (accessed[inside] == expected[inside]).all()
-        assert accessed[~inside].all()
+        inside = chosen[:pages]
+        assert inside.any()
+        assert not inside.all()
+        assert np.flatnonzero((accessed != expected)[:pages] & inside).tolist() == []
+        assert accessed[~chosen].all()
         assert seen.resident.tolist() == list(range(load.pages))
         estimate = tracker.estimate(load.process)
         assert estimate is not None
         truth = len(touched) * PAGE_BYTES
-        assert abs(estimate.accessed_bytes - truth) <= 3 * estimate.standard_error_bytes + 0.1 * truth
-    tracker.close()
+        allowed = 3 * estimate.standard_error_bytes + 0.1 * truth + 2 * BATCH_PAGES * PAGE_BYTES
+        assert abs(estimate.accessed_bytes - truth) <= allowed
 
 
 def test_a_panel_of_everything_is_as_exact_as_the_whole(tmp_path: Path) -> None:
-    """Cleared by MADV_COLD instead of clear_refs."""
-    tracker = SampledBpfTracker(Host(), share=1.0)
-    with toucher("anonymous", 3000, tmp_path) as load:
-        load.write(range(3000))
+    """Cleared by MADV_COLD instead of clear_refs.
+
+    All but the pages touched last: they may still wait in their CPU's batch, which MADV_COLD passes over, and so
+    count as in use until they have left it.
+    """
+    pages = 3000
+    with (
+        contextlib.closing(SampledBpfTracker(Host(), share=1.0)) as tracker,
+        settled_toucher(pages, tmp_path) as load,
+    ):
         scan(tracker, load)
         scan(tracker, load)
         load.read(range(100, 300))
-        assert scan(tracker, load).accessed.tolist() == list(range(100, 300))
-    tracker.close()
+        accessed = scan(tracker, load).accessed
+        assert accessed[accessed < pages].tolist() == list(range(100, 300))

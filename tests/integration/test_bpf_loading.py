@@ -26,6 +26,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_walker_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that another test left loaded would hide what loading does here."""
+    monkeypatch.setattr(program, "_shared", program._Shared())
+
+
 @pytest.fixture
 def kernel_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Headers for bcc: the running kernel's, or those of any other version."""

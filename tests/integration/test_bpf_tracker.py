@@ -23,7 +23,7 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id, read_mappings
 from memtier_engine.hostfs.pagemap import Pagemap, present
 from memtier_engine.model import PAGE_BYTES, Spans
-from memtier_engine.trackers.bpf import paging
+from memtier_engine.trackers.bpf import paging, program
 from memtier_engine.trackers.bpf.program import MAX_BLOCKS, SharedWalker
 from memtier_engine.trackers.bpf.tracker import BpfTracker
 from memtier_engine.trackers.registry import why_not
@@ -244,8 +244,9 @@ def test_a_busy_process_on_a_cpu_of_its_own_is_seen_in_every_window(tracker: Bpf
             popen.kill()
 
 
-def test_two_trackers_share_one_loaded_program(tmp_path: Path) -> None:
+def test_two_trackers_share_one_loaded_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first loads, the last unloads."""
+    monkeypatch.setattr(program, "_shared", program._Shared())
     first, second = BpfTracker(Host()), BpfTracker(Host())
     try:
         assert first.walker is second.walker
