@@ -304,6 +304,8 @@ class Engine:
         self.pages.pop(process, None)
         self.refaults.forget(process)
         self.mover.drop(process)
+        for observer in self.observers:
+            observer.forgotten(process)
 
     def _decide(self, now_s: float) -> None:
         interval_s = (self.policy.interval_ms or self.config.scan_interval_ms) / 1000

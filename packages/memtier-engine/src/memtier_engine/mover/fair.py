@@ -129,7 +129,7 @@ class FairMover(Mover):
 
     def pump(self, now_s: float) -> list[MoveOutcome]:
         """See `Mover.pump`."""
-        if not self.has_work:
+        if not self.has_work or self.paused:
             return []
         allowed = self._budget.allowed(self._share, now_s)
         outcomes = self._pump(now_s, allowed)

@@ -22,6 +22,8 @@ CALL_TARGET_S = 0.02
 BREATH_S = 0.005
 """The least pause between two calls."""
 RETRIES_MAX = 5
+BY_HAND = "by hand"
+"""Reason of a task that a person asked for: no later decision makes it stale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,8 @@ class Mover:
             now_s=now_s,
             interval_s=config.interval_ms / 1000,
         )
+        self.paused = False
+        """While it is set nothing is moved and everything stays pending."""
         self._queue: deque[_Pending] = deque()
         self._handles: dict[ProcessId, ProcessHandle] = {}
         self._batch_bytes = 2 * MIB
@@ -79,10 +83,12 @@ class Mover:
         return sum(pending.left.total_bytes for pending in self._queue)
 
     def replace(self, tasks: Sequence[MoveTask]) -> None:
-        """Forget what is pending and take these: a fresh decision makes an older one stale."""
+        """Forget what is pending, but for tasks by hand, and take these: a fresh decision makes an older one stale."""
+        by_hand = [pending for pending in self._queue if pending.task.reason == BY_HAND]
         promotions = [task for task in tasks if task.reason == "active"]
         others = [task for task in tasks if task.reason != "active"]
-        self._queue = deque(_Pending(task, task.spans) for task in (*promotions, *others) if len(task.spans))
+        decided = (_Pending(task, task.spans) for task in (*promotions, *others) if len(task.spans))
+        self._queue = deque((*by_hand, *decided))
 
     def add(self, task: MoveTask) -> None:
         """Append one task."""
@@ -90,9 +96,32 @@ class Mover:
             self._queue.append(_Pending(task, task.spans))
 
     def retain(self, wanted: Callable[[MoveTask], bool]) -> None:
-        """Forget pending tasks that are not `wanted` any more."""
+        """Forget pending tasks that are not `wanted` any more; those by hand stay."""
         if self._queue:
-            self._queue = deque(pending for pending in self._queue if wanted(pending.task))
+            self._queue = deque(
+                pending for pending in self._queue if pending.task.reason == BY_HAND or wanted(pending.task)
+            )
+
+    def tasks(self) -> list[tuple[MoveTask, Spans]]:
+        """What is pending, the next one first: (the whole task, what is left of it)."""
+        return [(pending.task, pending.left) for pending in self._queue]
+
+    def remove(self, index: int) -> bool:
+        """Forget the task at `index` of `tasks()`; False if there is none."""
+        if not 0 <= index < len(self._queue):
+            return False
+        del self._queue[index]
+        return True
+
+    def configure(self, config: MoverConfig, *, now_s: float) -> None:
+        """Another pace from now on; what is pending stays."""
+        self.config = config
+        self._bucket = TokenBucket(
+            config.bandwidth_mib_per_s,
+            least_bytes=PAGE_BYTES,
+            now_s=now_s,
+            interval_s=config.interval_ms / 1000,
+        )
 
     def drop(self, process: ProcessId) -> None:
         """The process is no longer ours: forget its tasks and close what is open for it."""
@@ -112,7 +141,7 @@ class Mover:
 
     def _pump(self, now_s: float, limit_bytes: int | None) -> list[MoveOutcome]:
         """`limit_bytes`: what somebody else allows; None: no limit of that kind."""
-        if not self._queue:
+        if not self._queue or self.paused:
             return []
         allowed = self._bucket.available_bytes(now_s)
         budget = self._batch_bytes if allowed is None else min(allowed, self._batch_bytes)
@@ -157,8 +186,8 @@ class Mover:
         return [outcome]
 
     def wait_s(self) -> float | None:
-        """Seconds until `pump` can do something; None: nothing is pending."""
-        if not self._queue:
+        """Seconds until `pump` can do something; None: nothing is pending, or it is paused."""
+        if not self._queue or self.paused:
             return None
         interval_s = self.config.interval_ms / 1000
         rate = self._bucket.rate_bytes_per_s

@@ -17,6 +17,9 @@ class Observer:
     def scan_ended(self, process: ProcessId, seconds: float) -> None:
         """The scan that began last went through."""
 
+    def forgotten(self, process: ProcessId) -> None:
+        """The engine does not follow `process` any more."""
+
     def moved(self, outcome: MoveOutcome) -> None:
         """The mover did a call."""
 

@@ -5,14 +5,16 @@ With bit filters, pages that do not match are reported as not movable, which kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from memtier_engine.ages import true_runs
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present, soft_dirty
-from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, PageChunk, ProcessId, Spans
+from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans
 from memtier_engine.trackers.common import chunks
 
 
@@ -42,17 +44,46 @@ class FinderTracker:
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`."""
 
-    def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
-        """See `Tracker.scan`; there is no window and no first scan here."""
-        config = self._config
-        wanted = ((exclusive, config.exclusive), (present, config.present), (soft_dirty, config.soft_dirty))
+    @property
+    def report_accesses(self) -> int:
+        """As configured."""
+        return self._config.report_accesses
+
+    def find(self, process: ProcessId, spans: Spans) -> Spans:
+        """`spans` as they are; with bit filters the runs of matching pages in them, none over the end of a span.
+
+        Raises:
+            ProcessGone: it exited.
+        """
+        wanted = self._wanted()
+        if not wanted:
+            return spans
+        parts: list[NDArray[np.uint64]] = []
         with Pagemap(self._host, process.pid) as pagemap:
             for start, end in chunks(spans):
                 words = pagemap.read(start, end, self._buffer)
-                matches = np.ones(len(words), np.bool_)
-                for bit, value in wanted:
-                    if value is not None:
-                        matches &= bit(words) == value
+                runs = true_runs(_matching(words, wanted)).astype(np.uint64) << np.uint64(PAGE_SHIFT)
+                parts.append(np.uint64(start) + runs)
+        runs = np.concatenate(parts) if parts else np.zeros((0, 2), np.uint64)
+        # Runs that meet within a span were cut where a chunk ends.
+        apart = (runs[1:, 0] != runs[:-1, 1]) | np.isin(runs[1:, 0], spans.starts)
+        first = np.concatenate(([True], apart))[: len(runs)]
+        last = np.concatenate((apart, [True]))[-len(runs) :] if len(runs) else first
+        return Spans(runs[first, 0], runs[last, 1])
+
+    def _wanted(self) -> list[tuple[Callable[[U64], Bools], bool]]:
+        config = self._config
+        bits = ((exclusive, config.exclusive), (present, config.present), (soft_dirty, config.soft_dirty))
+        return [(bit, value) for bit, value in bits if value is not None]
+
+    def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
+        """See `Tracker.scan`; there is no window and no first scan here."""
+        config = self._config
+        wanted = self._wanted()
+        with Pagemap(self._host, process.pid) as pagemap:
+            for start, end in chunks(spans):
+                words = pagemap.read(start, end, self._buffer)
+                matches = _matching(words, wanted)
                 resident = present(words)
                 accessed = np.full(len(words), config.report_accesses > 0) & matches
                 span = int(np.searchsorted(spans.starts, np.uint64(start), side="right")) - 1
@@ -63,3 +94,11 @@ class FinderTracker:
 
     def close(self) -> None:
         """See `Tracker.close`."""
+
+
+def _matching(words: U64, wanted: Sequence[tuple[Callable[[U64], Bools], bool]]) -> Bools:
+    """bool[n]: pages whose bits are as wanted."""
+    matches = np.ones(len(words), np.bool_)
+    for bit, value in wanted:
+        matches &= bit(words) == value
+    return matches
