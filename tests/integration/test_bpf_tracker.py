@@ -186,7 +186,7 @@ def test_small_mappings_share_a_run_of_the_walk(tracker: BpfTracker, tmp_path: P
         list(tracker.scan(load.process, spans))
         touched = list(range(0, PAGES, 31))
         load.read(touched)
-        chunks = list(tracker.scan(load.process, spans))
+        chunks = [part for chunk in tracker.scan(load.process, spans) for part in chunk.parts()]
         assert [chunk.start for chunk in chunks] == starts.tolist()
         found = [
             (chunk.start - load.address) // PAGE_BYTES + int(page)
@@ -372,7 +372,7 @@ print(ctypes.addressof(ctypes.c_char.from_buffer(held)), flush=True)
             low = mappings.starts < 1 << 47
             spans = Spans(mappings.starts[low], mappings.ends[low])
             resident = accessed = 0
-            for chunk in tracker.scan(process, spans):
+            for chunk in (part for seen in tracker.scan(process, spans) for part in seen.parts()):
                 assert not (chunk.accessed & ~chunk.resident).any()
                 first, last = max(chunk.start, address), min(chunk.start + len(chunk.accessed) * PAGE_BYTES, steady_end)
                 rows = slice((first - chunk.start) // PAGE_BYTES, (last - chunk.start) // PAGE_BYTES)

@@ -129,7 +129,7 @@ class Window:
 def scan(tracker: Tracker, load: Toucher) -> Window:
     """One scan of the toucher's memory."""
     columns: dict[str, list[NDArray[np.int64]]] = {"accessed": [], "written": [], "resident": []}
-    for chunk in tracker.scan(load.process, load.spans):
+    for chunk in (part for seen in tracker.scan(load.process, load.spans) for part in seen.parts()):
         first = (chunk.start - load.address) // PAGE_BYTES
         for name, parts in columns.items():
             found = getattr(chunk, name)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U8, PageChunk, ProcessId, Spans
+from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U8, U64, PageChunk, ProcessId, Spans
 
 LINEAR_SCANS = 128
 STEPS_PER_DOUBLING = 16
@@ -50,10 +50,12 @@ class AgeClock:
     def __init__(self) -> None:
         self.scans = 0
         self._times_s = np.full(int(MIN_SCANS[AGE_MAX]) + 1, -np.inf)
+        self._idle_s: NDArray[np.float64] | None = None
 
     def begin_scan(self, now_s: float) -> None:
         """A new scan starts now."""
         self.scans += 1
+        self._idle_s = None
         self._times_s[self.scans % len(self._times_s)] = now_s
 
     @property
@@ -70,15 +72,18 @@ class AgeClock:
         return table
 
     def idle_s(self) -> NDArray[np.float64]:
-        """float64[AGE_MAX + 1]: seconds that a page of each age has been idle for at least.
+        """float64[AGE_MAX + 1]: seconds that a page of each age has been idle for at least. Not to be changed.
 
         Ages from before the first scan are infinite here, but no page can have them.
         """
+        if self._idle_s is not None:
+            return self._idle_s
         back = MIN_SCANS[: AGE_MAX + 1]
         known = back < self.scans
         times = self._times_s[(self.scans - back) % len(self._times_s)]
         now_s = self._times_s[self.scans % len(self._times_s)]
-        return np.where(known, now_s - times, np.inf)
+        self._idle_s = np.where(known, now_s - times, np.inf)
+        return self._idle_s
 
     def least_age(self, idle_s: float) -> int | None:
         """The smallest age that means "idle for at least `idle_s`"; None if no page can be so old yet."""
@@ -108,7 +113,7 @@ class ProcessPages:
 
     def set_spans(self, spans: Spans) -> None:
         """Follow the process's mappings: pages keep their ages wherever their address is still mapped."""
-        if np.array_equal(spans.starts, self.spans.starts) and np.array_equal(spans.ends, self.spans.ends):
+        if spans.same_as(self.spans):
             return
         offsets = np.concatenate(([0], np.cumsum(spans.pages)))
         copies = list(_overlaps(self.spans, self.offsets, spans, offsets))
@@ -133,8 +138,16 @@ class ProcessPages:
             raise KeyError(f"{address:#x} is in no tracked mapping of pid {self.process.pid}")
         return int(self.offsets[span]) + (address - int(self.spans.starts[span]) >> PAGE_SHIFT)
 
+    def page_numbers(self, indices: NDArray[np.intp]) -> U64:
+        """uint64[n]: address / page size of the pages at `indices`."""
+        span = np.searchsorted(self.offsets, indices, side="right") - 1
+        pages: U64 = (self.spans.starts[span] >> np.uint64(PAGE_SHIFT)) + (indices - self.offsets[span]).astype(
+            np.uint64
+        )
+        return pages
+
     def update(self, chunk: PageChunk, step_table: U8) -> int:
-        """Take over what a scan saw. Returns the pages that we had paged out and that came back."""
+        """Take over what a scan of `self.spans` saw. Returns the pages that we had paged out and that came back."""
         first = self.index_of(chunk.start)
         ages = self.ages[first : first + len(chunk.accessed)]
         before = ages.copy()
@@ -183,27 +196,31 @@ class ProcessPages:
         starts: list[NDArray[np.uint64]] = []
         ends: list[NDArray[np.uint64]] = []
         left = limit_pages
-        for span in range(len(self.spans)):
-            base = self.spans.starts[span]
-            for first in range(int(self.offsets[span]), int(self.offsets[span + 1]), CHUNK_PAGES):
-                last = min(first + CHUNK_PAGES, int(self.offsets[span + 1]))
-                ages = self.ages[first:last]
-                wanted = (ages >= age_from) & (ages <= age_to)
-                if streak_from and self.streaks is not None:
-                    wanted &= self.streaks[first:last] >= streak_from
-                if not_on_node is not None and self.places is not None:
-                    wanted &= self.places[first:last] != not_on_node + 1
-                runs = true_runs(wanted)
-                if left is not None:
-                    runs = first_pages(runs, left)
-                    left -= int((runs[:, 1] - runs[:, 0]).sum())
-                if len(runs):
-                    shift = np.uint64(PAGE_SHIFT)
-                    page = (runs + (first - int(self.offsets[span]))).astype(np.uint64)
-                    starts.append(base + (page[:, 0] << shift))
-                    ends.append(base + (page[:, 1] << shift))
-                if left == 0:
-                    return _joined(starts, ends)
+        for first in range(0, len(self.ages), CHUNK_PAGES):
+            last = min(first + CHUNK_PAGES, len(self.ages))
+            ages = self.ages[first:last]
+            wanted = (ages >= age_from) & (ages <= age_to)
+            if streak_from and self.streaks is not None:
+                wanted &= self.streaks[first:last] >= streak_from
+            if not_on_node is not None and self.places is not None:
+                wanted &= self.places[first:last] != not_on_node + 1
+            if not wanted.any():
+                continue
+            low, high = np.searchsorted(self.offsets, (first, last), side="right").tolist()
+            runs = true_runs(wanted, self.offsets[low:high] - first)
+            if left is not None:
+                runs = first_pages(runs, left)
+                left -= int((runs[:, 1] - runs[:, 0]).sum())
+            if len(runs):
+                rows = runs[:, 0] + first
+                span = np.searchsorted(self.offsets, rows, side="right") - 1
+                start = self.spans.starts[span] + (
+                    (rows - self.offsets[span]).astype(np.uint64) << np.uint64(PAGE_SHIFT)
+                )
+                starts.append(start)
+                ends.append(start + ((runs[:, 1] - runs[:, 0]).astype(np.uint64) << np.uint64(PAGE_SHIFT)))
+            if left == 0:
+                break
         return _joined(starts, ends)
 
     def set_age(self, spans: Spans, age: int, *, only_resident: bool = False) -> None:
@@ -227,12 +244,19 @@ class ProcessPages:
             yield target, target + length
 
 
-def true_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """int64[k, 2]: half-open index runs where `mask` is True."""
+def true_runs(mask: NDArray[np.bool_], borders: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """int64[k, 2]: half-open index runs where `mask` is True, none over an index in `borders`."""
     padded = np.zeros(len(mask) + 2, np.int8)
     padded[1:-1] = mask
-    edges = np.flatnonzero(np.diff(padded))
-    return edges.reshape(-1, 2)
+    runs = np.flatnonzero(np.diff(padded)).reshape(-1, 2)
+    if borders is None or not len(borders) or not len(runs):
+        return runs
+    of_run = np.searchsorted(runs[:, 0], borders, side="right") - 1
+    inside = (of_run >= 0) & (borders > runs[of_run, 0]) & (borders < runs[of_run, 1])
+    cuts = borders[inside]
+    if not len(cuts):
+        return runs
+    return np.column_stack((np.sort(np.concatenate((runs[:, 0], cuts))), np.sort(np.concatenate((runs[:, 1], cuts)))))
 
 
 def first_pages(runs: NDArray[np.int64], limit: int) -> NDArray[np.int64]:

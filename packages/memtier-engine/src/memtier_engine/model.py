@@ -56,6 +56,14 @@ class Spans:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def same_as(self, other: Spans) -> bool:
+        """Whether both are the same spans."""
+        return self is other or (
+            len(self.starts) == len(other.starts)
+            and bool((self.starts == other.starts).all())
+            and bool((self.ends == other.ends).all())
+        )
+
     @staticmethod
     def empty() -> Spans:
         """No span."""
@@ -64,7 +72,7 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class PageChunk:
-    """What one scan saw of a run of consecutive pages of one process."""
+    """What one scan saw of some pages of one process: a run of addresses, or several small mappings together."""
 
     start: int
     """Address of the first page."""
@@ -73,6 +81,22 @@ class PageChunk:
     written: Bools | None = None  # [m] None: this tracker cannot tell writes from reads
     movable: Bools | None = None  # [m] exclusively mapped; None: not known, taken as True
     rates: NDArray[np.float32] | None = None  # [m] observed accesses per page; None: 1 where `accessed`
+    spans: Spans | None = None
+    """Where the m pages are, in this order. None: at consecutive addresses from `start`."""
+
+    def parts(self) -> Iterator[PageChunk]:
+        """The same as chunks of consecutive addresses, which share this one's arrays."""
+        if self.spans is None:
+            yield self
+            return
+        first = 0
+        for start, pages in zip(self.spans.starts.tolist(), self.spans.pages.tolist(), strict=True):
+            rows = slice(first, first + pages)
+            written, movable, rates = (
+                None if column is None else column[rows] for column in (self.written, self.movable, self.rates)
+            )
+            yield PageChunk(start, self.accessed[rows], self.resident[rows], written, movable, rates)  # type: ignore[arg-type]
+            first += pages
 
 
 class Tracker(Protocol):
@@ -88,8 +112,9 @@ class Tracker(Protocol):
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """Report the window since the last scan of `spans` and begin the next one.
 
-        Chunks come in address order, cover `spans`, hold at most `CHUNK_PAGES` pages each and lie in one
-        span. A span scanned for the first time has `accessed` all True where resident: nothing is known.
+        Chunks come in address order, cover `spans` and hold at most `CHUNK_PAGES` pages each, which are
+        consecutive among the pages of `spans`; a chunk without `spans` of its own lies in one span. A span
+        scanned for the first time has `accessed` all True where resident: nothing is known.
 
         Raises:
             ProcessGone: it exited; chunks already yielded stay valid.

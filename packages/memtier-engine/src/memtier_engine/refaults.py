@@ -213,7 +213,7 @@ class RefaultLedger:
         ages = own.ages[first : first + len(chunk.accessed)]
         back = np.flatnonzero((ages == PAGED_OUT) & chunk.resident)
         if len(back):
-            self._came_back(process, back.astype(np.uint64) + np.uint64(chunk.start >> PAGE_SHIFT), now_s)
+            self._came_back(process, own.page_numbers(first + back), now_s)
         if self.gaps is not None:
             touched = np.bincount(ages[chunk.accessed], minlength=256)[1 : AGE_MAX + 1]
             self._count_gaps(idle_s[1:], touched)

@@ -62,7 +62,7 @@ class RegionCounters:
             self._tables[process] = _Table(spans, self.pages_in_region)
             return
         table.commit(self.max_count_per_region)
-        if not (np.array_equal(spans.starts, table.spans.starts) and np.array_equal(spans.ends, table.spans.ends)):
+        if not spans.same_as(table.spans):
             self._tables[process] = _Table(spans, self.pages_in_region, table)
 
     def add(self, process: ProcessId, chunk: PageChunk) -> None:
@@ -112,6 +112,9 @@ class _Table:
     def __init__(self, spans: Spans, pages_in_region: int, before: _Table | None = None) -> None:
         self.spans = spans
         self.starts, self.ends = cut(spans, pages_in_region)
+        self.offsets = np.concatenate(([0], np.cumsum((self.ends - self.starts) >> np.uint64(PAGE_SHIFT)))).astype(
+            np.int64
+        )
         self.accesses = np.zeros(len(self.starts), np.int64)
         self.writes = np.zeros(len(self.starts), np.int64)
         self.new_accesses = np.zeros(len(self.starts), np.float64)
@@ -137,11 +140,12 @@ class _Table:
     def _regions(self, start: int, pages: int) -> tuple[slice, I64]:
         """(the regions that a chunk touches, the chunk's first page in each)."""
         first = int(np.searchsorted(self.starts, np.uint64(start), side="right")) - 1
-        last = int(np.searchsorted(self.starts, np.uint64(start + pages * PAGE_BYTES), side="left"))
         if first < 0 or not pages:
             return slice(0, 0), np.zeros(0, np.int64)
-        cuts = (self.starts[first:last].astype(np.int64) - start) >> PAGE_SHIFT
-        return slice(first, last), np.maximum(cuts, 0)
+        # By row: a chunk's pages are consecutive among those of the scanned spans, whatever lies between these.
+        row = int(self.offsets[first]) + (start - int(self.starts[first]) >> PAGE_SHIFT)
+        last = int(np.searchsorted(self.offsets, row + pages, side="left"))
+        return slice(first, last), np.maximum(self.offsets[first:last] - row, 0)
 
     def commit(self, cap: int) -> None:
         """Take over what the last scan counted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -124,6 +125,19 @@ class Pagemap:
             self._reopen()
             if self._read_into(words, start) == 0:
                 raise ProcessGone(f"process {self.pid} has no memory at {start:#x}: it exited", errno.ESRCH)
+        return words
+
+    def read_all(self, pieces: Sequence[tuple[int, int]], out: U64 | None = None) -> U64:
+        """The words of all pieces (start, end), one after the other; else as `read`."""
+        if len(pieces) == 1:
+            return self.read(*pieces[0], out)
+        lengths = [end - start >> PAGE_SHIFT for start, end in pieces]
+        total = sum(lengths)
+        words = np.empty(total, np.uint64) if out is None else out[:total]
+        first = 0
+        for (start, end), pages in zip(pieces, lengths, strict=True):
+            self.read(start, end, words[first : first + pages])
+            first += pages
         return words
 
     def _read_into(self, words: U64, start: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -16,6 +16,28 @@ def chunks(spans: Spans) -> Iterator[tuple[int, int]]:
     for start, end in zip(spans.starts.tolist(), spans.ends.tolist(), strict=True):
         for first in range(start, end, CHUNK_BYTES):
             yield first, min(first + CHUNK_BYTES, end)
+
+
+def grouped(pieces: Iterable[tuple[int, int]], most_pages: int = CHUNK_PAGES) -> Iterator[list[tuple[int, int]]]:
+    """Consecutive pieces (start, end) together, as long as they hold at most `most_pages` pages."""
+    group: list[tuple[int, int]] = []
+    left = most_pages * PAGE_BYTES
+    for start, end in pieces:
+        if group and end - start > left:
+            yield group
+            group, left = [], most_pages * PAGE_BYTES
+        group.append((start, end))
+        left -= end - start
+    if group:
+        yield group
+
+
+def spans_of(group: list[tuple[int, int]]) -> Spans | None:
+    """The `PageChunk.spans` of a group of pieces: None for a single one."""
+    if len(group) == 1:
+        return None
+    table = np.array(group, np.uint64)
+    return Spans(table[:, 0], table[:, 1])
 
 
 class FirstSight:
@@ -32,6 +54,20 @@ class FirstSight:
     def previous(self, process: ProcessId) -> Spans:
         """The spans of the last completed scan of `process`."""
         return self._known.get(process, Spans.empty())
+
+    def mark(self, process: ProcessId, spans: Spans, accessed: Bools, group: list[tuple[int, int]]) -> None:
+        """Set `accessed` for all pages of `group` that the last scan of `process` did not cover.
+
+        `spans`: what is scanned now; the usual case, that it is the same as then, costs nothing.
+        """
+        known = self.previous(process)
+        if spans.same_as(known):
+            return
+        first = 0
+        for start, end in group:
+            pages = end - start >> PAGE_SHIFT
+            mark_new(accessed[first : first + pages], start, known)
+            first += pages
 
     def completed(self, process: ProcessId, spans: Spans) -> None:
         """A scan of `spans` went through."""

@@ -16,7 +16,7 @@ from memtier_engine.hostfs.kpageflags import KpageFlags
 from memtier_engine.hostfs.page_idle import IdleBitmap
 from memtier_engine.hostfs.pagemap import Pagemap, exclusive, pfns, present
 from memtier_engine.model import CHUNK_PAGES, U64, Bools, PageChunk, ProcessId, Spans
-from memtier_engine.trackers.common import FirstSight, chunks, mark_new
+from memtier_engine.trackers.common import FirstSight, chunks, grouped, spans_of
 
 
 class IdlePageTracker:
@@ -39,18 +39,17 @@ class IdlePageTracker:
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """See `Tracker.scan`."""
-        known = self._seen.previous(process)
         with Pagemap(self._host, process.pid) as pagemap:
-            for start, end in chunks(spans):
-                words = pagemap.read(start, end, self._buffer)
+            for group in grouped(chunks(spans)):
+                words = pagemap.read_all(group, self._buffer)
                 resident = present(words)
                 # A shared frame's bit tells of somebody's access, not of ours: leave those alone.
                 tracked = resident & exclusive(words)
                 accessed: Bools = np.zeros(len(words), np.bool_)
                 if tracked.any():
                     accessed[tracked] = self._touched_and_marked(pfns(words[tracked]))
-                mark_new(accessed, start, known)
-                yield PageChunk(start, accessed & resident, resident, movable=tracked)
+                self._seen.mark(process, spans, accessed, group)
+                yield PageChunk(group[0][0], accessed & resident, resident, movable=tracked, spans=spans_of(group))
         self._seen.completed(process, spans)
 
     def _touched_and_marked(self, frames: U64) -> Bools:

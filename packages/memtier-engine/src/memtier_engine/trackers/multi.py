@@ -48,7 +48,7 @@ class MultiTracker:
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """See `Tracker.scan`."""
-        readers = [_Reader(part.scan(process, spans)) for part in self.parts]
+        readers = [_Reader(run for chunk in part.scan(process, spans) for run in chunk.parts()) for part in self.parts]
         for start, end in chunks(spans):
             yield _merged(start, [reader.take(start, end) for reader in readers])
         for reader in readers:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.pagemap import Pagemap
+from memtier_engine.hostfs.pagemap import Pagemap, present
 from memtier_engine.hostfs.proc import CLEAR_REFS_REFERENCED, clear_refs, read_smaps
 from memtier_engine.model import PAGE_SHIFT, PageChunk, ProcessId, Spans
-from memtier_engine.trackers.common import FirstSight, chunks, mark_new
+from memtier_engine.trackers.common import FirstSight, chunks, grouped, spans_of
 
 
 class RefsTracker:
@@ -33,19 +33,20 @@ class RefsTracker:
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """See `Tracker.scan`."""
-        known = self._seen.previous(process)
         table = read_smaps(self._host, process.pid)
         clear_refs(self._host, process.pid, CLEAR_REFS_REFERENCED)
-        touched = table.referenced_bytes > 0
+        # A mapping that appeared between maps and smaps counts as touched: the row before the first stands for it.
+        ends = np.concatenate((np.zeros(1, np.uint64), table.ends))
+        touched = np.concatenate((np.ones(1, np.bool_), table.referenced_bytes > 0))
         with Pagemap(self._host, process.pid) as pagemap:
-            for start, end in chunks(spans):
-                resident = pagemap.resident(start, end)
-                row = int(np.searchsorted(table.starts, np.uint64(start), side="right")) - 1
-                # A mapping that appeared between maps and smaps counts as touched.
-                whole = row < 0 or int(table.ends[row]) < end or bool(touched[row])
-                accessed = np.full(end - start >> PAGE_SHIFT, whole)
-                mark_new(accessed, start, known)
-                yield PageChunk(start, accessed & resident, resident)
+            for group in grouped(chunks(spans)):
+                resident = present(pagemap.read_all(group))
+                pieces = np.array(group, np.uint64)
+                row = np.searchsorted(table.starts, pieces[:, 0], side="right")
+                whole = touched[row] | (ends[row] < pieces[:, 1])
+                accessed = np.repeat(whole, ((pieces[:, 1] - pieces[:, 0]) >> np.uint64(PAGE_SHIFT)).astype(np.int64))
+                self._seen.mark(process, spans, accessed, group)
+                yield PageChunk(group[0][0], accessed & resident, resident, spans=spans_of(group))
         self._seen.completed(process, spans)
 
     def close(self) -> None:

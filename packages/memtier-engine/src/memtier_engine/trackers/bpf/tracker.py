@@ -14,15 +14,15 @@ from collections.abc import Iterator
 import numpy as np
 from loguru import logger
 
-from memtier_engine.errors import KernelCallError, ProcessGone
+from memtier_engine.errors import AccessDenied, KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, soft_dirty
 from memtier_engine.hostfs.probe_base import TrialPages
 from memtier_engine.hostfs.proc import CLEAR_REFS_REFERENCED, CLEAR_REFS_SOFT_DIRTY, clear_refs
 from memtier_engine.model import PAGE_SHIFT, U64, PageChunk, ProcessId, Spans
-from memtier_engine.trackers.bpf import paging
+from memtier_engine.trackers.bpf import paging, rights
 from memtier_engine.trackers.bpf.program import MAX_BLOCKS, SharedWalker
-from memtier_engine.trackers.common import FirstSight, chunks, mark_new
+from memtier_engine.trackers.common import FirstSight, chunks, grouped, spans_of
 
 _BLOCK_MASK = paging.BLOCK_BYTES - 1
 _BLOCK_SHIFT = paging.BLOCK_BYTES.bit_length() - 1
@@ -52,33 +52,37 @@ class BpfTracker:
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """See `Tracker.scan`."""
-        known = self._seen.previous(process)
-        with Pagemap(self._host, process.pid) as pagemap:
-            for pieces in batches(spans):
-                yield from self._read(process, pagemap, pieces, known)
-        clear_refs(self._host, process.pid, CLEAR_REFS_REFERENCED)
-        if self.flushes:
-            clear_refs(self._host, process.pid, CLEAR_REFS_SOFT_DIRTY)
+        try:
+            with Pagemap(self._host, process.pid) as pagemap:
+                for pieces in batches(spans):
+                    yield from self._read(process, pagemap, pieces, spans)
+            clear_refs(self._host, process.pid, CLEAR_REFS_REFERENCED)
+            if self.flushes:
+                clear_refs(self._host, process.pid, CLEAR_REFS_SOFT_DIRTY)
+        except AccessDenied as failure:
+            raise rights.denied(self._host, failure, rights.FOR_OTHERS) from None
         self._seen.completed(process, spans)
 
     def _read(
-        self, process: ProcessId, pagemap: Pagemap, pieces: list[tuple[int, int]], known: Spans
+        self, process: ProcessId, pagemap: Pagemap, pieces: list[tuple[int, int]], spans: Spans
     ) -> Iterator[PageChunk]:
         blocks, firsts = blocks_of(pieces)
         walk = self.walker.walk(pagemap.fileno(), blocks, self._buffer)
         if len(walk.states) and walk.states[0] == paging.STATE_GONE:
             raise ProcessGone(f"process {process.pid} exited", errno.ESRCH)
-        flat = walk.words.reshape(-1)
-        resident = paging.resident(flat)
-        accessed = paging.accessed(flat) & resident
         if walk.other_mmu:
             self._warn_of_other_mmu(process)
-            accessed[:] = True
-        written = paging.dirty(flat) & accessed
-        for (start, end), first in zip(pieces, firsts, strict=True):
-            rows = slice(first, first + (end - start >> PAGE_SHIFT))
-            mark_new(accessed[rows], start, known)
-            yield PageChunk(start, accessed[rows] & resident[rows], resident[rows], written=written[rows])
+        flat = walk.words.reshape(-1)
+        row_of = dict(zip(pieces, firsts, strict=True))
+        for group in grouped(pieces):
+            rows = [flat[row_of[piece] : row_of[piece] + (piece[1] - piece[0] >> PAGE_SHIFT)] for piece in group]
+            words = rows[0] if len(rows) == 1 else np.concatenate(rows)
+            resident = paging.resident(words)
+            accessed = resident.copy() if walk.other_mmu else paging.accessed(words) & resident
+            written = paging.dirty(words) & accessed
+            self._seen.mark(process, spans, accessed, group)
+            accessed &= resident
+            yield PageChunk(group[0][0], accessed, resident, written=written, spans=spans_of(group))
 
     def _warn_of_other_mmu(self, process: ProcessId) -> None:
         if process not in self._warned:
