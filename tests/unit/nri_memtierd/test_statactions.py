@@ -15,6 +15,7 @@ from memtier_engine.config_routines import RoutineSpec
 from memtier_engine.engine import Engine
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import ProcessId
+from memtier_engine.routines.statactions import StatActionsConfig
 
 GIB_PAGES = 1 << 18
 
@@ -76,9 +77,15 @@ def test_other_times_are_refused(text: str) -> None:
         parse_times(text)
 
 
+def dump_routine(times: str) -> RoutineSpec:
+    command = ("policy", "-dump", "accessed", times)
+    config = StatActionsConfig(interval_ms=60_000, interval_command=command, interval_command_runner="memtier")
+    return RoutineSpec("statactions", config)
+
+
 def test_a_command_runs_after_each_interval_and_missed_ones_are_left_out() -> None:
     written: list[str] = []
-    spec = RoutineSpec(60_000, ("policy", "-dump", "accessed", "0,0"))
+    spec = dump_routine("0,0")
     routine = StatActions([spec], written.append, now_s=0.0)
     ran = []
     for now_s in (0, 59, 60, 100, 121, 500, 520, 560):
@@ -102,7 +109,7 @@ routines:
 
 def test_the_reference_samples_routine_is_read() -> None:
     routines = parse(CONFIG).routines
-    assert routines == (RoutineSpec(60000, ("policy", "-dump", "accessed", "0,1m,30m,2h,24h,0")),)
+    assert routines == (dump_routine("0,1m,30m,2h,24h,0"),)
     check_routines(routines)
 
 
@@ -111,8 +118,8 @@ def test_the_reference_samples_routine_is_read() -> None:
     [
         ("intervalms: 60000", "intervalms: 0", "intervalms"),
         ("    intervalms: 60000\n", "", "intervalms: is missing"),
-        ("intervalcommandrunner: memtier", "intervalcommandrunner: exec", "runs programs"),
-        ("    intervalcommandrunner: memtier\n", "", "runs programs"),
+        ("intervalcommandrunner: memtier", "intervalcommandrunner: exec", "runs the program 'policy'"),
+        ("    intervalcommandrunner: memtier\n", "", "-allow-programs"),
         ('["policy", "-dump", "accessed", "0,1m,30m,2h,24h,0"]', "[rm, -rf]", "'rm -rf' is not supported"),
         ("name: statactions", "name: exec", "statactions"),
         ("    intervalms: 60000\n", "    interval: 5\n", "routines[0].config.interval"),
@@ -121,5 +128,5 @@ def test_the_reference_samples_routine_is_read() -> None:
 def test_a_routine_that_cannot_run_is_refused_before_anything_starts(old: str, new: str, words: str) -> None:
     assert old in CONFIG
     with pytest.raises(ConfigError) as caught:
-        parse(CONFIG.replace(old, new))
+        check_routines(parse(CONFIG.replace(old, new)).routines)
     assert words in str(caught.value)

@@ -73,13 +73,37 @@ def _rows(
         yield f"{name:>8} {least_s:13.3f} {below_s:12.3f} {pages:8d} {pages * PAGE_BYTES / 2**30:8.3f} {percent:>9}\n"
 
 
+def _dump_words(spec: RoutineSpec) -> tuple[str, ...] | None:
+    """What follows `policy -dump accessed` in the command of the routine; None for the stub.
+
+    Raises:
+        ConfigError: it runs something else, which needs the whole prompt.
+    """
+    if spec.config is None:
+        return None
+    command = spec.config.interval_command
+    if spec.config.pageout_command or spec.config.interval_command_runner != "memtier":
+        raise ConfigError("only `intervalcommandrunner: memtier` is supported here", key_path="routines")
+    if command[:3] != ("policy", "-dump", "accessed") or len(command) > 5:
+        raise ConfigError(
+            f"{' '.join(command)!r} is not supported here",
+            key_path="intervalcommand",
+            hint='use ["policy", "-dump", "accessed", "0,1m,30m,0"]',
+        )
+    return command[3:]
+
+
 class StatActions:
     """Runs the routines of one engine when they are due. Call `run_due` after each scan, in the engine's thread."""
 
     def __init__(self, specs: Sequence[RoutineSpec], write: Callable[[str], None], *, now_s: float) -> None:
         """`write` gets each command's output. Raises: ConfigError for times that cannot be read."""
         self._write = write
-        self._routines = [_Routine(spec, now_s) for spec in specs]
+        self._routines = [
+            _Routine(spec.config.interval_ms / 1000, words, now_s)
+            for spec in specs
+            if (words := _dump_words(spec)) is not None and spec.config is not None
+        ]
 
     def run_due(self, engine: Engine, now_s: float) -> None:
         """Write the output of those whose interval is over."""
@@ -89,8 +113,7 @@ class StatActions:
 
 
 class _Routine:
-    def __init__(self, spec: RoutineSpec, now_s: float) -> None:
-        words = spec.command[3:]
+    def __init__(self, interval_s: float, words: Sequence[str], now_s: float) -> None:
         self.times_s = parse_times(words[0]) if words else None
         self.pids: tuple[int, ...] | None = None
         if len(words) > 1:
@@ -98,7 +121,7 @@ class _Routine:
                 self.pids = tuple(int(word) for word in words[1].split(","))
             except ValueError:
                 raise ConfigError(f"pids {words[1]!r}", key_path="intervalcommand", hint="like 1,2") from None
-        self._interval_s = spec.interval_ms / 1000
+        self._interval_s = interval_s
         self._due_s = now_s + self._interval_s
 
     def is_due(self, now_s: float) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 
+from memtier_engine.clock import Clock, SystemClock
 from memtier_engine.engine import Engine, EngineConfig
 from memtier_engine.guards.gauges import HostGauges
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker
 from memtier_engine.policies.auto import AutoPolicy, AutoPolicyConfig
 from memtier_engine.refaults import RefaultLedger
+from memtier_engine.stats.observer import Observer
 from memtier_engine.targets.base import Target
 from memtier_engine.targets.cgroups import CgroupsTarget
 
@@ -23,7 +25,9 @@ def auto_engine(
     config: EngineConfig | None = None,
     *,
     host: Host | None = None,
+    clock: Clock | None = None,
     tracker: Tracker | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Engine:
     """An engine that works for the goal of `policy`; of `config`, its own policy has no effect.
 
@@ -32,8 +36,15 @@ def auto_engine(
     """
     host = host or Host()
     gauges = HostGauges(host, target.directories() if isinstance(target, CgroupsTarget) else ())
-    gauges.stall_percent(time.monotonic())  # the first window has a beginning
+    gauges.stall_percent((clock or SystemClock()).now_s())  # the first window has a beginning
     ledger = RefaultLedger(remember_s=REMEMBER_S, gaps=True)
     return Engine(
-        target, config, host=host, tracker=tracker, policy=AutoPolicy(policy, ledger, gauges), refaults=ledger
+        target,
+        config,
+        host=host,
+        clock=clock,
+        tracker=tracker,
+        policy=AutoPolicy(policy, ledger, gauges),
+        refaults=ledger,
+        observers=observers,
     )

@@ -1,24 +1,33 @@
 """The reference daemon's configuration files, decoded and checked as a whole before anything starts.
 
-A file is one mapping with `policy` and `routines`; every pluggable part is a `name` and a `config`, the latter
-text that is YAML or JSON again. A part that may stand in a file has a decoder in one of the tables below.
+A file is one mapping with `policy` and `routines`, and `guards` and `allowprograms` of ours; every pluggable part
+is a `name` and a `config`, the latter text that is YAML or JSON again. `config_keys` lists all keys, the tables
+`POLICIES`, `TRACKERS`, `TARGETS`, `FORECASTERS` and `ROUTINES` all names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from memtier_engine.config_parts import TargetSpec, TrackerSpec
+import yaml
+
+from memtier_engine.auto import auto_engine
+from memtier_engine.clock import Clock
+from memtier_engine.config_guards import decode_guards
+from memtier_engine.config_parts import TargetSpec, TrackerSpec, decode_target, decode_tracker
 from memtier_engine.config_policies import POLICIES, ForecasterSpec, PolicyConfig, build_policy, swaps
 from memtier_engine.config_reader import Place, Section, compose
-from memtier_engine.config_routines import RoutineSpec, decode_routines
+from memtier_engine.config_routines import RoutineSpec, decode_routine, decode_routines
 from memtier_engine.engine import Engine, EngineConfig
 from memtier_engine.errors import ConfigError
+from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
+from memtier_engine.policies.auto import AutoPolicyConfig
 from memtier_engine.stats.observer import Observer
 
 _STUB_INTERVAL_MS = 5000
@@ -38,6 +47,8 @@ class Spec:
     """Of policy avoid-oom."""
     forecaster: ForecasterSpec | None = None
     """Of policy heat."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """When to move nothing."""
 
     @property
     def scan_interval_ms(self) -> int:
@@ -50,8 +61,15 @@ class Spec:
         """Whether it pages memory out."""
         return swaps(self.policy)
 
-    def build(self, host: Host | None = None, *, dry_run: bool = False, observers: Sequence[Observer] = ()) -> Engine:
-        """The engine on this machine.
+    def build(
+        self,
+        host: Host | None = None,
+        *,
+        clock: Clock | None = None,
+        dry_run: bool = False,
+        observers: Sequence[Observer] = (),
+    ) -> Engine:
+        """The engine on this machine. If that fails, nothing of it stays open.
 
         Raises:
             TrackerUnavailable: the tracker does not work here.
@@ -68,28 +86,37 @@ class Spec:
             scan_interval_ms=self.scan_interval_ms,
             policy=self.policy if isinstance(self.policy, AgePolicyConfig) else AgePolicyConfig(),
             mover=self.mover,
+            guards=self.guards,
             dry_run=dry_run,
         )
-        target = self.target.build(host)
-        tracker = self.tracker.build(host)
-        try:
-            policy = build_policy(
-                self.policy,
-                self.tracker,
-                host,
-                scan_interval_ms=self.scan_interval_ms,
-                cgroups=self.cgroups,
-                forecaster=self.forecaster,
-                on_event=on_event,
-            )
-        except BaseException:
-            tracker.close()
-            raise
-        return Engine(target, config, host=host, tracker=tracker, policy=policy, observers=observers)
+        with ExitStack() as made:
+            target = self.target.build(host)
+            tracker = self.tracker.build(host)
+            made.callback(tracker.close)
+            if isinstance(self.policy, AutoPolicyConfig):
+                engine = auto_engine(
+                    target, self.policy, config, host=host, clock=clock, tracker=tracker, observers=observers
+                )
+            else:
+                policy = build_policy(
+                    self.policy,
+                    self.tracker,
+                    host,
+                    scan_interval_ms=self.scan_interval_ms,
+                    cgroups=self.cgroups,
+                    forecaster=self.forecaster,
+                    on_event=on_event,
+                )
+                made.callback(policy.close)
+                engine = Engine(
+                    target, config, host=host, clock=clock, tracker=tracker, policy=policy, observers=observers
+                )
+            made.pop_all()
+            return engine
 
 
-def load(path: str | Path) -> Spec:
-    """Read and check the file at `path`.
+def load(path: str | Path, *, allow_programs: bool = False) -> Spec:
+    """Read and check the file at `path`; `allow_programs` as in `parse`.
 
     Raises:
         ConfigError: it cannot be read, or something in it is wrong.
@@ -100,16 +127,17 @@ def load(path: str | Path) -> Spec:
         raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"is no UTF-8 text: {error.reason} at byte {error.start}", file=str(path)) from None
-    return parse(text, file=str(path))
+    return parse(text, file=str(path), allow_programs=allow_programs)
 
 
-def parse(text: str, *, file: str | None = None, first_line: int = 1) -> Spec:
+def parse(text: str, *, file: str | None = None, first_line: int = 1, allow_programs: bool = False) -> Spec:
     """Decode and check configuration text.
 
     Args:
         text: the whole document.
         file: what errors call it.
         first_line: line of `file` on which the text begins, if it stands within another.
+        allow_programs: let routines run programs; the text may do so itself (`allowprograms: true`).
     Raises:
         ConfigError: something is wrong; nothing was started.
     """
@@ -117,11 +145,56 @@ def parse(text: str, *, file: str | None = None, first_line: int = 1) -> Spec:
     root = compose(text, place, "")
     if root is None:
         raise ConfigError("is empty", file=file, hint="write a `policy` mapping with `name` and `config`")
-    section = Section(root, "", place)
-    section.allow("policy", "routines")
+    section = Section(root, "", place).use("file")
     policy = section.section("policy")
-    routines = decode_routines(section)
+    allowed = section.flag("allowprograms") or allow_programs
+    routines = decode_routines(section, allow_programs=allowed)
+    guards = decode_guards(section)
     if policy is None:
         raise ConfigError("is missing", key_path="policy", file=file, hint="a mapping with `name` and `config`")
     found = POLICIES[policy.choice("name", tuple(POLICIES))](policy)
-    return Spec(found.policy, found.tracker, found.target, found.mover, routines, found.cgroups, found.forecaster)
+    return Spec(
+        found.policy, found.tracker, found.target, found.mover, routines, found.cgroups, found.forecaster, guards
+    )
+
+
+def read(source: str | Path, *, allow_programs: bool = False) -> Spec:
+    """A file by its path, or configuration text: a `str` of several lines, or one that begins with a brace."""
+    if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
+        return parse(source, allow_programs=allow_programs)
+    return load(source, allow_programs=allow_programs)
+
+
+def parse_policy(name: str, config: str, *, file: str | None = None) -> Spec:
+    """One policy given by name and configuration text, as the prompt has them. Raises ConfigError."""
+    block = _block(name, config, file)
+    found = POLICIES[block.choice("name", tuple(POLICIES))](block)
+    return Spec(found.policy, found.tracker, found.target, found.mover, (), found.cgroups, found.forecaster)
+
+
+def parse_tracker(name: str, config: str, *, file: str | None = None) -> TrackerSpec:
+    """One tracker given by name and configuration text; empty text: its defaults. Raises ConfigError."""
+    return decode_tracker(_wrapped("tracker", name, config, file))
+
+
+def parse_target(name: str, config: str, *, file: str | None = None) -> TargetSpec:
+    """One pid watcher given by name and configuration text. Raises ConfigError."""
+    return decode_target(_wrapped("pidwatcher", name, config, file))
+
+
+def parse_routine(name: str, config: str, *, file: str | None = None, allow_programs: bool = False) -> RoutineSpec:
+    """One routine given by name and configuration text. Raises ConfigError."""
+    return decode_routine(_block(name, config, file), allow_programs=allow_programs)
+
+
+def _wrapped(key: str, name: str, config: str, file: str | None) -> Section:
+    text = yaml.safe_dump({key: {"name": name, "config": config}})
+    root = compose(text, Place(file, 1), "")
+    assert root is not None
+    return Section(root, "", Place(file, 1))
+
+
+def _block(name: str, config: str, file: str | None) -> Section:
+    block = _wrapped("block", name, config, file).section("block")
+    assert block is not None
+    return block

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from memtier_engine.clock import SystemClock
 from memtier_engine.config_reader import Section
 from memtier_engine.errors import ConfigError
+from memtier_engine.hostfs.cgroup import check_cgroup_name
 from memtier_engine.hostfs.damon import DamonAttributes
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker
@@ -25,13 +27,7 @@ from memtier_engine.trackers.finder import FinderConfig, FinderTracker
 from memtier_engine.trackers.multi import MultiTracker, check_parts
 from memtier_engine.trackers.registry import create_tracker
 
-PID_MAX = 1 << 22
-"""Source: include/linux/threads.h PID_MAX_LIMIT on 64-bit."""
-INTERVAL_MAX_MS = 24 * 3600 * 1000
-_KIB_MAX = 1 << 53
-_US_MAX = 1000 * INTERVAL_MAX_MS
 _WRITES_ONLY = ("softdirty", "userfault")
-PAGED_KEYS = ("pagesinregion", "maxcountperregion", "scanintervalms", "regionsupdatems", "pagemapreadahead")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +51,14 @@ class TrackerSpec:
             TrackerUnavailable: it does not work here.
         """
         if self.name == "multi":
-            return MultiTracker([part.build(host) for part in self.parts])
+            with ExitStack() as made:  # a part that does not work must not leave the others open
+                parts = []
+                for part in self.parts:
+                    parts.append(part.build(host))
+                    made.callback(parts[-1].close)
+                tracker = MultiTracker(parts)
+                made.pop_all()
+                return tracker
         if isinstance(self.options, DamonConfig):
             return DamonTracker(host, self.options)
         if isinstance(self.options, FinderConfig):
@@ -106,13 +109,13 @@ NO_TARGET = TargetSpec("stub")
 """No process at all."""
 
 
-def required_config(block: Section) -> Section:
-    """The decoded `config` of a `name` and `config` block."""
-    block.allow("name", "config")
+def required_config(block: Section, component: str) -> Section:
+    """The decoded `config` of a `name` and `config` block, taken for `component`."""
+    block.use("block")
     config = block.config()
     if config is None:
         raise block.error("config", "is missing", "text in YAML, as `config: |` and indented lines")
-    return config
+    return config.use(component)
 
 
 def decode_target(section: Section, key: str = "pidwatcher") -> TargetSpec:
@@ -124,19 +127,16 @@ def decode_target(section: Section, key: str = "pidwatcher") -> TargetSpec:
 
 
 def _pidlist(block: Section) -> TargetSpec:
-    section = required_config(block)
-    section.allow("pids")
-    pids = section.integers("pids", least=1, most=PID_MAX)
+    section = required_config(block, "pidwatcher.pidlist")
+    pids = section.integers("pids")
     if not pids:
         raise section.error("pids", "is empty", "a list of process ids")
     return TargetSpec("pidlist", pids=pids)
 
 
 def _cgroups(block: Section) -> TargetSpec:
-    section = required_config(block)
-    section.allow("intervalms", "cgroups")
-    interval_ms = section.integer("intervalms", 5000, most=INTERVAL_MAX_MS) or 5000
-    return TargetSpec("cgroups", cgroups=cgroup_names(section), interval_ms=interval_ms)
+    section = required_config(block, "pidwatcher.cgroups")
+    return TargetSpec("cgroups", cgroups=cgroup_names(section), interval_ms=section.integer("intervalms"))
 
 
 def cgroup_names(section: Section) -> tuple[str, ...]:
@@ -147,23 +147,25 @@ def cgroup_names(section: Section) -> tuple[str, ...]:
     for index, cgroup in enumerate(cgroups):
         if not cgroup.startswith("/"):
             raise section.error(f"cgroups[{index}]", f"{cgroup!r} is not absolute", "start it with /sys/fs/cgroup/")
+        try:
+            check_cgroup_name(cgroup)
+        except ConfigError as failure:
+            raise section.error(f"cgroups[{index}]", failure.message, failure.hint) from None
     return cgroups
 
 
 def _proc(block: Section) -> TargetSpec:
-    block.allow("name", "config")
+    block.use("block")
     if block.text_or_none("config") == "":  # the reference takes an empty text here
         return TargetSpec("proc")
     section = block.config()
     if section is None:
         return TargetSpec("proc")
-    section.allow("intervalms")
-    return TargetSpec("proc", interval_ms=section.integer("intervalms", 5000, most=INTERVAL_MAX_MS) or 5000)
+    return TargetSpec("proc", interval_ms=section.use("pidwatcher.proc").integer("intervalms"))
 
 
 def _filter(block: Section) -> TargetSpec:
-    section = required_config(block)
-    section.allow("source", "filters")
+    section = required_config(block, "pidwatcher.filter")
     source = decode_target(section, "source")
     filters = tuple(map(_process_filter, section.sections("filters")))
     if not filters:
@@ -172,8 +174,8 @@ def _filter(block: Section) -> TargetSpec:
 
 
 def _process_filter(section: Section) -> ProcessFilter:
-    section.allow("procexeregexp", "minvmsizekb", "minvmrsskb", "minprivatedirtykb", "and", "or", "not")
-    pattern = section.text("procexeregexp", None)
+    section.use("filter")
+    pattern = section.text("procexeregexp")
     compiled = None
     if pattern:
         try:
@@ -183,9 +185,9 @@ def _process_filter(section: Section) -> ProcessFilter:
     other = section.section("not")
     return ProcessFilter(
         exe_regexp=compiled,
-        min_vm_size_kib=section.integer("minvmsizekb", 0, most=_KIB_MAX) or 0,
-        min_vm_rss_kib=section.integer("minvmrsskb", 0, most=_KIB_MAX) or 0,
-        min_private_dirty_kib=section.integer("minprivatedirtykb", 0, most=_KIB_MAX) or 0,
+        min_vm_size_kib=section.integer("minvmsizekb"),
+        min_vm_rss_kib=section.integer("minvmrsskb"),
+        min_private_dirty_kib=section.integer("minprivatedirtykb"),
         and_filters=tuple(map(_process_filter, section.sections("and"))),
         or_filters=tuple(map(_process_filter, section.sections("or"))),
         not_filter=None if other is None else _process_filter(other),
@@ -193,14 +195,14 @@ def _process_filter(section: Section) -> ProcessFilter:
 
 
 def _no_target(block: Section) -> TargetSpec:
-    block.allow("name", "config")
+    block.use("block")
     return NO_TARGET
 
 
 def decode_tracker(section: Section, default: TrackerSpec | None = None) -> TrackerSpec:
     """The block under `tracker`; `default` if it is missing."""
     block = section.section("tracker")
-    if block is None or (default is not None and not block.has("name")):
+    if block is None or (default is not None and not block.text_or_none("name")):
         if default is not None:
             return default
         raise section.error("tracker", "is missing", f"a mapping with `name`: one of {', '.join(sorted(TRACKERS))}")
@@ -209,110 +211,84 @@ def decode_tracker(section: Section, default: TrackerSpec | None = None) -> Trac
 
 def _tracker(block: Section) -> TrackerSpec:
     name = block.choice("name", tuple(TRACKERS))
-    block.allow("name", "config")
+    block.use("block")
     if name == "stub":
         return TrackerSpec("stub")
-    config = block.config()
+    # Empty text leaves a tracker its defaults, as in the reference.
+    config = None if block.text_or_none("config") == "" else block.config()
     if config is None:
         if name == "multi":
             raise block.error("config", "is missing", "`trackers:` and a list of trackers")
         defaults: Mapping[str, FinderConfig | DamonConfig] = {"damon": DamonConfig(), "finder": FinderConfig()}
         options = defaults.get(name)
         return TrackerSpec(name, None if options else 5000, options=options)
-    return TRACKERS[name](name, config)
-
-
-def _interval(section: Section, default: int | None) -> int | None:
-    return section.integer("scanintervalms", default, least=1, most=INTERVAL_MAX_MS)
-
-
-def _paged_tracker(name: str, section: Section) -> TrackerSpec:
-    interval_ms = _interval(section, 5000)
-    pages = section.integer("pagesinregion", 512, least=1, most=1 << 30)
-    most = section.integer("maxcountperregion", 1, most=1 << 30)
-    # Checked and without effect: maps are read at each scan, reads are as large as useful.
-    section.integer("regionsupdatems", 10000, most=INTERVAL_MAX_MS)
-    section.integer("pagemapreadahead", 0, least=-1, most=1 << 20)
-    return TrackerSpec(name, interval_ms, pages or 512, most or 0)
+    return TRACKERS[name](name, config.use(f"tracker.{name}"))
 
 
 def _idlepage(name: str, section: Section) -> TrackerSpec:
-    section.allow(*PAGED_KEYS, "kpageflagsreadahead", "bitmapreadahead")
-    spec = _paged_tracker(name, section)
-    section.integer("kpageflagsreadahead", 0, least=-1, most=1 << 20)
-    section.integer("bitmapreadahead", 0, least=-1, most=1 << 20)
-    return spec
+    # The rest is checked and without effect: maps are read at each scan, reads are as large as useful.
+    for key in ("regionsupdatems", "pagemapreadahead", "kpageflagsreadahead", "bitmapreadahead"):
+        section.integer(key)
+    return _own_tracker(name, section)
 
 
 def _softdirty(name: str, section: Section) -> TrackerSpec:
-    section.allow(*PAGED_KEYS, "skippageprob", "trackreferenced")
-    spec = _paged_tracker(name, section)
-    section.integer("skippageprob", 0, most=1000)
-    if section.flag("trackreferenced", False):
+    for key in ("regionsupdatems", "pagemapreadahead", "skippageprob"):
+        section.integer(key)
+    if section.flag("trackreferenced"):
         raise section.error("trackreferenced", "is not supported", "use tracker idlepage to see reads")
-    return spec
+    return _own_tracker(name, section)
 
 
 def _own_tracker(name: str, section: Section) -> TrackerSpec:
-    section.allow("scanintervalms", "pagesinregion", "maxcountperregion")
-    pages = section.integer("pagesinregion", 512, least=1, most=1 << 30)
-    most = section.integer("maxcountperregion", 1, most=1 << 30)
-    return TrackerSpec(name, _interval(section, 5000), pages or 512, most or 0)
+    return TrackerSpec(
+        name,
+        section.integer("scanintervalms"),
+        section.integer("pagesinregion"),
+        section.integer("maxcountperregion"),
+    )
 
 
 def _finder(name: str, section: Section) -> TrackerSpec:
-    bits = ("pagemapbitexclusive", "pagemapbitpresent", "pagemapbitsoftdirty")
-    section.allow("regionsupdatems", "reportaccesses", "scanintervalms", *bits)
-    # Mappings are read at each scan, so this is how often to scan; 0, never again, makes no sense for a policy.
-    interval_ms = section.integer("regionsupdatems", None, most=INTERVAL_MAX_MS)
-    exclusive, present, soft_dirty = (section.flag(bit, None) for bit in bits)
     options = FinderConfig(
-        report_accesses=section.integer("reportaccesses", 0, most=(1 << 31) - 1) or 0,
-        exclusive=exclusive,
-        present=present,
-        soft_dirty=soft_dirty,
+        report_accesses=section.integer("reportaccesses"),
+        exclusive=section.flag_or_none("pagemapbitexclusive"),
+        present=section.flag_or_none("pagemapbitpresent"),
+        soft_dirty=section.flag_or_none("pagemapbitsoftdirty"),
     )
-    return TrackerSpec(name, _interval(section, interval_ms or None), options=options)
+    # Mappings are read at each scan, so how often to read them is how often to scan.
+    update_ms = section.integer_or_none("regionsupdatems")
+    return TrackerSpec(name, section.integer_or_none("scanintervalms") or update_ms or None, options=options)
 
 
 def _damon(name: str, section: Section) -> TrackerSpec:
-    section.allow(
-        *("connection", "samplingus", "aggregationus", "regionsupdateus", "mintargetregions", "maxtargetregions"),
-        *("filteraddressrangesizemax", "interface", "sysfsregionsmanager", "kdamondslist", "nrkdamonds"),
-        "scanintervalms",
-    )
-    connection = section.text("connection", "bpftrace") or "bpftrace"
+    connection = section.text("connection") or "bpftrace"
     if connection != "bpftrace" and not connection.startswith("perf"):
         raise section.error("connection", f"{connection!r} is not known", "leave it out: results come through sysfs")
-    if section.integer("interface", 0, most=2) == 2:
-        raise section.error("interface", "debugfs is not supported", "leave it out: sysfs is used")
-    section.integer("sysfsregionsmanager", 0, most=1)  # the kernel finds the regions itself
-
-    def positive(key: str, default: int, most: int) -> int:
-        return section.integer(key, 0, most=most) or default  # 0 is the default, as in the reference
-
+    if section.integer("interface") == 2:
+        raise section.error("interface", "2, debugfs, is not supported", "leave it out: sysfs is used")
+    section.integer("sysfsregionsmanager")  # the kernel finds the regions itself
     attributes = DamonAttributes(
-        sample_us=positive("samplingus", 5_000, _US_MAX),
-        aggregation_us=positive("aggregationus", 100_000, _US_MAX),
-        update_us=positive("regionsupdateus", 1_000_000, _US_MAX),
-        regions_min=positive("mintargetregions", 10, 1 << 20),
-        regions_max=positive("maxtargetregions", 1000, 1 << 20),
+        sample_us=section.integer("samplingus"),
+        aggregation_us=section.integer("aggregationus"),
+        update_us=section.integer("regionsupdateus"),
+        regions_min=section.integer("mintargetregions"),
+        regions_max=section.integer("maxtargetregions"),
     )
-    filter_max = section.integer("filteraddressrangesizemax", 0, least=-(1 << 62), most=1 << 62)
+    filter_bytes = section.integer("filteraddressrangesizemax")
     try:
         options = DamonConfig(
             attributes=attributes,
-            filter_bytes_max=None if (filter_max or 0) < 0 else filter_max or 32 << 20,
-            kdamonds=section.integers("kdamondslist", least=0, most=1 << 16),
-            create=section.integer("nrkdamonds", 0, most=1 << 10) or 1,
+            filter_bytes_max=None if filter_bytes < 0 else filter_bytes,
+            kdamonds=section.integers("kdamondslist"),
+            create=section.integer("nrkdamonds"),
         )
     except ConfigError as failure:
         raise section.error(failure.key_path or "", failure.message, failure.hint) from None
-    return TrackerSpec(name, _interval(section, None), options=options)
+    return TrackerSpec(name, section.integer_or_none("scanintervalms"), options=options)
 
 
 def _multi(name: str, section: Section) -> TrackerSpec:
-    section.allow("trackers")
     parts = tuple(map(_tracker, section.sections("trackers")))
     try:
         check_parts([part.name for part in parts])

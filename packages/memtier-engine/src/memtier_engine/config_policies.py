@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
+from memtier_engine.config_keys import NODE_MAX
 from memtier_engine.config_parts import (
-    INTERVAL_MAX_MS,
     NO_TARGET,
     TargetSpec,
     TrackerSpec,
@@ -28,17 +29,18 @@ from memtier_engine.model import SWAP_NODE
 from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.oom_facts import HostOomFacts
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
+from memtier_engine.policies.auto import AutoPolicyConfig
 from memtier_engine.policies.avoid_oom import AvoidOomPolicy, AvoidOomPolicyConfig
 from memtier_engine.policies.base import Policy
 from memtier_engine.policies.demote_idle import DemoteIdlePolicy, DemoteIdlePolicyConfig
+from memtier_engine.policies.goals import KINDS, Goal, parse_goal
 from memtier_engine.policies.heat import Forecaster, HeatPolicy, HeatPolicyConfig
 from memtier_engine.policies.heatmap import HeatmapConfig
 from memtier_engine.policies.ratio import RatioPolicy, RatioPolicyConfig
 from memtier_engine.policies.stub import StubPolicy
 from memtier_engine.units import parse_size
 
-NODE_MAX = 1023
-_COMMON = ("pidwatcher", "tracker", "mover", "cgroups", "pids", "intervalms")
+_GOALS = "write it like psi: 0.1%, refaults: 0.2%/min, free: 2GiB or save: 30%"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,14 @@ class ForecasterSpec:
     def build(self, on_event: Callable[[str], None] | None = None) -> Forecaster:
         """Start it. Raises ConfigError or KernelCallError: a program or file that is not there."""
         if self.name == "chain":
-            return ChainForecaster([link.build(on_event) for link in self.links], on_event=on_event)
+            with ExitStack() as made:  # a link that cannot start must not leave the others running
+                links = []
+                for link in self.links:
+                    links.append(link.build(on_event))
+                    made.callback(links[-1].close)
+                chain = ChainForecaster(links, on_event=on_event)
+                made.pop_all()
+                return chain
         if self.name == "trace":
             return TraceForecaster(self.file, hide_heat_zero=self.hide_heat_zero)
         if self.name == "stdio":
@@ -67,7 +76,10 @@ class ForecasterSpec:
         return StubForecaster()
 
 
-PolicyConfig = AgePolicyConfig | HeatPolicyConfig | RatioPolicyConfig | DemoteIdlePolicyConfig | AvoidOomPolicyConfig
+ReferencePolicyConfig = (
+    AgePolicyConfig | HeatPolicyConfig | RatioPolicyConfig | DemoteIdlePolicyConfig | AvoidOomPolicyConfig
+)
+PolicyConfig = ReferencePolicyConfig | AutoPolicyConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +98,7 @@ class PolicySpec:
 
 
 def build_policy(
-    config: PolicyConfig | None,
+    config: ReferencePolicyConfig | None,
     tracker: TrackerSpec,
     host: Host,
     *,
@@ -95,7 +107,7 @@ def build_policy(
     forecaster: ForecasterSpec | None = None,
     on_event: Callable[[str], None] | None = None,
 ) -> Policy:
-    """The policy on this machine; for the arguments see `PolicySpec`."""
+    """The policy on this machine; for the arguments see `PolicySpec`. Policy auto comes with `auto.auto_engine`."""
     match config:
         case None:
             return StubPolicy()
@@ -121,6 +133,8 @@ def build_policy(
 def swaps(config: PolicyConfig | None) -> bool:
     """Whether a policy of this configuration pages memory out."""
     match config:
+        case AutoPolicyConfig():
+            return True
         case AgePolicyConfig():
             return bool(config.swap_out_ms) or SWAP_NODE in (*config.idle_numas[:1], *config.active_numas[:1])
         case HeatPolicyConfig():
@@ -133,61 +147,79 @@ def swaps(config: PolicyConfig | None) -> bool:
             return False
 
 
-def _interval(section: Section, default: int, *, zero_is_default: bool = False) -> int:
-    found = section.integer("intervalms", default, least=0 if zero_is_default else 1, most=INTERVAL_MAX_MS)
-    return found or default
-
-
-def _nodes(section: Section, key: str) -> tuple[int, ...]:
-    return section.integers(key, least=SWAP_NODE, most=NODE_MAX)
-
-
 def _refuse_deprecated(section: Section) -> None:
     for key, watcher in (("cgroups", "cgroups"), ("pids", "pidlist")):
-        if section.has(key):
-            raise section.error(
-                key, "this key is gone", f"use pidwatcher: {{name: {watcher}, config: '{key}: [...]'}} instead"
-            )
+        section.gone(key, f"use pidwatcher: {{name: {watcher}, config: '{key}: [...]'}} instead")
 
 
 def _mover(section: Section) -> MoverConfig:
     mover = section.section("mover")
     if mover is None:
         return MoverConfig()
-    mover.allow("intervalms", "bandwidth")
-    interval_ms = mover.integer("intervalms", 10, least=1, most=60_000)
-    bandwidth = mover.integer("bandwidth", 100, least=1, most=1 << 20)
-    return MoverConfig(interval_ms=interval_ms or 10, bandwidth_mib_per_s=bandwidth)
+    mover.use("mover")
+    return MoverConfig(interval_ms=mover.integer("intervalms"), bandwidth_mib_per_s=mover.integer("bandwidth"))
 
 
 def _age(block: Section) -> PolicySpec:
-    section = required_config(block)
-    section.allow(*_COMMON, "swapoutms", "idledurationms", "idlenumas", "activedurationms", "activenumas")
+    section = required_config(block, "policy.age")
     _refuse_deprecated(section)
-    durations = {
-        name: section.integer(key, None, most=1000 * INTERVAL_MAX_MS) or None
-        for name, key in (
-            ("swap_out_ms", "swapoutms"),
-            ("idle_duration_ms", "idledurationms"),
-            ("active_duration_ms", "activedurationms"),
-        )
-    }
     policy = AgePolicyConfig(
-        interval_ms=_interval(section, 5000),
-        idle_numas=_nodes(section, "idlenumas"),
-        active_numas=_nodes(section, "activenumas"),
-        **durations,
+        interval_ms=section.integer("intervalms"),
+        swap_out_ms=section.integer_or_none("swapoutms") or None,
+        idle_duration_ms=section.integer_or_none("idledurationms") or None,
+        idle_numas=section.integers("idlenumas"),
+        active_duration_ms=section.integer_or_none("activedurationms") or None,
+        active_numas=section.integers("activenumas"),
     )
     return PolicySpec("age", policy, decode_tracker(section), decode_target(section), _mover(section))
 
 
+def _auto(block: Section) -> PolicySpec:
+    section = required_config(block, "policy.auto")
+    least_ms = section.integer("idleleastms")
+    try:
+        policy = AutoPolicyConfig(
+            goal=_goal(section),
+            interval_ms=section.integer("intervalms"),
+            window_ms=section.integer("windowms"),
+            idle_least_s=least_ms / 1000,
+        )
+    except ConfigError as failure:
+        if failure.line is not None:
+            raise
+        raise section.error(failure.key_path or "", failure.message, failure.hint) from None
+    tracker = decode_tracker(section, TrackerSpec("auto", 5000))
+    return PolicySpec("auto", policy, tracker, decode_target(section), _mover(section))
+
+
+def _goal(section: Section) -> Goal:
+    """`goal: "psi: 0.1%"`, or a mapping with that one key."""
+    text = section.text_or_none("goal")
+    table = None if text is not None else section.section("goal")
+    if text is None and table is None:
+        raise section.error("goal", "is missing", _GOALS)
+    if table is not None:
+        keys = table.keys()
+        if len(keys) != 1:
+            raise section.error("goal", f"has {len(keys)} keys", f"give one: {_GOALS}")
+        kind, value = keys[0], table.text(keys[0])
+    else:
+        kind, _, value = (text or "").partition(":")
+    try:
+        if kind.strip() not in KINDS:
+            raise ConfigError(f"{kind.strip()!r} is no goal", key_path="goal", hint=_GOALS)
+        return parse_goal(kind.strip(), value.strip())
+    except ConfigError as failure:
+        path = (failure.key_path or "goal") if table is not None else "goal"
+        raise section.error(path, failure.message, failure.hint) from None
+
+
 def _heat(block: Section) -> PolicySpec:
-    section = required_config(block)
-    section.allow(*_COMMON, "heatmap", "forecaster", "heatnumas", "numasize")
+    section = required_config(block, "policy.heat")
     _refuse_deprecated(section)
     heatmap = _heatmap(section)
     policy = HeatPolicyConfig(
-        interval_ms=_interval(section, 10_000),
+        interval_ms=section.integer("intervalms"),
         heatmap=heatmap,
         heat_numas=_heat_numas(section, heatmap.heat_classes),
         numa_size_bytes=_numa_sizes(section),
@@ -206,15 +238,11 @@ def _heatmap(section: Section) -> HeatmapConfig:
     heatmap = section.section("heatmap")
     if heatmap is None:
         return HeatmapConfig()
-    heatmap.allow("heatmax", "heatretention", "heatclasses")
-    default = HeatmapConfig()
-    most = heatmap.number("heatmax", default.heat_max, least=0, most=1e300)
-    retention = heatmap.number("heatretention", default.heat_retention, least=0, most=1)
-    classes = heatmap.integer("heatclasses", default.heat_classes, least=1, most=1000)
+    heatmap.use("heatmap")
     return HeatmapConfig(
-        heat_max=default.heat_max if most is None else most,
-        heat_retention=default.heat_retention if retention is None else retention,
-        heat_classes=default.heat_classes if classes is None else classes,
+        heat_max=heatmap.number("heatmax"),
+        heat_retention=heatmap.number("heatretention"),
+        heat_classes=heatmap.integer("heatclasses"),
     )
 
 
@@ -237,7 +265,7 @@ def _numbered(section: Section, key: str, least: int, most: int) -> list[tuple[i
 def _heat_numas(section: Section, classes: int) -> dict[int, tuple[int, ...]]:
     found = {}
     for number, name, table in _numbered(section, "heatnumas", 0, classes - 1):
-        nodes = _nodes(table, name)
+        nodes = table.integers(name, least=SWAP_NODE, most=NODE_MAX)
         if nodes:
             found[number] = nodes
     return found
@@ -246,8 +274,8 @@ def _heat_numas(section: Section, classes: int) -> dict[int, tuple[int, ...]]:
 def _numa_sizes(section: Section) -> dict[int, int]:
     found = {}
     for number, name, table in _numbered(section, "numasize", SWAP_NODE, NODE_MAX):
-        text = table.text(name, None)
-        if text is not None:
+        text = table.text(name)
+        if text:
             try:
                 found[number] = parse_size(text)
             except ConfigError as failure:
@@ -256,96 +284,88 @@ def _numa_sizes(section: Section) -> dict[int, int]:
 
 
 def _forecaster(block: Section | None) -> ForecasterSpec | None:
-    if block is None or not block.has("name"):
+    if block is None or not block.text_or_none("name"):
         return None
     return _forecaster_block(block)
 
 
 def _forecaster_block(block: Section) -> ForecasterSpec:
     name = block.choice("name", tuple(FORECASTERS))
-    block.allow("name", "config")
     if name == "stub":
+        block.use("block")
         return ForecasterSpec("stub")
-    return FORECASTERS[name](required_config(block))
+    return FORECASTERS[name](required_config(block, f"forecaster.{name}"))
 
 
 def _chain(section: Section) -> ForecasterSpec:
-    section.allow("forecasters")
     return ForecasterSpec("chain", links=tuple(map(_forecaster_block, section.sections("forecasters"))))
 
 
 def _stdio(section: Section) -> ForecasterSpec:
-    section.allow("command", "stderr", "retry", "deadlinems")
     command = section.texts("command")
-    if not command:
+    if not command or not command[0]:
         raise section.error("command", "is missing or empty", "a list of the program and its arguments")
-    stderr = section.text("stderr", "") or ""
+    stderr = section.text("stderr")
     if stderr and not stderr.startswith("file:"):
         raise section.error("stderr", f"{stderr!r} is not known", "leave it out, or file:PATH")
     return ForecasterSpec(
         "stdio",
         command=command,
         stderr=stderr,
-        retry=section.integer("retry", 0, most=1000) or 0,
-        deadline_ms=section.integer("deadlinems", 5000, least=1, most=INTERVAL_MAX_MS) or 5000,
+        retry=section.integer("retry"),
+        deadline_ms=section.integer("deadlinems"),
     )
 
 
 def _trace(section: Section) -> ForecasterSpec:
-    section.allow("file", "hideheatzero")
-    file = section.text("file", None)
+    file = section.text("file")
     if not file:
         raise section.error("file", "is missing", "the path of a file to append to")
-    return ForecasterSpec("trace", file=file, hide_heat_zero=bool(section.flag("hideheatzero", False)))
+    return ForecasterSpec("trace", file=file, hide_heat_zero=section.flag("hideheatzero"))
 
 
 def _ratio(block: Section) -> PolicySpec:
-    section = required_config(block)
-    section.allow(*_COMMON, "ratio", "ratiotargets")
+    section = required_config(block, "policy.ratio")
     _refuse_deprecated(section)
-    ratio = section.number("ratio", None, least=0, most=1)
-    if not ratio:
-        raise section.error("ratio", "is missing or 0", "a share above 0, up to 1")
     policy = RatioPolicyConfig(
-        interval_ms=_interval(section, 5000, zero_is_default=True),
-        ratio=ratio,
-        ratio_targets=_nodes(section, "ratiotargets") or (SWAP_NODE,),
+        interval_ms=section.integer("intervalms"),
+        ratio=section.number("ratio"),
+        ratio_targets=section.integers("ratiotargets") or (SWAP_NODE,),
     )
     tracker = decode_tracker(section, TrackerSpec("idlepage", 5000))
     return PolicySpec("ratio", policy, tracker, decode_target(section), _mover(section))
 
 
 def _demote_idle(block: Section) -> PolicySpec:
-    section = required_config(block)
-    section.allow("pidwatcher", "mover", "intervalms", "idlenumas", "pagesofinterestdir", "tracker")
-    nodes = _nodes(section, "idlenumas")
+    section = required_config(block, "policy.demote-idle")
+    nodes = section.integers("idlenumas")
     if not nodes:
         raise section.error("idlenumas", "is missing or empty", "a list; its first node is where idle memory goes")
-    directory = section.text("pagesofinterestdir", None)
+    directory = section.text("pagesofinterestdir")
     target = TargetSpec("pagesofinterest", directory=directory) if directory else decode_target(section)
-    policy = DemoteIdlePolicyConfig(interval_ms=_interval(section, 5000), idle_numas=nodes)
+    policy = DemoteIdlePolicyConfig(interval_ms=section.integer("intervalms"), idle_numas=nodes)
     # The reference has no tracker here, it reads the idle bits itself; any of ours that sees reads will do.
     return PolicySpec("demote-idle", policy, decode_tracker(section, TrackerSpec("idlepage")), target, _mover(section))
 
 
 def _avoid_oom(block: Section) -> PolicySpec:
-    section = required_config(block)
-    section.allow("startfreeingmemory", "stopfreeingmemory", "cgroups", "intervalms", "mover")
-    default = AvoidOomPolicyConfig()
+    section = required_config(block, "policy.avoid-oom")
     try:
         policy = AvoidOomPolicyConfig(
-            interval_ms=_interval(section, default.interval_ms),
-            start_freeing_memory=section.text("startfreeingmemory", None) or default.start_freeing_memory,
-            stop_freeing_memory=section.text("stopfreeingmemory", None) or default.stop_freeing_memory,
+            interval_ms=section.integer("intervalms"),
+            start_freeing_memory=section.text("startfreeingmemory") or "8%",
+            stop_freeing_memory=section.text("stopfreeingmemory") or "16%",
         )
     except ConfigError as failure:
+        if failure.line is not None:
+            raise
         raise section.error(failure.key_path or "", failure.message, failure.hint) from None
     cgroups = cgroup_names(section)
     return PolicySpec("avoid-oom", policy, TrackerSpec("stub"), NO_TARGET, _mover(section), cgroups=cgroups)
 
 
 def _stub(block: Section) -> PolicySpec:
-    block.allow("name", "config")
+    block.use("block")
     return PolicySpec("stub", None, TrackerSpec("stub"), NO_TARGET, MoverConfig())
 
 
@@ -357,6 +377,7 @@ FORECASTERS: Mapping[str, Callable[[Section], ForecasterSpec]] = {
 }
 POLICIES: Mapping[str, Callable[[Section], PolicySpec]] = {
     "age": _age,
+    "auto": _auto,
     "avoid-oom": _avoid_oom,
     "demote-idle": _demote_idle,
     "heat": _heat,

@@ -1,8 +1,8 @@
 """YAML and JSON text into checked values: every error names file, line, key path, value and what is allowed.
 
-A `Section` is a mapping of which a decoder takes the keys it knows; `allow` refuses all others. Conversions are
-those of the reference (YAML 1.1 integers, floats for integers cut off, quoted numbers refused), its zero for a
-missing key is not: each key has a default of its own.
+A `Section` is a mapping that a decoder takes for a component of `config_keys`: that says which keys there are,
+with ranges and defaults. Conversions are those of the reference (YAML 1.1 integers, floats for integers cut off,
+quoted numbers refused), its zero for a missing key is not: each key has a default of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from memtier_engine.config_keys import COMPONENTS, Key
 from memtier_engine.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
@@ -32,6 +33,8 @@ _INTEGER = re.compile(r"([-+]?)(?:0b([01]+)|0o?([0-7]+)|0x([0-9a-fA-F]+)|(0|[1-9
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _STRING_OR_TAB = re.compile(r'"(?:\\.|[^"\\])*"|\t')
 """JSON may be indented with tabs, YAML may not."""
+_SHOWN_MOST = 60
+"""Longer values are cut in errors."""
 _DIGITS_MOST = 1000
 """Longer integers are read as floats: converting them takes quadratic time."""
 
@@ -59,6 +62,7 @@ class Section:
         self.place = place
         self._node = node
         self._any_case = any_case
+        self._keys: dict[str, Key] = {}
         self._values: dict[str, yaml.Node] = {}
         self._written: dict[str, str] = {}
         for key_node, value_node in node.value:
@@ -78,6 +82,20 @@ class Section:
         """An error at the value of `key`, or at the section if it has none."""
         return self.place.error(self._values.get(key, self._node), self.at(key), message, hint)
 
+    def use(self, component: str) -> Section:
+        """Take the mapping for this component of `config_keys`; refuse every key that it does not have.
+
+        Called first, so that a misspelt key is told before a missing one.
+        """
+        self._keys = {key.name: key for key in COMPONENTS[component]}
+        for key, node in self._values.items():
+            if key not in self._keys:
+                near = difflib.get_close_matches(key.lower(), self._keys, 1)
+                meant = f"did you mean {near[0]}? " if near else ""
+                known = ", ".join(sorted(self._keys))
+                raise self.place.error(node, self.at(self._written[key]), "is not a key here", f"{meant}keys: {known}")
+        return self
+
     def keys(self) -> tuple[str, ...]:
         """The keys of a mapping that is a table, in the order of the file."""
         return tuple(self._values)
@@ -86,31 +104,62 @@ class Section:
         """Whether `key` is there and not null."""
         return self._get(key) is not None
 
-    def integer(self, key: str, default: int | None, *, least: int = 0, most: int = (1 << 63) - 1) -> int | None:
-        """An integer from `least` to `most`; a missing key or null is the default."""
-        node = self._get(key)
-        return default if node is None else self._integer(node, self.at(key), least, most, default)
+    def is_off(self, key: str) -> bool:
+        """Whether `key` is there and null."""
+        return key in self._values and not self.has(key)
 
-    def number(self, key: str, default: float | None, *, least: float, most: float = float("inf")) -> float | None:
-        """A number from `least` to `most`."""
-        node = self._get(key)
+    def integer(self, key: str) -> int:
+        """An integer; the key has a default or must be there."""
+        value = self.integer_or_none(key)
+        assert value is not None, f"{self.at(key)} has no default"
+        return value
+
+    def integer_or_none(self, key: str) -> int | None:
+        """An integer in the range of the key; a missing key or null is its default."""
+        known, node = self._keys[key], self._get(key)
+        default = known.default
+        assert default is None or isinstance(default, int)
         if node is None:
+            if known.required:
+                raise self.error(key, "is missing", _span(known.least, known.most))
+            return default
+        value = self._integer(node, self.at(key), int(known.least), int(known.most), default)
+        return default if known.zero_is_default and value == 0 else value
+
+    def number(self, key: str) -> float:
+        """A number; the key has a default or must be there."""
+        value = self.number_or_none(key)
+        assert value is not None, f"{self.at(key)} has no default"
+        return value
+
+    def number_or_none(self, key: str) -> float | None:
+        """A number in the range of the key."""
+        known, node = self._keys[key], self._get(key)
+        default = known.default
+        assert default is None or isinstance(default, (int, float))
+        if node is None:
+            if known.required:
+                raise self.error(key, "is missing", _span(known.least, known.most))
             return default
         value = _scalar(node)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self._wrong(node, self.at(key), _span(least, most), default)
-        if not least <= value <= most:
-            raise self._range(node, self.at(key), least, most, default)
+            raise self._wrong(node, self.at(key), _span(known.least, known.most), default)
+        if not known.least <= value <= known.most:
+            raise self._range(node, self.at(key), known.least, known.most, default)
         return float(value)
 
-    def text(self, key: str, default: str | None) -> str | None:
-        """Any scalar, as it is written."""
+    def text(self, key: str) -> str:
+        """Any scalar, as it is written; empty if there is none and no default."""
         node = self._get(key)
         if node is None:
-            return default
+            default = self._keys[key].default if key in self._keys else None
+            return "" if default is None else str(default)
         if not isinstance(node, yaml.ScalarNode):
-            raise self._wrong(node, self.at(key), "text", default)
-        return str(node.value)
+            raise self._wrong(node, self.at(key), "text", None)
+        found = str(node.value)
+        if key in self._keys and self._keys[key].choices:
+            self._among(key, found, self._keys[key].choices)
+        return found
 
     def text_or_none(self, key: str) -> str | None:
         """The text of a scalar; None for anything else, or nothing."""
@@ -119,18 +168,16 @@ class Section:
 
     def choice(self, key: str, allowed: Sequence[str]) -> str:
         """One of `allowed`; the key must be there."""
-        found = self.text(key, None)
-        listed = ", ".join(sorted(allowed))
+        found = self.text(key)
         if not found:
-            raise self.error(key, "is missing", f"one of: {listed}")
-        if found not in allowed:
-            near = difflib.get_close_matches(found, allowed, 1)
-            meant = f"did you mean {near[0]}? " if near else ""
-            raise self.error(key, f"{found!r} is not known", f"{meant}one of: {listed}")
+            raise self.error(key, "is missing", f"one of: {', '.join(sorted(allowed))}")
+        self._among(key, found, allowed)
         return found
 
-    def flag(self, key: str, default: bool | None) -> bool | None:
+    def flag_or_none(self, key: str) -> bool | None:
         """true or false."""
+        default = self._keys[key].default
+        assert default is None or isinstance(default, bool)
         node = self._get(key)
         if node is None:
             return default
@@ -139,11 +186,17 @@ class Section:
             raise self._wrong(node, self.at(key), "true or false", default)
         return value
 
-    def integers(self, key: str, *, least: int, most: int) -> tuple[int, ...]:
-        """A list of integers; empty if missing."""
+    def flag(self, key: str) -> bool:
+        """true or false; missing without a default: false."""
+        return bool(self.flag_or_none(key))
+
+    def integers(self, key: str, *, least: float | None = None, most: float | None = None) -> tuple[int, ...]:
+        """A list of integers; empty if missing. Of a table, whose keys are not known, the range is given."""
+        if least is None or most is None:
+            least, most = self._keys[key].least, self._keys[key].most
         path = self.at(key)
         nodes = enumerate(self._sequence(key))
-        return tuple(self._integer(node, f"{path}[{index}]", least, most, None) for index, node in nodes)
+        return tuple(self._integer(node, f"{path}[{index}]", int(least), int(most), None) for index, node in nodes)
 
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of texts; empty if missing."""
@@ -153,6 +206,12 @@ class Section:
                 raise self._wrong(node, f"{self.at(key)}[{index}]", "text", None)
             found.append(str(node.value))
         return tuple(found)
+
+    def gone(self, key: str, hint: str) -> None:
+        """Refuse a key that the reference has given up; an empty list means nothing, there and here."""
+        node = self._get(key)
+        if node is not None and not (isinstance(node, yaml.SequenceNode) and not node.value):
+            raise self.error(key, "this key is gone", hint)
 
     def section(self, key: str) -> Section | None:
         """A nested mapping; None if missing."""
@@ -202,14 +261,12 @@ class Section:
             raise self.place.error(node, path, "is empty", "write keys, or leave `config` out")
         return Section(inner, path, place, any_case=any_case)
 
-    def allow(self, *keys: str) -> None:
-        """Refuse every key but `keys`; called first, so that a misspelt key is told before a missing one."""
-        for key, node in self._values.items():
-            if key not in keys:
-                near = difflib.get_close_matches(key.lower(), keys, 1)
-                meant = f"did you mean {near[0]}? " if near else ""
-                known = ", ".join(sorted(keys))
-                raise self.place.error(node, self.at(self._written[key]), "is not a key here", f"{meant}keys: {known}")
+    def _among(self, key: str, found: str, allowed: Sequence[str]) -> None:
+        if found not in allowed:
+            listed = ", ".join(sorted(filter(None, allowed)))
+            near = difflib.get_close_matches(found, allowed, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise self.error(key, f"{found!r} is not known", f"{meant}one of: {listed}")
 
     def _get(self, key: str) -> yaml.Node | None:
         node = self._values.get(key)
@@ -233,21 +290,29 @@ class Section:
 
     def _wrong(self, node: yaml.Node, path: str, allowed: str, default: object) -> ConfigError:
         kind = _KINDS.get(node.tag.removeprefix(_TAG), "something else")
-        shown = f"{node.value!r} is {kind}" if isinstance(node, yaml.ScalarNode) else f"is {kind}"
+        shown = f"{_short(node.value)!r} is {kind}" if isinstance(node, yaml.ScalarNode) else f"is {kind}"
         return self.place.error(node, path, shown, f"use {allowed}{_default(default)}")
 
     def _range(self, node: yaml.Node, path: str, least: float, most: float, default: object) -> ConfigError:
-        shown = node.value if isinstance(node, yaml.ScalarNode) else ""
-        return self.place.error(node, path, f"{shown} is out of range", f"use {_span(least, most)}{_default(default)}")
+        shown = _short(node.value) if isinstance(node, yaml.ScalarNode) else ""
+        above = isinstance(node, yaml.ScalarNode) and (_number(node.value) or 0) > most
+        span = _span(least, most, whole=above)
+        return self.place.error(node, path, f"{shown} is out of range", f"use {span}{_default(default)}")
 
 
-def _span(least: float, most: float) -> str:
-    open_ended = most >= (1 << 30)  # nobody needs to know such a limit
-    return f"a number of {_plain(least)} or more" if open_ended else f"a number from {_plain(least)} to {_plain(most)}"
+def _span(least: float, most: float, *, whole: bool = False) -> str:
+    """The range in words; `whole`: also a limit so high that who is below it need not know."""
+    if most >= (1 << 30) and not whole:
+        return f"a number of {_plain(least)} or more"
+    return f"a number from {_plain(least)} to {_plain(most)}"
 
 
 def _plain(value: float) -> str:
-    return str(int(value)) if value == int(value) else str(value)
+    return str(int(value)) if abs(value) < 1e19 and value == int(value) else f"{value:.6g}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_MOST else f"{text[:_SHOWN_MOST]}..."
 
 
 def _default(default: object) -> str:

@@ -1,60 +1,101 @@
-"""The `routines` of a configuration file, decoded: what is to be run beside the policy, and how often."""
+"""The `routines` of a configuration file, decoded: what is to be run beside the policy, and when."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from memtier_engine.config_parts import required_config
 from memtier_engine.config_reader import Section
+from memtier_engine.errors import ConfigError
+from memtier_engine.routines.base import Routine
+from memtier_engine.routines.statactions import RunLine, RunWords, StatActions, StatActionsConfig
+from memtier_engine.routines.stub import StubRoutine
+from memtier_engine.stats.recorder import Statistics
 
-INTERVAL_MAX_MS = 24 * 3600 * 1000
-RUNNERS = ("memtier",)
-_NOT_YET = ("pageoutmb", "pageoutcommand", "pageoutcommandrunner", "timestamp", "timestampafter")
+ALLOW_PROGRAMS = "`allowprograms: true` at the top of the file, or memtierd -allow-programs"
+"""How a person lets routines run programs."""
+ROUTINES = ("statactions", "stub")
+_PAIRS = (("intervalcommand", "intervalcommandrunner"), ("pageoutcommand", "pageoutcommandrunner"))
 
 
 @dataclass(frozen=True, slots=True)
 class RoutineSpec:
-    """A `statactions` routine: a command every interval."""
+    """One routine."""
 
-    interval_ms: int
-    command: tuple[str, ...]
-    """Words of a command of ours; never run by a shell nor as a program."""
+    name: str
+    config: StatActionsConfig | None = None
+    """None: the stub."""
+    programs_allowed: bool = False
+    """Whether its commands may be programs."""
+
+    def build(
+        self,
+        statistics: Statistics,
+        *,
+        now_s: float,
+        run_words: RunWords | None = None,
+        run_line: RunLine | None = None,
+        write: Callable[[str], object] | None = None,
+    ) -> Routine:
+        """The routine; for the arguments see `StatActions`.
+
+        Raises:
+            ConfigError: it needs a prompt, and there is none.
+        """
+        if self.config is None:
+            return StubRoutine()
+        return StatActions(
+            self.config,
+            statistics,
+            now_s=now_s,
+            run_words=run_words,
+            run_line=run_line,
+            allow_programs=self.programs_allowed,
+            switch=ALLOW_PROGRAMS,
+            write=write,
+        )
 
 
-def decode_routines(root: Section) -> tuple[RoutineSpec, ...]:
+def decode_routines(root: Section, *, allow_programs: bool = False) -> tuple[RoutineSpec, ...]:
     """The list under `routines`; empty if there is none.
 
     Raises:
-        ConfigError: a key or value that is not understood.
+        ConfigError: a key or value that is not understood, or a program that may not be run.
     """
-    return tuple(_statactions(block) for block in root.sections("routines"))
+    return tuple(decode_routine(block, allow_programs=allow_programs) for block in root.sections("routines"))
 
 
-def _statactions(block: Section) -> RoutineSpec:
-    block.allow("name", "config")
-    block.choice("name", ("statactions",))
-    section = block.config()
-    if section is None:
-        raise block.error("config", "is missing", "text in YAML, as `config: |` and indented lines")
-    section.allow("intervalms", "intervalcommand", "intervalcommandrunner", *_NOT_YET)
-    for key in _NOT_YET:
-        if section.has(key):
-            raise section.error(key, "is not supported yet", "leave it out")
-    interval_ms = section.integer("intervalms", None, least=1, most=INTERVAL_MAX_MS)
-    if interval_ms is None:
-        raise section.error("intervalms", "is missing", f"a number from 1 to {INTERVAL_MAX_MS}")
-    command = section.texts("intervalcommand")
-    if not command:
-        raise section.error("intervalcommand", "is missing or empty", "a list of words")
-    if section.text("intervalcommandrunner", "exec") not in RUNNERS:
-        raise section.error(
-            "intervalcommandrunner",
-            f"{section.text('intervalcommandrunner', 'exec')!r} runs programs, which is not supported",
-            "use memtier",
+def decode_routine(block: Section, *, allow_programs: bool = False) -> RoutineSpec:
+    """One `name` and `config` block. Raises ConfigError as `decode_routines`."""
+    name = block.choice("name", ROUTINES)
+    if name == "stub":
+        block.use("block")
+        return RoutineSpec("stub")
+    section = required_config(block, "routine.statactions")
+    commands = {key: section.texts(key) for key, _ in _PAIRS}
+    runners = {runner: section.text(runner) for _, runner in _PAIRS}
+    for key, runner in _PAIRS:
+        command = commands[key]
+        if command and not command[0].strip():
+            raise section.error(key, "begins with an empty word", "a list: the command and its arguments")
+        if command and runners[runner] in ("", "exec") and not allow_programs:
+            raise section.error(
+                key, f"runs the program {command[0]!r}, which is switched off", f"allow it: {ALLOW_PROGRAMS}"
+            )
+    try:
+        config = StatActionsConfig(
+            interval_ms=section.integer("intervalms"),
+            interval_command=commands["intervalcommand"],
+            interval_command_runner=runners["intervalcommandrunner"],
+            pageout_mib=section.integer("pageoutmb"),
+            pageout_command=commands["pageoutcommand"],
+            pageout_command_runner=runners["pageoutcommandrunner"],
+            timestamp=section.text("timestamp"),
+            timestamp_after=section.text("timestampafter"),
         )
-    if command[:3] != ("policy", "-dump", "accessed") or len(command) > 5:
-        raise section.error(
-            "intervalcommand",
-            f"{' '.join(command)!r} is not supported",
-            'use ["policy", "-dump", "accessed", "0,1m,30m,0"]',
-        )
-    return RoutineSpec(interval_ms, command)
+    except ConfigError as failure:
+        if failure.line is not None:
+            raise
+        raise section.error(failure.key_path or "", failure.message, failure.hint) from None
+    return RoutineSpec("statactions", config, programs_allowed=allow_programs)
