@@ -16,7 +16,7 @@ from memtier_engine.abi import libbpf
 from memtier_engine.errors import AccessDenied, KernelCallError, TrackerUnavailable, Unavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, Spans
-from memtier_engine.trackers.bpf import build, hardware, loaders, paging, program, sampling
+from memtier_engine.trackers.bpf import build, hardware, loaders, paging, program, rights, sampling
 from memtier_engine.trackers.bpf.btf import Btf
 from memtier_engine.trackers.bpf.tracker import batches, blocks_of
 
@@ -212,12 +212,12 @@ def host_with(tmp_path: Path, *, capabilities: int, lockdown: str | None = None)
 )
 def test_each_missing_capability_is_named(held: int, missing: str, tmp_path: Path) -> None:
     failure = AccessDenied("load the BPF object", 1)
-    why = program.explained(host_with(tmp_path, capabilities=held), failure)
+    why = rights.explained(host_with(tmp_path, capabilities=held), failure)
     assert why.message.endswith(f"this process lacks {missing}")
 
 
 def test_with_all_capabilities_a_refusal_points_to_seccomp(tmp_path: Path) -> None:
-    why = program.explained(host_with(tmp_path, capabilities=1 << 21), AccessDenied("load the BPF object", 1))
+    why = rights.explained(host_with(tmp_path, capabilities=1 << 21), AccessDenied("load the BPF object", 1))
     assert "lacks" not in why.message
     assert why.hint is not None
     assert "seccomp" in why.hint
@@ -227,9 +227,9 @@ def test_a_locked_down_kernel_is_the_reason_when_it_is(tmp_path: Path) -> None:
     """There the verifier knows no bpf_probe_read_kernel: EINVAL."""
     failure = KernelCallError("load the BPF object: unknown func", 22)
     host = host_with(tmp_path, capabilities=1 << 21, lockdown="none integrity [confidentiality]\n")
-    assert "locked down (confidentiality)" in program.explained(host, failure).message
+    assert "locked down (confidentiality)" in rights.explained(host, failure).message
     other = host_with(tmp_path / "other", capabilities=1 << 21, lockdown="none [integrity] confidentiality\n")
-    assert program.explained(other, failure).message == failure.message
+    assert rights.explained(other, failure).message == failure.message
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,7 @@ UFFDIO_WRITEPROTECT_MODE_DONTWAKE = 1 << 1
 class Capability(IntEnum):
     """Bits of CapEff in /proc/PID/status. Source: include/uapi/linux/capability.h."""
 
+    CAP_DAC_OVERRIDE = 1
     CAP_KILL = 5
     CAP_SYS_PTRACE = 19
     CAP_SYS_ADMIN = 21

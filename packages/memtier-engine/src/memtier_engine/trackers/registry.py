@@ -13,9 +13,17 @@ from memtier_engine.errors import ConfigError, MemtierError, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker
 
-AUTO_ORDER = ("bpf", "idlepage", "refs", "softdirty")
-"""`auto` tries these in turn. Exact before coarse, and `bpf` before `idlepage`: a tenth of the cost, and it
-sees shared pages. `softdirty` last, because it takes memory that is only read for idle, which the others do not."""
+AUTO_REASONS: Mapping[str, str] = {
+    "bpf": "reads and writes of each page, shared ones too, at a tenth of the bitmap's cost, on any kernel with BPF",
+    "idlepage": "reads and writes of each page; dear, and pages that several processes map are left out",
+    "damon": "reads and writes at a cost that does not grow with the memory; it samples, so pages used rarely among "
+    "many idle ones may look idle, and the guard `refaults` has to stop that",
+    "softdirty": "writes of each page; with `trackreferenced`, without which memory that is only read would look idle: "
+    "a mapping that is read counts as in use as a whole",
+    "refs": "any kernel; by whole mappings only, so a large heap never looks idle while any of it is used",
+}
+AUTO_ORDER = tuple(AUTO_REASONS)
+"""`auto` tries these in turn; the reasons say why each is where it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,8 @@ def _modules() -> Mapping[str, Callable[[Host], Tracker]]:
 
     return {
         "bpf": load("bpf.tracker", "BpfTracker"),
+        "bpf-hardware": load("bpf.hardware", "HardwareTracker"),
+        "bpf-sampled": load("bpf.sampling", "SampledBpfTracker"),
         "damon": load("damon", "DamonTracker"),
         "finder": load("finder", "FinderTracker"),
         "idlepage": load("idlepage", "IdlePageTracker"),
@@ -49,9 +59,19 @@ def _modules() -> Mapping[str, Callable[[Host], Tracker]]:
     }
 
 
+def _softdirty_that_sees_reads(host: Host) -> Tracker:
+    from memtier_engine.trackers.softdirty import SoftDirtyConfig, SoftDirtyTracker
+
+    return SoftDirtyTracker(host, SoftDirtyConfig(track_referenced=True))
+
+
 TRACKERS = _modules()
+_IN_AUTO: Mapping[str, Callable[[Host], Tracker]] = {"softdirty": _softdirty_that_sees_reads}
+"""What `auto` makes where that is not what the name alone stands for."""
 _NEEDS = {
     "bpf": ("pagemap-pfns", "clear-refs", "btf", "bpf"),
+    "bpf-hardware": ("pagemap", "btf", "bpf"),
+    "bpf-sampled": ("pagemap-pfns", "process-madvise", "btf", "bpf"),
     "finder": ("pagemap",),
     "idlepage": ("pagemap-pfns", "idle-bitmap", "kpageflags"),
     "softdirty": ("pagemap", "soft-dirty"),
@@ -59,7 +79,9 @@ _NEEDS = {
     "userfault": ("userfaultfd-wp-async",),
 }
 """Probe features that each tracker cannot do without."""
-_TRIED = ("bpf", "damon")
+_NEEDS_IN_AUTO = {"softdirty": ("clear-refs", "smaps-referenced")}
+"""Those that `auto` needs besides."""
+_TRIED = ("bpf", "bpf-hardware", "bpf-sampled", "damon")
 """Trackers that verify themselves when made: the features alone do not promise that they work."""
 
 
@@ -78,19 +100,26 @@ def create_tracker(name: str, host: Host) -> TrackerChoice:
             key_path="tracker.name",
             hint=f"use one of: auto, {', '.join(sorted(TRACKERS))}",
         )
-    why = why_not(name, host)
+    return TrackerChoice(_made(name, host, TRACKERS[name]), ())
+
+
+def _made(name: str, host: Host, make: Callable[[Host], Tracker], *, in_auto: bool = False) -> Tracker:
+    why = _lacking(name, host, in_auto=in_auto)
     if why is not None:
         raise TrackerUnavailable(f"tracker {name}: {why[0]}", hint=why[1])
-    return TrackerChoice(TRACKERS[name](host), ())
+    try:
+        return make(host)
+    except MemtierError as failure:
+        if name in _TRIED:
+            raise TrackerUnavailable(f"tracker {name}: {failure.message}", hint=failure.hint) from None
+        raise
 
 
-def why_not(name: str, host: Host) -> tuple[str, str | None] | None:
-    """(reason, what to do) why the tracker does not work here; None if it does."""
-    from memtier_engine.hostfs.probe import probe
-
-    for feature in probe(host, _NEEDS.get(name, ())):
-        if not feature.works:
-            return feature.why or f"{feature.name} does not work", feature.fix
+def why_not(name: str, host: Host, *, in_auto: bool = False) -> tuple[str, str | None] | None:
+    """(reason, what to do) why the tracker does not work here, or not as `auto` makes it; None if it does."""
+    why = _lacking(name, host, in_auto=in_auto)
+    if why is not None:
+        return why
     if name in _TRIED:
         try:
             TRACKERS[name](host).close()
@@ -99,11 +128,22 @@ def why_not(name: str, host: Host) -> tuple[str, str | None] | None:
     return None
 
 
+def _lacking(name: str, host: Host, *, in_auto: bool) -> tuple[str, str | None] | None:
+    """The first feature of the kernel, or right, that the tracker needs and does not find."""
+    from memtier_engine.hostfs.probe import probe
+
+    needs = (*_NEEDS.get(name, ()), *(_NEEDS_IN_AUTO.get(name, ()) if in_auto else ()))
+    for feature in probe(host, needs):
+        if not feature.works:
+            return feature.why or f"{feature.name} does not work", feature.fix
+    return None
+
+
 def _choose(host: Host) -> TrackerChoice:
     rejected: list[tuple[str, str]] = []
     for name in AUTO_ORDER:
         try:
-            chosen = create_tracker(name, host).tracker
+            chosen = _made(name, host, _IN_AUTO.get(name, TRACKERS[name]), in_auto=True)
         except MemtierError as failure:
             rejected.append((name, str(failure)))
             logger.info("tracker {} is out: {}", name, failure)

@@ -20,7 +20,8 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.model import U64, ProcessId
 from memtier_engine.trackers.bpf import attach, paging
 from memtier_engine.trackers.bpf.loaders import Loaded, load
-from memtier_engine.trackers.bpf.program import SharedWalker, explained
+from memtier_engine.trackers.bpf.program import SharedWalker
+from memtier_engine.trackers.bpf.rights import explained
 
 TRACEPOINT = "page_fault_user"
 _KEY_WORDS = 2

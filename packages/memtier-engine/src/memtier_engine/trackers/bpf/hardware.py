@@ -22,7 +22,7 @@ from memtier_engine.hostfs.pagemap import Pagemap, present
 from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, PageChunk, ProcessId, Spans
 from memtier_engine.trackers.bpf import attach
 from memtier_engine.trackers.bpf.loaders import Loaded, load
-from memtier_engine.trackers.bpf.program import explained
+from memtier_engine.trackers.bpf.rights import explained
 from memtier_engine.trackers.common import FirstSight, chunks, mark_new
 
 PMUS = "sys/bus/event_source/devices"

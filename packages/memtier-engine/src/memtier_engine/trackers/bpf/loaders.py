@@ -217,4 +217,18 @@ class _stderr_kept:  # noqa: N801
         os.close(self._file)
 
 
+def need(loader: str, host: Host) -> None:
+    """Return if what `loader` needs of this machine is there. Nothing is loaded.
+
+    Raises:
+        Unavailable: it is not, and how to get it.
+    """
+    _need_btf(host)
+    if loader == "libbpf":
+        available()
+    else:
+        import_bcc()
+        _need_headers(host)
+
+
 _LOAD = {"libbpf": load_by_libbpf, "bcc": load_by_bcc}

@@ -15,13 +15,11 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from memtier_engine.abi import syscalls
-from memtier_engine.abi.constants import Capability
-from memtier_engine.errors import AccessDenied, KernelCallError, MemtierError, TrackerUnavailable
+from memtier_engine.errors import MemtierError, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, pfns, present
-from memtier_engine.hostfs.proc import effective_capabilities
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64
-from memtier_engine.trackers.bpf import paging
+from memtier_engine.trackers.bpf import paging, rights
 from memtier_engine.trackers.bpf.loaders import Loaded, load
 
 MAX_BLOCKS = 160
@@ -61,7 +59,7 @@ class Walker:
             self.mask, self.top_shift = _paging_of(host)
             self._loaded: Loaded = load(host, _PROGRAMS, loader)
         except MemtierError as failure:
-            raise explained(host, failure) from None
+            raise rights.explained(host, failure) from None
         self.loader = self._loaded.loader
         try:
             blocks = self._mapped("blocks", MAX_BLOCKS * _BLOCK_WORDS * 8)
@@ -74,7 +72,7 @@ class Walker:
         except BaseException as failure:
             self.close()
             if isinstance(failure, MemtierError):
-                raise explained(host, failure) from None
+                raise rights.explained(host, failure) from None
             raise
 
     def __enter__(self) -> Self:
@@ -163,7 +161,7 @@ class Walker:
         words = pagemap.read(address, address + _TRIAL_PAGES * PAGE_BYTES)
         frames = pfns(words)
         if not present(words).all() or not frames.any():
-            raise _lacking(self._host, "pagemap shows no frame numbers", (Capability.CAP_SYS_ADMIN,))
+            raise rights.lacking(self._host, "pagemap shows no frame numbers", rights.FOR_FRAMES)
         return frames
 
     def _locate(self, fd: int, frame: int, low: int, high: int) -> int:
@@ -227,41 +225,6 @@ def _paging_of(host: Host) -> tuple[int, int]:
     mask = (1 << int(bits[1])) - PAGE_BYTES
     five = "la57" in flags[1].split()
     return mask, paging.TOP_SHIFT_5_LEVELS if five else paging.TOP_SHIFT_4_LEVELS
-
-
-_NEEDED = (Capability.CAP_BPF, Capability.CAP_PERFMON)
-_LOCKDOWN = "sys/kernel/security/lockdown"
-
-
-def explained(host: Host, failure: MemtierError) -> TrackerUnavailable:
-    """`failure` as the reason why the tracker does not work, with the capabilities that would allow it."""
-    if isinstance(failure, TrackerUnavailable):
-        return failure
-    if isinstance(failure, AccessDenied):
-        return _lacking(host, failure.message, _NEEDED)
-    if isinstance(failure, KernelCallError):
-        if _is_locked_down(host):
-            return TrackerUnavailable(
-                "the kernel is locked down (confidentiality): BPF programs cannot read kernel memory",
-                hint="boot with lockdown=integrity",
-            )
-        return TrackerUnavailable(failure.message, hint=failure.hint or "Linux 5.10 or later with CONFIG_BPF_SYSCALL=y")
-    return TrackerUnavailable(failure.message, hint=failure.hint)
-
-
-def _is_locked_down(host: Host) -> bool:
-    path = host.path(_LOCKDOWN)
-    return path.exists() and "[confidentiality]" in host.read_text(path)
-
-
-def _lacking(host: Host, message: str, needed: tuple[Capability, ...]) -> TrackerUnavailable:
-    held = effective_capabilities(host)
-    # CAP_SYS_ADMIN stands for both newer ones. Source: include/linux/capability.h, bpf_capable(), perfmon_capable().
-    if held is not None and not held >> Capability.CAP_SYS_ADMIN & 1:
-        absent = [each.name for each in needed if not held >> each & 1]
-        if absent:
-            return TrackerUnavailable(f"{message}: this process lacks {', '.join(absent)}", hint="run as root")
-    return TrackerUnavailable(message, hint="allow bpf(2) in the seccomp profile, outside a user namespace")
 
 
 class _Shared:

@@ -5,6 +5,10 @@ the blocks of a random panel are read and cleared (MADV_COLD, which also moves t
 kernel brings back those in use when it comes by). Of all other blocks only whether they are mapped is read, and their
 pages count as in use: nothing outside the panel looks idle. A panel is kept for some scans, then another is drawn.
 `estimate` extrapolates the working set, with its standard error.
+
+MADV_COLD passes over pages that other processes map too, over locked ones, and over those that wait in a CPU's batch
+(up to 31) to join an LRU list. They keep their bit and count as in use, so both errors are on the safe side.
+Source: mm/madvise.c, madvise_cold_or_pageout_pte_range().
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ import numpy as np
 
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import MADV_COLD, UIO_MAXIOV
-from memtier_engine.errors import KernelCallError, ProcessGone
+from memtier_engine.errors import AccessDenied, KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans
-from memtier_engine.trackers.bpf import paging
+from memtier_engine.trackers.bpf import paging, rights
 from memtier_engine.trackers.bpf.program import MAX_BLOCKS, SharedWalker
 from memtier_engine.trackers.bpf.tracker import batches, blocks_of
 from memtier_engine.trackers.common import FirstSight, mark_new
@@ -87,9 +91,11 @@ class SampledBpfTracker:
         seed: int | None = None,
         loader: str = "auto",
     ) -> None:
-        """Raises TrackerUnavailable."""
+        """Raises TrackerUnavailable: it does not work here; without CAP_SYS_NICE it could not clear any bit."""
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}; use more than 0, at most 1")
+        if rights.absent(host, rights.FOR_COLD):
+            raise rights.lacking(host, "process_madvise(MADV_COLD) on other processes", rights.FOR_COLD)
         self._host = host
         self._shared = SharedWalker(host, loader)
         self._share = share
@@ -146,7 +152,10 @@ class SampledBpfTracker:
             found = extrapolate(np.concatenate(pages_of_sampled), mapped_blocks)
             if found is not None:
                 self._estimates[process] = found
-        make_cold(process, clipped(np.concatenate(sampled), spans))
+        try:
+            make_cold(process, clipped(np.concatenate(sampled), spans))
+        except AccessDenied as failure:
+            raise rights.denied(self._host, failure, (*rights.FOR_COLD, *rights.FOR_OTHERS)) from None
         self._scans[process] = scans + 1
         self._seen.completed(process, spans)
 

@@ -33,6 +33,7 @@ class BpfTracker:
 
     name = "bpf"
     page_exact = True
+    own_accesses_only = True
 
     def __init__(self, host: Host, *, loader: str = "auto") -> None:
         """Raises TrackerUnavailable: with the reason and what would help."""
