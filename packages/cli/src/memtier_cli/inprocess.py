@@ -13,6 +13,7 @@ from memtier_cli.fleet import Job
 from memtier_cli.nri_config import PluginConfig
 from memtier_cli.rundir import ContainerDirectory, RunDirectory
 from memtier_cli.statactions import StatActions, check_routines
+from memtier_engine.asleep import TimedTarget
 from memtier_engine.config import Spec, parse
 from memtier_engine.engine import Engine, StepReport
 from memtier_engine.errors import MemtierError
@@ -147,6 +148,10 @@ class PinnedTarget:
             return frozenset()
         found = self._target.poll()
         return found if self._cgroup.is_there() else frozenset()
+
+    def run_time_us(self) -> int | None:
+        """See `TimedTarget`."""
+        return self._target.run_time_us() if isinstance(self._target, TimedTarget) else None
 
 
 class NodeBudget:

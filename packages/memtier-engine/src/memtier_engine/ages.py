@@ -166,6 +166,16 @@ class ProcessPages:
             np.putmask(self.places[first : first + len(ages)], absent, 0)
         return int(np.count_nonzero((before == PAGED_OUT) & chunk.resident))
 
+    def rest(self, step_table: U8) -> None:
+        """Take over that no page was touched since the last scan, and none came or went."""
+        table = step_table.copy()
+        table[PAGED_OUT], table[NOT_RESIDENT] = PAGED_OUT, NOT_RESIDENT
+        for first in range(0, len(self.ages), CHUNK_PAGES):
+            ages = self.ages[first : first + CHUNK_PAGES]
+            ages[:] = table[ages]
+        if self.streaks is not None:
+            self.streaks[:] = 0
+
     def histogram(self) -> NDArray[np.int64]:
         """int64[256]: pages of each age, with `PAGED_OUT` and `NOT_RESIDENT` at their own values."""
         counts = np.zeros(256, np.int64)

@@ -17,6 +17,7 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from memtier_engine.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
+from memtier_engine.asleep import AsleepWatch
 from memtier_engine.clock import Clock, SystemClock
 from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
 from memtier_engine.guards.base import GuardState
@@ -148,6 +149,7 @@ class Engine:
         self.pace = pace
         self.pages: dict[ProcessId, ProcessPages] = {}
         self.age_clock = AgeClock()
+        self._asleep = AsleepWatch(self.tracker)
         self._next_scan_s = now_s
         self._next_decision_s = now_s
         self._candidate_bytes = 0
@@ -225,6 +227,10 @@ class Engine:
         processes = self._follow()
         self.age_clock.begin_scan(now_s)
         table = self.age_clock.step_table()
+        if self._may_rest(processes):
+            for own in self.pages.values():
+                own.rest(table)
+            processes = []
         for process in processes:
             try:
                 self._scan(process, table)
@@ -291,6 +297,11 @@ class Engine:
         ]
         self.tracker.watch(frozenset(wanted))
         return wanted
+
+    def _may_rest(self, processes: list[ProcessId]) -> bool:
+        """Whether the processes are known and have not run since the last scan, so that this one can be left out."""
+        asleep = self._asleep.asleep(self.target)
+        return asleep and self.pages.keys() == set(processes) and not any(each.every_scan for each in self.observers)
 
     def _scan(self, process: ProcessId, table: NDArray[np.uint8]) -> None:
         began_s = time.monotonic()

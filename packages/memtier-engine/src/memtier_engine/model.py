@@ -105,6 +105,7 @@ class Tracker(Protocol):
     name: str
     page_exact: bool
     """False: `accessed` says "this mapping", not "this page"."""
+    # May have `own_accesses_only = True`: of a process that does not run, it never reports an access.
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """The whole set to observe from now on; call again when it changes."""

@@ -59,6 +59,11 @@ class TraceRecorder(Observer):
         self._offsets = np.zeros(1, np.int64)
         self._runs: dict[str, list[NDArray[np.int64]]] = {}
 
+    @property
+    def every_scan(self) -> bool:
+        """See `Observer`."""
+        return True
+
     def scan_began(self, process: ProcessId, spans: Spans, now_s: float) -> None:
         """See `Observer`."""
         self._time_s, self._spans = now_s, spans

@@ -8,6 +8,11 @@ from memtier_engine.model import MoveOutcome, PageChunk, ProcessId, Spans
 class Observer:
     """Does nothing; inherit it and write the methods you need. All are called from the engine's thread."""
 
+    @property
+    def every_scan(self) -> bool:
+        """True: wants to see processes scanned that did not run since the last scan; else these may be left out."""
+        return False
+
     def scan_began(self, process: ProcessId, spans: Spans, now_s: float) -> None:
         """A scan of `process` begins; `now_s` is the engine's time of the round."""
 

@@ -59,6 +59,11 @@ class RawEvents(Observer):
             self._began_ns.clear()
             self._regions.keep([])
 
+    @property
+    def every_scan(self) -> bool:
+        """See `Observer`."""
+        return self._on
+
     def scan_began(self, process: ProcessId, spans: Spans, now_s: float) -> None:
         """See `Observer`."""
         if self._on:

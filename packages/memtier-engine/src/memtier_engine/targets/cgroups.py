@@ -44,6 +44,19 @@ class CgroupsTarget:
                 self._complain(name, f"cannot be read: {error}")
         return identify(self._host, pids)
 
+    def run_time_us(self) -> int | None:
+        """CPU time of all that ever ran in the cgroups, from `cpu.stat`. None: one of them is not there."""
+        total_us = 0
+        try:
+            for directory in self.directories():
+                used_us = Cgroup(directory, self._host).stat("cpu.stat").get("usage_usec")
+                if used_us is None:
+                    return None
+                total_us += used_us
+        except KernelCallError:
+            return None
+        return total_us
+
     def directories(self) -> tuple[Path, ...]:
         """Where the cgroups are, whether they exist yet or not; empty without a cgroup v2 tree."""
         try:

@@ -22,6 +22,7 @@ class RefsTracker:
 
     name = "refs"
     page_exact = False
+    own_accesses_only = True
 
     def __init__(self, host: Host) -> None:
         self._host = host
