@@ -38,7 +38,11 @@ def tracker_or_skip(name: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("name", sorted(set(TRACKERS) - {"userfault", "finder", "stub"}))
+@pytest.mark.parametrize(
+    # bpf-sampled knows a share of the blocks only; bpf-hardware finds hot pages and cannot prove that one is cold.
+    "name",
+    sorted(set(TRACKERS) - {"userfault", "finder", "stub", "bpf-sampled", "bpf-hardware"}),
+)
 @pytest.mark.parametrize("strips", [1, 8])
 def test_cold_memory_leaves_and_hot_memory_stays(name: str, strips: int) -> None:
     """Hot memory is written, so that every tracker can see it."""

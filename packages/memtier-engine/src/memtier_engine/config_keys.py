@@ -241,6 +241,8 @@ COMPONENTS: Mapping[str, tuple[Key, ...]] = {
     ),
     "tracker.auto": _OWN_TRACKER,
     "tracker.bpf": _OWN_TRACKER,
+    "tracker.bpf-hardware": _OWN_TRACKER,
+    "tracker.bpf-sampled": _OWN_TRACKER,
     "tracker.damon": (
         _text("connection", "Connection", "bpftrace"),
         _us("samplingus", "SamplingUs", 5_000),

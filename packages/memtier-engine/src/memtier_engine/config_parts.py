@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memtier_engine.clock import SystemClock
 from memtier_engine.config_reader import Section
@@ -25,7 +25,8 @@ from memtier_engine.targets.regexp import compile_re2
 from memtier_engine.trackers.damon import DamonConfig, DamonTracker
 from memtier_engine.trackers.finder import FinderConfig, FinderTracker
 from memtier_engine.trackers.multi import MultiTracker, check_parts
-from memtier_engine.trackers.registry import create_tracker
+from memtier_engine.trackers.registry import create_softdirty_with_reads, create_tracker
+from memtier_engine.trackers.softdirty import SoftDirtyConfig
 
 _WRITES_ONLY = ("softdirty", "userfault")
 
@@ -40,7 +41,7 @@ class TrackerSpec:
     pages_in_region: int = 512
     """For policies that decide by regions; ages are kept per page."""
     max_count_per_region: int = 1
-    options: FinderConfig | DamonConfig | None = None
+    options: FinderConfig | DamonConfig | SoftDirtyConfig | None = None
     parts: tuple[TrackerSpec, ...] = ()
     """Of `multi`."""
 
@@ -63,7 +64,14 @@ class TrackerSpec:
             return DamonTracker(host, self.options)
         if isinstance(self.options, FinderConfig):
             return FinderTracker(host, self.options)
+        if isinstance(self.options, SoftDirtyConfig) and self.options.track_referenced:
+            return create_softdirty_with_reads(host)
         return create_tracker(self.name, host).tracker
+
+    @property
+    def clears_referenced(self) -> bool:
+        """Whether this is `softdirty` with `trackreferenced`, which clears what `refs` would look at."""
+        return isinstance(self.options, SoftDirtyConfig) and self.options.track_referenced
 
     def regions(self) -> RegionCounters:
         """How a policy that decides by regions counts what this tracker sees."""
@@ -235,9 +243,8 @@ def _idlepage(name: str, section: Section) -> TrackerSpec:
 def _softdirty(name: str, section: Section) -> TrackerSpec:
     for key in ("regionsupdatems", "pagemapreadahead", "skippageprob"):
         section.integer(key)
-    if section.flag("trackreferenced"):
-        raise section.error("trackreferenced", "is not supported", "use tracker idlepage to see reads")
-    return _own_tracker(name, section)
+    options = SoftDirtyConfig(track_referenced=section.flag("trackreferenced"))
+    return replace(_own_tracker(name, section), options=options)
 
 
 def _own_tracker(name: str, section: Section) -> TrackerSpec:
@@ -291,7 +298,7 @@ def _damon(name: str, section: Section) -> TrackerSpec:
 def _multi(name: str, section: Section) -> TrackerSpec:
     parts = tuple(map(_tracker, section.sections("trackers")))
     try:
-        check_parts([part.name for part in parts])
+        check_parts([part.name for part in parts] + ["refs" for part in parts if part.clears_referenced])
     except ConfigError as failure:
         raise section.error("trackers", failure.message, failure.hint) from None
     intervals = [part.scan_interval_ms for part in parts if part.scan_interval_ms is not None]
@@ -315,6 +322,8 @@ TARGETS: Mapping[str, Callable[[Section], TargetSpec]] = {
 TRACKERS: Mapping[str, Callable[[str, Section], TrackerSpec]] = {
     "auto": _own_tracker,
     "bpf": _own_tracker,
+    "bpf-hardware": _own_tracker,
+    "bpf-sampled": _own_tracker,
     "damon": _damon,
     "finder": _finder,
     "idlepage": _idlepage,

@@ -12,7 +12,7 @@ from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, Bools, PageChunk, ProcessId, Spans, Tracker
 from memtier_engine.trackers.common import chunks
 
-EXCLUSIVE = (frozenset({"idlepage", "refs", "damon", "bpf"}), frozenset({"softdirty"}))
+EXCLUSIVE = (frozenset({"idlepage", "refs", "damon", "bpf", "bpf-sampled"}), frozenset({"softdirty"}))
 """Trackers that read and clear the same bits: accessed, soft-dirty."""
 
 

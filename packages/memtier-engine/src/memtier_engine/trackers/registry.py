@@ -103,6 +103,15 @@ def create_tracker(name: str, host: Host) -> TrackerChoice:
     return TrackerChoice(_made(name, host, TRACKERS[name]), ())
 
 
+def create_softdirty_with_reads(host: Host) -> Tracker:
+    """Tracker `softdirty` with `track_referenced`, as `auto` takes it.
+
+    Raises:
+        TrackerUnavailable: it does not work here; the hint says what is missing.
+    """
+    return _made("softdirty", host, _IN_AUTO["softdirty"], in_auto=True)
+
+
 def _made(name: str, host: Host, make: Callable[[Host], Tracker], *, in_auto: bool = False) -> Tracker:
     why = _lacking(name, host, in_auto=in_auto)
     if why is not None:
