@@ -52,10 +52,8 @@ def decode_guards(root: Section) -> GuardsConfig:
             skip=_skip(section.section("skip")),
         )
     except ConfigError as failure:
-        if failure.line is not None:
-            raise
         key = _KEYS.get(failure.key_path or "", "")
-        raise section.error(key, failure.message, failure.hint) from None
+        raise section.located(failure, key) from None
 
 
 def _thresholds(section: Section, key: str, default: Thresholds) -> Thresholds | None:
@@ -96,4 +94,4 @@ def _size(section: Section, key: str) -> int:
     try:
         return parse_size(section.text(key))
     except ConfigError as failure:
-        raise section.error(key, failure.message, failure.hint) from None
+        raise section.located(failure, key) from None

@@ -158,7 +158,7 @@ def cgroup_names(section: Section) -> tuple[str, ...]:
         try:
             check_cgroup_name(cgroup)
         except ConfigError as failure:
-            raise section.error(f"cgroups[{index}]", failure.message, failure.hint) from None
+            raise section.located(failure, f"cgroups[{index}]") from None
     return cgroups
 
 
@@ -189,7 +189,7 @@ def _process_filter(section: Section) -> ProcessFilter:
         try:
             compiled = compile_re2(pattern)
         except ConfigError as failure:
-            raise section.error("procexeregexp", failure.message, failure.hint) from None
+            raise section.located(failure, "procexeregexp") from None
     other = section.section("not")
     return ProcessFilter(
         exe_regexp=compiled,
@@ -291,7 +291,7 @@ def _damon(name: str, section: Section) -> TrackerSpec:
             create=section.integer("nrkdamonds"),
         )
     except ConfigError as failure:
-        raise section.error(failure.key_path or "", failure.message, failure.hint) from None
+        raise section.located(failure) from None
     return TrackerSpec(name, section.integer_or_none("scanintervalms"), options=options)
 
 
@@ -300,7 +300,7 @@ def _multi(name: str, section: Section) -> TrackerSpec:
     try:
         check_parts([part.name for part in parts] + ["refs" for part in parts if part.clears_referenced])
     except ConfigError as failure:
-        raise section.error("trackers", failure.message, failure.hint) from None
+        raise section.located(failure, "trackers") from None
     intervals = [part.scan_interval_ms for part in parts if part.scan_interval_ms is not None]
     # All parts are scanned together, so as often as the most frequent one.
     return TrackerSpec(

@@ -185,9 +185,7 @@ def _auto(block: Section) -> PolicySpec:
             idle_least_s=least_ms / 1000,
         )
     except ConfigError as failure:
-        if failure.line is not None:
-            raise
-        raise section.error(failure.key_path or "", failure.message, failure.hint) from None
+        raise section.located(failure) from None
     tracker = decode_tracker(section, TrackerSpec("auto", 5000))
     return PolicySpec("auto", policy, tracker, decode_target(section), _mover(section))
 
@@ -196,22 +194,22 @@ def _goal(section: Section) -> Goal:
     """`goal: "psi: 0.1%"`, or a mapping with that one key."""
     text = section.text_or_none("goal")
     table = None if text is not None else section.section("goal")
-    if text is None and table is None:
-        raise section.error("goal", "is missing", _GOALS)
     if table is not None:
         keys = table.keys()
         if len(keys) != 1:
             raise section.error("goal", f"has {len(keys)} keys", f"give one: {_GOALS}")
         kind, value = keys[0], table.text(keys[0])
+    elif text is not None:
+        kind, _, value = text.partition(":")
     else:
-        kind, _, value = (text or "").partition(":")
+        raise section.error("goal", "is missing", _GOALS)
+    kind, path = kind.strip(), "goal" if table is None else f"goal.{kind.strip()}"
     try:
-        if kind.strip() not in KINDS:
-            raise ConfigError(f"{kind.strip()!r} is no goal", key_path="goal", hint=_GOALS)
-        return parse_goal(kind.strip(), value.strip())
+        if kind not in KINDS or not value.strip():
+            raise ConfigError(f"{text or kind!r} is no goal", hint=_GOALS)
+        return parse_goal(kind, value.strip())
     except ConfigError as failure:
-        path = (failure.key_path or "goal") if table is not None else "goal"
-        raise section.error(path, failure.message, failure.hint) from None
+        raise section.located(failure, path) from None
 
 
 def _heat(block: Section) -> PolicySpec:
@@ -279,7 +277,7 @@ def _numa_sizes(section: Section) -> dict[int, int]:
             try:
                 found[number] = parse_size(text)
             except ConfigError as failure:
-                raise table.error(name, failure.message, failure.hint) from None
+                raise table.located(failure, name) from None
     return found
 
 
@@ -357,9 +355,7 @@ def _avoid_oom(block: Section) -> PolicySpec:
             stop_freeing_memory=section.text("stopfreeingmemory") or "16%",
         )
     except ConfigError as failure:
-        if failure.line is not None:
-            raise
-        raise section.error(failure.key_path or "", failure.message, failure.hint) from None
+        raise section.located(failure) from None
     cgroups = cgroup_names(section)
     return PolicySpec("avoid-oom", policy, TrackerSpec("stub"), NO_TARGET, _mover(section), cgroups=cgroups)
 

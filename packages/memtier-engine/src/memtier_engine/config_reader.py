@@ -79,8 +79,9 @@ class Section:
         return f"{self.path}.{key}" if self.path else key
 
     def error(self, key: str, message: str, hint: str | None = None) -> ConfigError:
-        """An error at the value of `key`, or at the section if it has none."""
-        return self.place.error(self._values.get(key, self._node), self.at(key), message, hint)
+        """An error at the value of `key` (or of what is in it: `key[2]`), or at the section if it has none."""
+        node = self._values.get(key) or self._values.get(re.split(r"[.\[]", key, maxsplit=1)[0])
+        return self.place.error(node or self._node, self.at(key) if key else self.path, message, hint)
 
     def use(self, component: str) -> Section:
         """Take the mapping for this component of `config_keys`; refuse every key that it does not have.
@@ -95,6 +96,15 @@ class Section:
                 known = ", ".join(sorted(self._keys))
                 raise self.place.error(node, self.at(self._written[key]), "is not a key here", f"{meant}keys: {known}")
         return self
+
+    def located(self, failure: ConfigError, key: str | None = None) -> ConfigError:
+        """The error of a check that does not know the file, with the place of `key`, or of the key that it names.
+
+        An error that has its place already is returned as it is.
+        """
+        if failure.line is not None:
+            return failure
+        return self.error(key or failure.key_path or "", failure.message, failure.hint)
 
     def keys(self) -> tuple[str, ...]:
         """The keys of a mapping that is a table, in the order of the file."""

@@ -95,7 +95,5 @@ def decode_routine(block: Section, *, allow_programs: bool = False) -> RoutineSp
             timestamp_after=section.text("timestampafter"),
         )
     except ConfigError as failure:
-        if failure.line is not None:
-            raise
-        raise section.error(failure.key_path or "", failure.message, failure.hint) from None
+        raise section.located(failure) from None
     return RoutineSpec("statactions", config, programs_allowed=allow_programs)
