@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,26 +20,26 @@ from memtier_engine.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.asleep import AsleepWatch
 from memtier_engine.clock import Clock, SystemClock
 from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
+from memtier_engine.following import Following
 from memtier_engine.guards.base import GuardState
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import Context, GuardSet
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_mappings
-from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans, Tracker
+from memtier_engine.model import NOWHERE, PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans, Tracker
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.pace import Pace
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import Policy
 from memtier_engine.refaults import RefaultLedger, RefaultStats
 from memtier_engine.stats.observer import Observer, event_prefix
-from memtier_engine.targets.base import RestrictingTarget, Target
+from memtier_engine.targets.base import RestrictingTarget, Target, TellingTarget, innermost
 from memtier_engine.targets.cgroups import CgroupsTarget
+from memtier_engine.trackers.bpf.feed import SwapInWatch
 from memtier_engine.trackers.registry import create_tracker
 
 ERRORS_KEPT = 20
-YOUNG_S = 1.0
-"""Processes younger than this, or than one scan interval, are left alone: in fork storms most die young."""
-_CLOCK_TICKS_PER_S = 100.0  # USER_HZ, fixed on every architecture we support
+_ENDED_CHECK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,9 @@ class EngineConfig:
     """When to move nothing."""
     dry_run: bool = False
     """Decide and report, but move nothing."""
+    count_swap_ins: bool = True
+    """Have the kernel count swap-ins and their duration as they happen (by BPF, where it works), in processes that
+    memory went out of. Adds a twentieth to the cost of every page fault on the machine, a fifth in those processes."""
 
     def __post_init__(self) -> None:
         if self.scan_interval_ms <= 0:
@@ -134,6 +137,7 @@ class Engine:
         self.host = host or Host()
         self.clock = clock or SystemClock()
         self.target = target
+        source = innermost(target)
         self.tracker = tracker or create_tracker(self.config.tracker, self.host).tracker
         self.policy: Policy = policy or AgePolicy(self.config.policy, scan_interval_ms=self.config.scan_interval_ms)
         now_s = self.clock.now_s()
@@ -141,12 +145,13 @@ class Engine:
         self.guards = guards or GuardSet(
             self.config.guards,
             host=self.host,
-            cgroups=target.directories() if isinstance(target, CgroupsTarget) else (),
+            cgroups=source.directories() if isinstance(source, CgroupsTarget) else (),
             scan_interval_s=self.config.scan_interval_ms / 1000,
         )
         self.observers: list[Observer] = list(observers)
         self.refaults = refaults or RefaultLedger()
         self.pace = pace
+        self._swap_ins = SwapInWatch(self.host) if self.config.count_swap_ins else None
         self.pages: dict[ProcessId, ProcessPages] = {}
         self.age_clock = AgeClock()
         self._asleep = AsleepWatch(self.tracker)
@@ -156,8 +161,13 @@ class Engine:
         self._requested_bytes = self._moved_bytes = self._refault_bytes = 0
         self._cpu_s = 0.0
         self._errors: list[str] = []
-        self._refused: dict[ProcessId, str] = {}
+        self.following = Following(self.config.scan_interval_ms / 1000)
+        self._changed = threading.Event()
+        self.on_wake: Callable[[], None] = lambda: None
+        """Called by `wake`, from any thread: whoever calls `advance` should do so now."""
         self.closed = False
+        if isinstance(target, TellingTarget):
+            target.listen(self.wake)
 
     @classmethod
     def for_pid(cls, pid: int, *, idle_after_s: float, config: EngineConfig | None = None) -> Engine:
@@ -201,6 +211,8 @@ class Engine:
             # A scan that takes long must not crowd out the moving: as much time again is left for that.
             rest_s = max(interval_s / 2, report.scan_seconds)
             self._next_scan_s = max(self._next_scan_s + interval_s, self.clock.now_s() + rest_s)
+        elif self._changed.is_set() or now_s >= self.following.due_s:
+            self._look(now_s)
         elif not self.config.dry_run:
             verdict = self.guards.check(now_s)
             if not verdict.move_allowed:
@@ -212,8 +224,13 @@ class Engine:
                     observer.moved(outcome)
             self._cpu_s += time.thread_time() - began
         wait_s = None if self.config.dry_run else self.mover.wait_s()
-        due_s = self._next_scan_s if wait_s is None else min(self._next_scan_s, self.clock.now_s() + wait_s)
-        return report, due_s
+        due_s = min(self._next_scan_s, self.following.due_s)
+        return report, due_s if wait_s is None else min(due_s, self.clock.now_s() + wait_s)
+
+    def wake(self) -> None:
+        """The target's processes changed: they are looked at as soon as somebody calls `advance`. Any thread."""
+        self._changed.set()
+        self.on_wake()
 
     @property
     def scan_interval_s(self) -> float:
@@ -224,10 +241,14 @@ class Engine:
         """Scan every process once, decide, hand the mover its tasks."""
         now_s = self.clock.now_s() if now_s is None else now_s
         began_s, began_cpu_s = time.monotonic(), time.thread_time()
-        processes = self._follow()
+        self._changed.clear()
+        self._follow(now_s)
+        self.tracker.watch(self.following.wanted)
+        processes = list(self.following.wanted)
         self.age_clock.begin_scan(now_s)
         table = self.age_clock.step_table()
-        if self._may_rest(processes):
+        rested = self._may_rest(processes)
+        if rested:
             for own in self.pages.values():
                 own.rest(table)
             processes = []
@@ -237,18 +258,21 @@ class Engine:
             except ProcessGone:
                 self._forget(process)
             except KernelCallError as failure:
-                self._refused[process] = str(failure)
+                self.following.refuse(process, str(failure))
                 self._note(str(failure))
                 self._forget(process)
+        self._count_swap_ins()
         scan_seconds = time.monotonic() - began_s
         if self.pace is not None:
             self.pace.scanned(time.thread_time() - began_cpu_s)
         for observer in self.observers:
             observer.event(f"{event_prefix('Tracker', self.tracker.name)}.sampler")
         ages = self._histogram()
-        self.guards.check(now_s, Context(int(ages[: AGE_MAX + 1].sum()) * PAGE_BYTES, self._refault_bytes))
-        if now_s >= self._next_decision_s:
-            self._decide(now_s)
+        tasks = self._decide(now_s) if now_s >= self._next_decision_s else None
+        if tasks or not rested or self.mover.wait_s() is not None:  # else there is nothing to guard
+            self.guards.check(now_s, Context(int(ages[: AGE_MAX + 1].sum()) * PAGE_BYTES, self._refault_bytes))
+        if tasks is not None and not self.config.dry_run:
+            self.mover.replace(self.guards.admit(tasks, self.guards.verdict, now_s))
         self._cpu_s += time.thread_time() - began_cpu_s
         return self._report(now_s, scan_seconds, ages)
 
@@ -256,51 +280,67 @@ class Engine:
         """Work until `duration_s` is over or `stop` is set, yielding a report per scan. Closes the engine."""
         stop = stop or threading.Event()
         end_s = None if duration_s is None else self.clock.now_s() + duration_s
+        woken = threading.Event()
+        self.on_wake = woken.set
+        ended = threading.Event()
+        if isinstance(self.target, TellingTarget):
+            # `stop` is the caller's: a thread of its own passes it on, so that one wait is enough for both.
+            threading.Thread(target=_pass_on, args=(stop, woken, ended), name="memtier-stop", daemon=True).start()
+            wait_for = woken
+        else:
+            wait_for = stop
         try:
             while not stop.is_set():
+                woken.clear()
                 now_s = self.clock.now_s()
-                if end_s is not None and now_s >= end_s:
+                if stop.is_set() or (end_s is not None and now_s >= end_s):
                     break
                 report, due_s = self.advance(now_s)
                 if report is not None:
                     yield report
                 if end_s is not None:
                     due_s = min(due_s, end_s)
-                self.clock.wait_s(due_s - self.clock.now_s(), stop)
+                self.clock.wait_s(due_s - self.clock.now_s(), wait_for)
         finally:
+            ended.set()
             self.close()
 
     def close(self) -> None:
         """Stop tracking and moving; what is swapped out stays so. Safe to call twice."""
         self.closed = True
+        if isinstance(self.target, TellingTarget):
+            self.target.close()
         self.mover.close()
         self.guards.close()
         if self.pace is not None:
             self.pace.close()
         self.tracker.close()
         self.policy.close()
+        if self._swap_ins is not None:
+            self._swap_ins.close()
 
-    def _follow(self) -> list[ProcessId]:
-        """Poll the target; returns the processes to scan."""
-        current = self.target.poll()
-        for process in self.pages.keys() - current:
+    def _follow(self, now_s: float) -> None:
+        """Poll the target."""
+        appeared, gone = self.following.ask(self.target, self.pages, now_s)
+        for process in gone:
             self._forget(process)
-        for process in self._refused.keys() - current:
-            del self._refused[process]
-        young_s = min(YOUNG_S, self.config.scan_interval_ms / 1000)
-        uptime_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-        wanted = [
-            process
-            for process in current
-            if process in self.pages
-            or (process not in self._refused and uptime_s - process.start_ticks / _CLOCK_TICKS_PER_S >= young_s)
-        ]
-        self.tracker.watch(frozenset(wanted))
-        return wanted
+        for observer in self.observers:
+            for process in appeared:
+                observer.appeared(process)
+
+    def _look(self, now_s: float) -> None:
+        """Between two scans: what is gone is forgotten, what is new is watched from now on."""
+        began_cpu_s = time.thread_time()
+        self._changed.clear()
+        before = self.following.wanted
+        self._follow(now_s)
+        if self.following.wanted != before:
+            self.tracker.watch(self.following.wanted)
+        self._cpu_s += time.thread_time() - began_cpu_s
 
     def _may_rest(self, processes: list[ProcessId]) -> bool:
         """Whether the processes are known and have not run since the last scan, so that this one can be left out."""
-        asleep = self._asleep.asleep(self.target)
+        asleep = self._asleep.asleep(innermost(self.target))
         return asleep and self.pages.keys() == set(processes) and not any(each.every_scan for each in self.observers)
 
     def _scan(self, process: ProcessId, table: NDArray[np.uint8]) -> None:
@@ -334,7 +374,12 @@ class Engine:
         for observer in self.observers:
             observer.forgotten(process)
 
-    def _decide(self, now_s: float) -> None:
+    def _count_swap_ins(self) -> None:
+        found = None if self._swap_ins is None else self._swap_ins.read(self.pages.keys())
+        if found is not None:
+            self.refaults.swapped_in(found.count, found.waited, found.wait_s)
+
+    def _decide(self, now_s: float) -> list[MoveTask]:
         interval_s = (self.policy.interval_ms or self.config.scan_interval_ms) / 1000
         self._next_decision_s = max(self._next_decision_s, now_s - interval_s / 2) + interval_s
         until_next_s = max(interval_s, self.scan_interval_s)
@@ -345,8 +390,7 @@ class Engine:
             observer.event(f"{event_prefix('Policy', self.policy.name)}.loop")
             for _ in tasks:
                 observer.event("mover.AddTask")
-        if not self.config.dry_run:
-            self.mover.replace(self.guards.admit(tasks, self.guards.verdict, now_s))
+        return tasks
 
     def _account(self, outcome: MoveOutcome) -> None:
         self._requested_bytes += outcome.requested_bytes
@@ -360,11 +404,14 @@ class Engine:
             if outcome.moved_bytes:
                 idle_s = self._least_idle_s(own, outcome.spans)
                 self.refaults.paged_out(outcome.process, outcome.spans, outcome.stuck, idle_s, self.clock.now_s())
+                if self._swap_ins is not None:
+                    self._swap_ins.paged_out(outcome.process)
                 own.set_age(outcome.spans, PAGED_OUT)
             # What the kernel kept begins to age anew: asking again at once would only burn CPU.
             own.set_age(outcome.stuck if outcome.moved_bytes else outcome.spans, 0)
         else:
             own.set_place(outcome.spans, outcome.to_node)
+            own.set_place(outcome.later, NOWHERE)
 
     def _least_idle_s(self, own: ProcessPages, spans: Spans) -> float:
         """How long the pages of a batch were idle, by its first and last page: decisions take them by age."""
@@ -411,6 +458,13 @@ class Engine:
             refaults=self.refaults.stats(now_s),
             scan_interval_s=self.scan_interval_s,
         )
+
+
+def _pass_on(stop: threading.Event, woken: threading.Event, ended: threading.Event) -> None:
+    while not ended.is_set():
+        if stop.wait(_ENDED_CHECK_S):
+            woken.set()
+            return
 
 
 def _swap_config(config: EngineConfig | None, idle_after_s: float) -> EngineConfig:

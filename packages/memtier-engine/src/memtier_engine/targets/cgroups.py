@@ -27,6 +27,7 @@ class CgroupsTarget:
         self._names = tuple(dict.fromkeys(str(path) for path in paths))
         for name in self._names:
             check_cgroup_name(name)
+        self._found: dict[str, Path] = {}  # those that were there at the last poll
         self._silent: set[str] = set()  # names already complained about
 
     def poll(self) -> frozenset[ProcessId]:
@@ -34,11 +35,13 @@ class CgroupsTarget:
         pids: set[int] = set()
         for name in self._names:
             try:
-                cgroup = Cgroup(find_cgroup(self._host, name), self._host)
+                cgroup = Cgroup(self._directory(name), self._host)
                 if cgroup.exists():
+                    self._found[name] = cgroup.path
                     pids |= cgroup.pids()
                     self._silent.discard(name)
                 else:
+                    self._found.pop(name, None)
                     self._complain(name, "does not exist")
             except (KernelCallError, Unavailable) as error:
                 self._complain(name, f"cannot be read: {error}")
@@ -60,9 +63,12 @@ class CgroupsTarget:
     def directories(self) -> tuple[Path, ...]:
         """Where the cgroups are, whether they exist yet or not; empty without a cgroup v2 tree."""
         try:
-            return tuple(find_cgroup(self._host, name) for name in self._names)
+            return tuple(self._directory(name) for name in self._names)
         except Unavailable:
             return ()
+
+    def _directory(self, name: str) -> Path:
+        return self._found.get(name) or find_cgroup(self._host, name)
 
     def _complain(self, name: str, what: str) -> None:
         """Once, until it has been there again."""
