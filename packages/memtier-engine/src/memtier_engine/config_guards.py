@@ -12,10 +12,10 @@ from memtier_engine.guards.skip import SkipRules
 from memtier_engine.units import parse_size
 
 THRESHOLDS: Mapping[str, str] = {
-    "memorypsinode": "memory_psi_node",
-    "memorypsicgroup": "memory_psi_cgroup",
-    "iopsinode": "io_psi_node",
-    "iopsicgroup": "io_psi_cgroup",
+    "psimemorynode": "memory_psi_node",
+    "psimemorycgroup": "memory_psi_cgroup",
+    "psiionode": "io_psi_node",
+    "psiiocgroup": "io_psi_cgroup",
     "swapfill": "swap_fill",
     "compression": "compression",
     "refaults": "refaults",
