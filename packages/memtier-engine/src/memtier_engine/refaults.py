@@ -130,6 +130,20 @@ class RefaultStats:
     """Share of what went out within that time that has not come back. None: nothing went out."""
     stored_bytes: int = 0
     """Memory that remembering takes."""
+    swap_ins: int | None = None
+    """Faults of its processes on pages in swap, counted by the kernel as they happen. None: not counted here.
+    Pages that came along with such a page are in `early_bytes` and `late_bytes`, but not here."""
+    swap_in_waits: int | None = None
+    """Of them, those that waited for the swap device."""
+    swap_in_wait_s: float | None = None
+    """Time that these took in all."""
+
+    @property
+    def mean_swap_in_wait_s(self) -> float | None:
+        """What a process waits, on average, for a page that is not in memory. None: not known."""
+        if not self.swap_in_waits or self.swap_in_wait_s is None:
+            return None
+        return self.swap_in_wait_s / self.swap_in_waits
 
     @property
     def precision(self) -> float | None:
@@ -179,6 +193,7 @@ class RefaultLedger:
         self._slice_s = judge_s / GENERATIONS
         self._generations: deque[_Generation] = deque()
         self._early = self._late = self._kept = 0
+        self._swap_ins: tuple[int, int, float] | None = None
 
     def paged_out(self, process: ProcessId, moved: Spans, stuck: Spans, idle_s: float, now_s: float) -> None:
         """`moved` without `stuck` went out at `now_s`, after having been idle for `idle_s`."""
@@ -218,6 +233,11 @@ class RefaultLedger:
             touched = np.bincount(ages[chunk.accessed], minlength=256)[1 : AGE_MAX + 1]
             self._count_gaps(idle_s[1:], touched)
 
+    def swapped_in(self, count: int, waits: int, wait_s: float) -> None:
+        """The kernel counted `count` faults on pages in swap, of which `waits` took `wait_s` in all."""
+        before = self._swap_ins or (0, 0, 0.0)
+        self._swap_ins = (before[0] + count, before[1] + waits, before[2] + wait_s)
+
     def forget(self, process: ProcessId) -> None:
         """The process is no longer ours: what went out of it is neither right nor wrong."""
         for generation in self._generations:
@@ -244,6 +264,7 @@ class RefaultLedger:
                 else:
                     moved += part.moved
                     early += part.early
+        swap_ins, waits, wait_s = self._swap_ins or (None, None, None)
         return RefaultStats(
             early_bytes=self._early * PAGE_BYTES,
             late_bytes=self._late * PAGE_BYTES,
@@ -251,6 +272,9 @@ class RefaultLedger:
             pending_bytes=max(0, moved - early) * PAGE_BYTES,
             recent_precision=1 - early / moved if moved else None,
             stored_bytes=stored,
+            swap_ins=swap_ins,
+            swap_in_waits=waits,
+            swap_in_wait_s=wait_s,
         )
 
     def out_pages(self, now_s: float, total: int) -> NDArray[np.int64]:

@@ -231,7 +231,7 @@ class _Shared:
     """The walkers in use, by host and loader, with the number of their users."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may give one back in the middle of `take`
         self._walkers: dict[tuple[Host, str], tuple[Walker, int]] = {}
 
     def take(self, host: Host, loader: str) -> tuple[Walker, Callable[[], None]]:
