@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP become an event, so that everything is taken back before the program ends."""
+"""SIGINT, SIGTERM and SIGHUP become an event, or end a session, so that everything is taken back before the end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Self
+
+from loguru import logger
+
+from memtier_engine.errors import MemtierError
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -36,3 +41,65 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Ended(BaseException):
+    """A signal that ends the program, raised in the main thread out of whatever it is doing."""
+
+
+class SessionSignals:
+    """Signals of a program that runs commands in its main thread and engines beside it. A context manager.
+
+    A signal raises `Ended` in the main thread, while it waits (`wait`) ends the wait, and at a terminal
+    (`interrupting`) SIGINT raises KeyboardInterrupt instead. Only the first signal counts: what it began is finished.
+    """
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        """What an engine ended with."""
+        self._event = threading.Event()
+        self._waiting = self._interactive = self._ending = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in _STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal gave
+
+    @contextmanager
+    def interrupting(self, interactive: bool) -> Iterator[None]:
+        """Within the block SIGINT is for the command that runs, if `interactive`."""
+        self._interactive = interactive
+        try:
+            yield
+        finally:
+            self._interactive = False
+
+    def wait(self) -> None:
+        """Until a signal comes or `fail` is called."""
+        self._waiting = True
+        self._event.wait()
+
+    def fail(self, failure: Exception) -> None:
+        """An engine ended by an error. Called from its thread."""
+        logger.opt(exception=None if isinstance(failure, MemtierError) else failure).error("{}", failure)
+        self.failure = failure
+        self._event.set()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interactive:
+            raise KeyboardInterrupt
+        if self._ending:
+            return
+        self._ending = True
+        if self._waiting:
+            self._event.set()
+        else:
+            raise Ended

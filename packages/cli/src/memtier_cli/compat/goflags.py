@@ -29,11 +29,15 @@ class Flag:
     name: str
     help: str
     value_name: str | None = None
-    """None: a boolean flag. "int": the value is a whole number."""
+    """None: a boolean flag. "int", "uint" and "float": the value is such a number."""
     default: str = ""
+    """Shown in the usage; text with its quotes."""
 
 
 _INT = re.compile(r"[-+]?(0[xX][0-9a-fA-F_]+|0[oO]?[0-7_]+|0[bB][01_]+|0|[1-9][0-9_]*)")
+
+_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_NUMBERS = {"int": _INT, "uint": re.compile(r"(?!-)" + _INT.pattern), "float": _FLOAT}
 
 
 @dataclass(slots=True)
@@ -49,13 +53,22 @@ class Parsed:
         return self.texts.get(flag, default)
 
     def integer(self, flag: str, default: int) -> int:
-        """The value of an "int" flag, written as Go writes integers: 0x10, 0o10 and 010, 0b1, 1_000."""
+        """The value of an "int" or "uint" flag, written as Go writes integers: 0x10, 0o10 and 010, 0b1, 1_000."""
         text = self.texts.get(flag)
         if text is None:
             return default
         plain = text.replace("_", "").lower()
         octal = re.fullmatch(r"([-+]?)0([0-7]+)", plain)
         return int(f"{octal[1]}0o{octal[2]}" if octal else plain, 0)
+
+    def number(self, flag: str, default: float) -> float:
+        """The value of a "float" flag."""
+        text = self.texts.get(flag)
+        return default if text is None else float(text)
+
+    def has(self, flag: str) -> bool:
+        """Whether the flag was given."""
+        return flag in self.texts or flag in self.booleans
 
     def boolean(self, flag: str) -> bool:
         """The value of a boolean flag."""
@@ -96,7 +109,8 @@ def parse(flags: Sequence[Flag], words: Sequence[str]) -> Parsed:
                 if not left:
                     raise UsageError(f"flag needs an argument: -{name}")
                 value = left.pop(0)
-            if flag.value_name == "int" and not _INT.fullmatch(value):
+            number = _NUMBERS.get(flag.value_name)
+            if number is not None and not number.fullmatch(value):
                 raise UsageError(f'invalid value "{value}" for flag -{name}: parse error')
             parsed.texts[name] = value
     parsed.rest = left
@@ -107,8 +121,11 @@ def usage(program: str, flags: Sequence[Flag]) -> str:
     """The help text, in the shape Go prints it."""
     lines = [f"Usage of {program}:"]
     for flag in sorted(flags, key=lambda flag: flag.name):
-        lines.append(f"  -{flag.name}" + (f" {flag.value_name}" if flag.value_name else ""))
         default = f" (default {flag.default})" if flag.default else ""
+        if flag.value_name is None and len(flag.name) == 1:  # short enough for one line
+            lines.append(f"  -{flag.name}\t{flag.help}{default}")
+            continue
+        lines.append(f"  -{flag.name}" + (f" {flag.value_name}" if flag.value_name else ""))
         lines.append(f"    \t{flag.help}{default}")
     return "\n".join(lines)
 

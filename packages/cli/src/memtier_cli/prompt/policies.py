@@ -1,0 +1,74 @@
+"""Command `policy`: create, configure, start and look into the policy."""
+
+from __future__ import annotations
+
+from memtier_cli.compat.goflags import Flag, Parsed
+from memtier_cli.prompt import configs
+from memtier_cli.prompt.policy_dumps import dump
+from memtier_cli.prompt.policy_part import PolicyPart
+from memtier_cli.prompt.state import Command, CommandError, Prompt
+from memtier_engine.config_policies import POLICIES
+from memtier_engine.errors import MemtierError
+
+_NONE = "no policy, create one with -create NAME"
+
+
+def _policy(prompt: Prompt, flags: Parsed) -> None:
+    if flags.boolean("ls"):
+        prompt.say_all(sorted(POLICIES))
+    policy = prompt.policy
+    if "create" in flags.texts:
+        policy = PolicyPart(prompt, flags.text("create"))
+        prompt.say("policy created")
+    if policy is None:
+        if flags.boolean("ls"):
+            return
+        raise CommandError(_NONE)
+    if "config-file" in flags.texts:
+        path = flags.text("config-file")
+        _configure(policy, configs.read_config_file(path), path)
+    if "config" in flags.texts:
+        _configure(policy, flags.text("config"), None)
+    _attach(prompt, policy)
+    if flags.boolean("start"):
+        try:
+            policy.start()
+        except MemtierError as failure:
+            raise CommandError(f"start failed: {failure}") from None
+    if flags.boolean("config-dump"):
+        prompt.say(configs.dump("policy", policy.name, policy.config_text))
+    if flags.boolean("stop"):
+        policy.stop()
+        prompt.say("policy stopped")
+    if flags.boolean("dump"):
+        prompt.write(dump(prompt, policy, flags.rest) + "\n")
+
+
+def _configure(policy: PolicyPart, text: str, file: str | None) -> None:
+    try:
+        policy.configure(text, file)
+    except MemtierError as failure:
+        raise CommandError(f"config failed: {failure}") from None
+
+
+def _attach(prompt: Prompt, policy: PolicyPart) -> None:
+    if prompt.policy is not policy:
+        prompt.keep(prompt.policy, prompt.tracker, prompt.watcher)
+    prompt.attach(policy)
+
+
+POLICY = Command(
+    "policy",
+    "create, configure, start and look into the policy",
+    _policy,
+    (
+        Flag("ls", "list the policies that can be created"),
+        Flag("create", "create the policy of this name", "string"),
+        Flag("config", "configure it with this text", "string"),
+        Flag("config-file", "configure it with the text of a file", "string"),
+        Flag("start", "start it"),
+        Flag("config-dump", "print its configuration"),
+        Flag("stop", "stop it"),
+        Flag("dump", "print its state; what follows says what (age: accessed [TIMES [PIDS]])"),
+    ),
+)

@@ -1,0 +1,73 @@
+"""Command `routines`: commands that run at intervals, or by how much was paged out."""
+
+from __future__ import annotations
+
+from memtier_cli.compat.goflags import Flag, Parsed
+from memtier_cli.prompt import configs
+from memtier_cli.prompt.routine_part import RoutinePart
+from memtier_cli.prompt.state import Command, CommandError, Prompt
+from memtier_engine.config_routines import ROUTINES
+from memtier_engine.errors import MemtierError
+
+_NONE = "no routines, create one with -create NAME"
+
+
+def _routines(prompt: Prompt, flags: Parsed) -> None:
+    if flags.boolean("ls"):
+        prompt.say_all(sorted(ROUTINES))
+    if "create" in flags.texts:
+        prompt.routines.append(RoutinePart(prompt, flags.text("create")))
+        prompt.routine_index = len(prompt.routines) - 1
+        prompt.say(f"routine {prompt.routine_index} created, started using it")
+    if not prompt.routines:
+        if flags.boolean("ls"):
+            return
+        raise CommandError(_NONE)
+    if "use" in flags.texts:
+        wanted, last = flags.integer("use", 0), len(prompt.routines) - 1
+        if not 0 <= wanted <= last:
+            raise CommandError(f"invalid routine {wanted}, the last one is {last}")
+        prompt.routine_index = wanted
+    routine = prompt.routines[prompt.routine_index]
+    if "config-file" in flags.texts:
+        path = flags.text("config-file")
+        _configure(routine, configs.read_config_file(path), path)
+    if "config" in flags.texts:
+        _configure(routine, flags.text("config"), None)
+    if flags.boolean("start"):
+        try:
+            routine.start()
+        except MemtierError as failure:
+            raise CommandError(f"start failed: {failure}") from None
+    if flags.boolean("config-dump"):
+        prompt.say(configs.dump("routine", routine.name, routine.config_text))
+    if flags.boolean("stop"):
+        routine.stop()
+        prompt.say(f"routine {prompt.routine_index} stopped")
+    if flags.boolean("dump"):
+        prompt.say(routine.dump())
+
+
+def _configure(routine: RoutinePart, text: str, file: str | None) -> None:
+    try:
+        routine.configure(text, file)
+    except MemtierError as failure:
+        raise CommandError(f"config failed: {failure}") from None
+
+
+ROUTINES_COMMAND = Command(
+    "routines",
+    "run commands at intervals or by pageouts",
+    _routines,
+    (
+        Flag("ls", "list the routines that can be created"),
+        Flag("create", "create a routine of this name", "string"),
+        Flag("use", "work with the routine of this number", "int", "0"),
+        Flag("config", "configure it with this text", "string"),
+        Flag("config-file", "configure it with the text of a file", "string"),
+        Flag("start", "start it"),
+        Flag("config-dump", "print its configuration"),
+        Flag("stop", "stop it"),
+        Flag("dump", "print its state"),
+    ),
+)
