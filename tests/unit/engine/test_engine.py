@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from memtier_engine.mover.backends import BatchResult, ProcessHandle
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.runner import Runner
+from memtier_engine.stats.observer import Observer
 from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of
 
 PAGES = 100
@@ -187,6 +190,124 @@ def test_a_late_scan_is_not_made_up_for(scene: Scene) -> None:
     scene.clock.advance(10)
     reports = scene.run(2.5)
     assert len(reports) <= 3
+
+
+class Telling(FakeTarget):
+    """A target that tells; the test changes `processes` and calls `tell`."""
+
+    def __init__(self, *processes: ProcessId) -> None:
+        super().__init__(*processes)
+        self.listeners: list[Callable[[], None]] = []
+        self.closed = False
+
+    def listen(self, on_change: Callable[[], None]) -> None:
+        self.listeners.append(on_change)
+
+    def tell(self, *processes: ProcessId) -> None:
+        self.processes = frozenset(processes)
+        for listener in self.listeners:
+            listener()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Heard(Observer):
+    def __init__(self) -> None:
+        self.appeared_pids: list[int] = []
+        self.forgotten_pids: list[int] = []
+
+    def appeared(self, process: ProcessId) -> None:
+        self.appeared_pids.append(process.pid)
+
+    def forgotten(self, process: ProcessId) -> None:
+        self.forgotten_pids.append(process.pid)
+
+
+def telling_engine(scene: Scene) -> tuple[Engine, Telling, Heard]:
+    target, heard = Telling(PROCESS), Heard()
+    config = EngineConfig(scan_interval_ms=60_000)
+    host = Host(scene.root)
+    engine = Engine(target, config, host=host, clock=scene.clock, tracker=scene.tracker, observers=[heard])
+    return engine, target, heard
+
+
+def test_a_target_that_tells_wakes_the_engine_between_scans(scene: Scene) -> None:
+    """New processes are watched and dead ones forgotten at once, though the next scan is a minute away."""
+    engine, target, heard = telling_engine(scene)
+    woken: list[float] = []
+    engine.on_wake = lambda: woken.append(scene.clock.now_s())
+    engine.advance(0.0)
+    assert heard.appeared_pids == [PROCESS.pid]
+
+    other = ProcessId(4243, 9)
+    target.tell(other)
+    assert woken == [0.0]
+    report, _ = engine.advance(0.05)
+    assert report is None
+    assert heard.appeared_pids == [PROCESS.pid, other.pid]
+    assert heard.forgotten_pids == [PROCESS.pid]
+    assert scene.tracker.watched == {other}
+    assert list(engine.pages) == []
+
+
+def test_a_process_that_is_too_young_is_watched_when_it_comes_of_age(scene: Scene) -> None:
+    engine, target, heard = telling_engine(scene)
+    engine.advance(0.0)
+    now_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * 100)
+    child = ProcessId(4243, now_ticks)
+    target.tell(PROCESS, child)
+    _, due_s = engine.advance(0.01)
+    assert heard.appeared_pids == [PROCESS.pid, child.pid]
+    assert scene.tracker.watched == {PROCESS}
+    assert 0.5 < due_s <= 1.02
+
+
+def test_run_ends_at_once_when_stopped_and_closes_a_target_that_tells(scene: Scene) -> None:
+    """Its one wait serves two: the caller's stop, and the target."""
+    target = Telling(PROCESS)
+    engine = Engine(target, EngineConfig(scan_interval_ms=60_000), host=Host(scene.root), tracker=scene.tracker)
+    stop = threading.Event()
+    heard = Heard()
+    engine.observers.append(heard)
+
+    def meanwhile() -> None:
+        target.tell()
+        wait_until(lambda: heard.forgotten_pids == [PROCESS.pid])
+        stop.set()
+
+    began_s = time.monotonic()
+    thread = threading.Thread(target=meanwhile)
+    for _ in engine.run(duration_s=30, stop=stop):
+        thread.start()
+    thread.join()
+    assert heard.forgotten_pids == [PROCESS.pid]
+    assert time.monotonic() - began_s < 20
+    assert target.closed
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_the_runner_wakes_an_engine_whose_target_tells(scene: Scene) -> None:
+    target, heard = Telling(PROCESS), Heard()
+    config = EngineConfig(scan_interval_ms=60_000)
+    engine = Engine(target, config, host=Host(scene.root), tracker=scene.tracker, observers=[heard])
+    runner = Runner(workers=1)
+    runner.start()
+    try:
+        runner.add(engine)
+        assert wait_until(lambda: engine.age_clock.scans == 1)
+        target.tell()
+        assert wait_until(lambda: heard.forgotten_pids == [PROCESS.pid])
+        assert engine.age_clock.scans == 1
+    finally:
+        runner.stop()
+    assert target.closed
 
 
 def test_run_yields_a_report_per_scan_and_closes_the_engine(scene: Scene) -> None:

@@ -166,11 +166,40 @@ def test_a_refusal_ends_the_task_and_is_told() -> None:
 
 
 def test_eagain_is_tried_again_but_not_for_ever() -> None:
-    kernel = Kernel(lambda handle, part, node: BatchResult(again=True))
+    kernel = Kernel(lambda handle, part, node: BatchResult(stuck=part, busy=part))
     moving = mover(kernel)
     moving.add(task((0, 4)))
     pump_all(moving)
     assert 2 <= len(kernel.calls) <= 10
+
+
+def test_only_the_busy_pages_of_a_batch_are_tried_again() -> None:
+    """Page 2 is in use by the kernel twice, page 3 cannot move at all."""
+    answers = iter([(spans((2, 4)), spans((2, 3))), (spans((2, 3)), spans((2, 3))), (Spans.empty(), Spans.empty())])
+
+    def answer(handle: ProcessHandle, part: Spans, node: int) -> BatchResult:
+        stuck, busy = next(answers)
+        return BatchResult(moved_bytes=part.total_bytes - stuck.total_bytes, stuck=stuck, busy=busy)
+
+    kernel = Kernel(answer)
+    moving = mover(kernel)
+    moving.add(task((0, 4)))
+    outcomes = pump_all(moving)
+    assert [pages for _, pages, _ in kernel.calls] == [[(0, 4)], [(2, 3)], [(2, 3)]]
+    assert [pages_of(outcome.later) for outcome in outcomes] == [[(2, 3)], [(2, 3)], []]
+    assert sum(outcome.moved_bytes for outcome in outcomes) == 3 * PAGE_BYTES
+
+
+def test_a_full_node_ends_the_task_and_its_pages_may_be_asked_for_later() -> None:
+    def full(handle: ProcessHandle, part: Spans, node: int) -> BatchResult:
+        return BatchResult(stuck=part, full=True, error="node 2 is full")
+
+    kernel = Kernel(full)
+    moving = mover(kernel)
+    moving.add(MoveTask(PROCESS, spans((0, 1_000_000)), 2))
+    [outcome] = pump_all(moving)
+    assert outcome.later.total_bytes == outcome.requested_bytes
+    assert not moving.has_work
 
 
 def test_dropping_a_process_closes_its_handle() -> None:

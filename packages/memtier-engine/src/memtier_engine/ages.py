@@ -243,10 +243,10 @@ class ProcessPages:
                 ages[:] = age
 
     def set_place(self, spans: Spans, node: int) -> None:
-        """Remember that all pages of `spans` are on `node`."""
+        """Remember that all pages of `spans` are on `node`; `NOWHERE`: it is not known where."""
         if self.places is not None:
             for first, last in self._index_runs(spans):
-                self.places[first:last] = node + 1
+                self.places[first:last] = max(0, node + 1)
 
     def _index_runs(self, spans: Spans) -> Iterator[tuple[int, int]]:
         own = np.concatenate(([0], np.cumsum(spans.pages)))

@@ -28,6 +28,7 @@ class EngineThread:
         self._on_failure = on_failure
         self._condition = threading.Condition()
         self._stopping = False
+        engine.on_wake = self._wake
         self._thread = threading.Thread(target=self._work, name="memtier-engine", daemon=True)
         self.mover = MoverControl(engine.mover, self._condition, lambda: self.running, engine.clock)
 
@@ -56,6 +57,10 @@ class EngineThread:
         """The engine, between two steps for as long as the block lasts."""
         with self._condition:
             yield self._engine
+
+    def _wake(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
 
     def _work(self) -> None:
         engine = self._engine

@@ -155,3 +155,5 @@ class MoveOutcome:
     error: str | None = None
     page_errors: Mapping[int, int] = field(default_factory=dict)
     """Pages that the kernel refused to move, by errno of their status."""
+    later: Spans = field(default_factory=Spans.empty)
+    """The part of `stuck` that was kept for a reason that passes: a busy page, a full node."""

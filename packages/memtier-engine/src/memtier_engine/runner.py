@@ -27,6 +27,7 @@ class _Entry:
     on_failure: OnFailure | None = field(compare=False)
     removed: bool = field(default=False, compare=False)
     busy: bool = field(default=False, compare=False)
+    woken: bool = field(default=False, compare=False)
 
 
 class Runner:
@@ -61,6 +62,7 @@ class Runner:
         with self._condition:
             entry = _Entry(self._clock.now_s() + delay_s, next(self._order), engine, on_report, on_failure)
             self._entries[engine] = entry
+            engine.on_wake = lambda: self._wake(entry)
             heapq.heappush(self._queue, entry)
             self._condition.notify()
 
@@ -74,10 +76,10 @@ class Runner:
             if entry is None:
                 return True
             entry.removed = True
-            if self._condition.wait_for(lambda: not entry.busy, timeout_s):
-                engine.close()
-                return True
-            return False
+            idle = self._condition.wait_for(lambda: not entry.busy, timeout_s)
+        if idle:
+            engine.close()  # without the lock: a target's thread that it waits for may be just waking us
+        return idle
 
     def stop(self, *, timeout_s: float = 5.0) -> None:
         """Stop all threads and close all engines."""
@@ -106,13 +108,23 @@ class Runner:
                 self._failed(entry, failure)
                 due_s = None
             with self._condition:
+                ends = entry.removed or due_s is None
+            if ends:
+                entry.engine.close()
+            with self._condition:
                 entry.busy = False
-                if entry.removed or due_s is None:
-                    entry.engine.close()
-                else:
-                    entry.due_s = due_s
+                if due_s is not None and not ends:
+                    entry.due_s = self._clock.now_s() if entry.woken else due_s
                     heapq.heappush(self._queue, entry)
                 self._condition.notify_all()
+
+    def _wake(self, entry: _Entry) -> None:
+        with self._condition:
+            entry.woken = True
+            if entry in self._queue and not entry.removed:
+                entry.due_s = self._clock.now_s()
+                heapq.heapify(self._queue)
+                self._condition.notify()
 
     def _failed(self, entry: _Entry, failure: Exception) -> None:
         with self._condition:
@@ -129,7 +141,7 @@ class Runner:
                 wait_s = self._queue[0].due_s - self._clock.now_s() if self._queue else IDLE_WAIT_S
                 if self._queue and wait_s <= 0:
                     entry = heapq.heappop(self._queue)
-                    entry.busy = True
+                    entry.busy, entry.woken = True, False
                     return entry
                 self._condition.wait(min(wait_s, IDLE_WAIT_S))
             return None

@@ -120,9 +120,13 @@ class Kdamond:
         off = self._host.read_text(path / "state").strip() == "off"
         return off and self._host.read_int(path / "contexts" / "nr_contexts") == 0
 
-    def configure(self, attributes: DamonAttributes) -> None:
+    def operations(self) -> frozenset[str]:
+        """What it can watch, as the kernel was built: `vaddr` processes, `paddr` physical memory."""
+        return frozenset(self._host.read_text(self._context / "avail_operations").split())
+
+    def configure(self, attributes: DamonAttributes, operations: str = "vaddr") -> None:
         """Set how to look. Raises KernelCallError: EINVAL for values that the kernel does not take."""
-        self._write("operations", "vaddr")
+        self._write("operations", operations)
         intervals, regions = "monitoring_attrs/intervals", "monitoring_attrs/nr_regions"
         self._write(f"{intervals}/aggr_us", attributes.aggregation_us)
         self._write(f"{intervals}/sample_us", attributes.sample_us)
@@ -165,9 +169,29 @@ class Kdamond:
             self.stop()
             return
         was_running = self.running()
-        self._write_targets(known if was_running and known else {})
-        self._write_schemes()
+        known = known if was_running and known else {}
+        self._write_targets([known.get(pid, Spans.empty()) for pid in self._pids])
+        for index, pid in enumerate(self._pids):
+            self._write(f"targets/{index}/pid_target", pid)
+        self._write_schemes(len(self._pids), by_target=True)
         self._command("commit" if was_running else "on")
+
+    def watch_memory(self, areas: Spans) -> None:
+        """With operations `paddr`: watch these physical addresses, if it does not do so already.
+
+        Raises:
+            KernelCallError: the kernel does not take them.
+        """
+        if self.running():
+            return
+        self._write_targets([areas])
+        self._write_schemes(1, by_target=False)
+        self._command("on")
+
+    def read_memory(self) -> DamonRegions:
+        """With operations `paddr`: what it knows. See `read`."""
+        self._command("update_schemes_tried_regions")
+        return self._regions(0)
 
     def read(self) -> dict[int, DamonRegions]:
         """What it knows, by pid. Waits for the end of an aggregation; four small files are read per region.
@@ -211,29 +235,28 @@ class Kdamond:
     def _command(self, command: str) -> None:
         self._host.write(self._path / "state", command)
 
-    def _write_targets(self, known: dict[int, Spans]) -> None:
-        self._set_count("targets/nr_targets", len(self._pids))
-        for index, pid in enumerate(self._pids):
-            self._write(f"targets/{index}/pid_target", pid)
-            areas = known.get(pid, Spans.empty())
+    def _write_targets(self, targets: Sequence[Spans]) -> None:
+        self._set_count("targets/nr_targets", len(targets))
+        for index, areas in enumerate(targets):
             if self._host.read_int(self._context / f"targets/{index}/regions/nr_regions") != len(areas):
                 self._write(f"targets/{index}/regions/nr_regions", len(areas))
             for number, (start, end) in enumerate(zip(areas.starts.tolist(), areas.ends.tolist(), strict=True)):
                 self._write(f"targets/{index}/regions/{number}/start", start)
                 self._write(f"targets/{index}/regions/{number}/end", end)
 
-    def _write_schemes(self) -> None:
-        first = self._set_count("schemes/nr_schemes", len(self._pids))
-        for index in range(first, len(self._pids)):
+    def _write_schemes(self, count: int, *, by_target: bool) -> None:
+        first = self._set_count("schemes/nr_schemes", count)
+        for index in range(first, count):
             scheme = f"schemes/{index}"
             self._write(f"{scheme}/action", "stat")
             for name, most in (("sz", _U64_MAX), ("nr_accesses", _U32_MAX), ("age", _U32_MAX)):
                 self._write(f"{scheme}/access_pattern/{name}/min", 0)
                 self._write(f"{scheme}/access_pattern/{name}/max", most)
-            self._write(f"{scheme}/filters/nr_filters", 1)
-            self._write(f"{scheme}/filters/0/type", "target")
-            self._write(f"{scheme}/filters/0/damon_target_idx", index)
-            self._write(f"{scheme}/filters/0/matching", "N")  # what is not of this target is filtered out
+            if by_target:
+                self._write(f"{scheme}/filters/nr_filters", 1)
+                self._write(f"{scheme}/filters/0/type", "target")
+                self._write(f"{scheme}/filters/0/damon_target_idx", index)
+                self._write(f"{scheme}/filters/0/matching", "N")  # what is not of this target is filtered out
 
     def _set_count(self, name: str, count: int) -> int:
         """Write the number if it differs. Returns the first directory that is new: all are, if it was written."""

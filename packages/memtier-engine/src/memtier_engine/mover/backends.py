@@ -16,11 +16,14 @@ from memtier_engine.errors import KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_start_ticks
 from memtier_engine.hostfs.pagemap import Pagemap
-from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, SWAP_NODE, U64, ProcessId, Spans
+from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, SWAP_NODE, U64, Bools, ProcessId, Spans
 
 IOVECS_MAX = 1024
 """UIO_MAXIOV: process_madvise refuses more with EINVAL."""
 INTERRUPTED_MAX = 8
+CALLS_MAX = 8
+"""Of move_pages for one batch: each goes on behind what held up the one before."""
+_BUSY = (-errno.EAGAIN, -errno.EBUSY)
 SPLITS_MAX = 64
 """A batch is split this often around what the kernel refuses before the rest of it is given up."""
 
@@ -32,8 +35,10 @@ class BatchResult:
     moved_bytes: int = 0
     stuck: Spans = field(default_factory=Spans.empty)
     """Asked for, still where it was."""
-    again: bool = False
-    """EAGAIN: worth another try later."""
+    busy: Spans = field(default_factory=Spans.empty)
+    """The part of `stuck` that was in use by the kernel just now: worth another try soon."""
+    full: bool = False
+    """The node has no room: the rest of the task fares no better."""
     error: str | None = None
     page_errors: dict[int, int] = field(default_factory=dict)
     """Pages that stayed, by errno of their status; only of move_pages."""
@@ -72,16 +77,21 @@ def page_out(handle: ProcessHandle, spans: Spans) -> BatchResult:
     """
     swapped_before = handle.pagemap.swapped_bytes(spans.starts, spans.ends)
     result = BatchResult()
-    _advise(handle, spans.starts.copy(), spans.ends - spans.starts, result)
+    done = _advise(handle, spans.starts.copy(), spans.ends - spans.starts, result)
     swapped_after = handle.pagemap.swapped_bytes(spans.starts, spans.ends)
     result.moved_bytes = max(0, swapped_after - swapped_before)
     if swapped_after < spans.total_bytes:
         result.stuck = _resident(handle, spans)
+        if not done:
+            result.busy = result.stuck
     return result
 
 
-def _advise(handle: ProcessHandle, starts: U64, lengths: U64, result: BatchResult) -> None:
-    """Walk on through partial returns and refusals until everything was advised or given up."""
+def _advise(handle: ProcessHandle, starts: U64, lengths: U64, result: BatchResult) -> bool:
+    """Walk on through partial returns and refusals until everything was advised or given up.
+
+    Returns False if the kernel asks to come again later (EAGAIN).
+    """
     interrupted = splits = 0
     while len(starts):
         try:
@@ -93,20 +103,20 @@ def _advise(handle: ProcessHandle, starts: U64, lengths: U64, result: BatchResul
                 interrupted += 1
                 continue
             if failure.errno == errno.EAGAIN:
-                result.again = True
-                return
+                return False
             if failure.errno not in (errno.ENOMEM, errno.EINVAL, errno.EBADF):
                 raise
             # ENOMEM: a hole; EINVAL: a mapping that cannot be paged out (mlocked, hugetlb, device).
             splits += 1
             result.error = str(failure)
             if splits > SPLITS_MAX:
-                return
+                return True
             starts, lengths = _split_first(starts, lengths)
             continue
         if done <= 0:
-            return
+            return True
         starts, lengths = _without_first(starts, lengths, done)
+    return True
 
 
 def _split_first(starts: U64, lengths: U64) -> tuple[U64, U64]:
@@ -162,7 +172,11 @@ def pages_as_spans(addresses: U64) -> Spans:
 
 
 def move_to_node(handle: ProcessHandle, spans: Spans, node: int) -> BatchResult:
-    """move_pages(2) to `node`, only pages that are elsewhere; busy pages are tried once more.
+    """move_pages(2) to `node`, only pages that are elsewhere.
+
+    When a page cannot be taken from where it is (the kernel or a device holds it), the call ends there: the status
+    of its neighbours stays unwritten, though they were moved, and what comes after them is not tried (mm/migrate.c,
+    do_pages_move). So the kernel is asked where they are, and called again for the rest.
 
     Raises:
         ProcessGone: it exited.
@@ -174,26 +188,52 @@ def move_to_node(handle: ProcessHandle, spans: Spans, node: int) -> BatchResult:
     status = syscalls.move_pages(pid, addresses, None)
     # A negative status is a page without a place: absent, or the shared zero page.
     todo = addresses[(status >= 0) & (status != node)]
-    stuck: list[U64] = []
-    last_try = 1
-    for attempt in range(last_try + 1):
+    last = np.full(len(addresses), node, np.int32)  # of pages that are not in `todo`, nothing is left to do
+    for _ in range(CALLS_MAX):
         if not len(todo):
             break
-        status = syscalls.move_pages(pid, todo, node)
+        status = _moved(pid, todo, node)
+        last[np.searchsorted(addresses, todo)] = status
         result.moved_bytes += int(np.count_nonzero(status == node)) * PAGE_BYTES
         if (status == -errno.ENOMEM).any():
+            result.full = True
             result.error = f"move_pages(pid={pid}): node {node} is full"
-            _count_errors(result, status)
-            stuck.append(todo[status != node])
-            todo = todo[:0]
             break
-        busy = (status == -errno.EBUSY) | (status == -errno.EAGAIN)
-        _count_errors(result, status if attempt == last_try else status[~busy])
-        stuck.append(todo[(status != node) & ~busy])
-        todo = todo[busy]
-    stuck.append(todo)
-    result.stuck = pages_as_spans(np.sort(np.concatenate(stuck)))
+        kept = np.isin(status, _BUSY)
+        if kept.all():
+            break
+        todo = _untried_first(todo, kept)
+    _sort_out(result, addresses, last, node)
     return result
+
+
+def _moved(pid: int, addresses: U64, node: int) -> NDArray[np.int32]:
+    """int32[n]: `node`, or -errno; -EAGAIN where the kernel did not tell and the page is not there."""
+    try:
+        status = syscalls.move_pages(pid, addresses, node)
+    except KernelCallError as failure:
+        if failure.errno != errno.ENOMEM:
+            raise
+        where = syscalls.move_pages(pid, addresses, None)  # some may have found room
+        return np.where((where >= 0) & (where != node), np.int32(-errno.ENOMEM), where)
+    untold = status == syscalls.NOT_TRIED
+    if untold.any():
+        where = syscalls.move_pages(pid, addresses[untold], None)
+        status[untold] = np.where((where >= 0) & (where != node), -errno.EAGAIN, where)
+    return status
+
+
+def _untried_first(addresses: U64, kept: Bools) -> U64:
+    """The pages that are `kept`, not all: first the run at the end, which the kernel may not have come to."""
+    end = int(np.flatnonzero(~kept)[-1]) + 1
+    return np.concatenate((addresses[end:], addresses[:end][kept[:end]]))
+
+
+def _sort_out(result: BatchResult, addresses: U64, status: NDArray[np.int32], node: int) -> None:
+    stays = status != node
+    result.stuck = pages_as_spans(addresses[stays])
+    result.busy = pages_as_spans(addresses[np.isin(status, _BUSY)])
+    _count_errors(result, status)
 
 
 def _count_errors(result: BatchResult, status: NDArray[np.int32]) -> None:

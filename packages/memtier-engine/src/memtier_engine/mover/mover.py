@@ -166,12 +166,13 @@ class Mover:
         seconds = time.monotonic() - began_s
         self._bucket.charge(result.moved_bytes)
         self._adapt(part.total_bytes, seconds)
-        if result.again and pending.tries < RETRIES_MAX:
-            self._queue.append(_Pending(pending.task, pending.left, pending.tries + 1))
-        elif len(rest):
+        if len(result.busy) and pending.tries < RETRIES_MAX:
+            self._queue.append(_Pending(pending.task, result.busy, pending.tries + 1))
+        if len(rest) and not result.full:
             # To the back: a huge task takes turns with small ones. Promotions keep their place.
             add = self._queue.appendleft if pending.task.reason == "active" else self._queue.append
             add(_Pending(pending.task, rest, pending.tries))
+        later = result.stuck if result.full else result.busy
         outcome = MoveOutcome(
             process,
             part,
@@ -182,6 +183,7 @@ class Mover:
             result.stuck,
             error,
             result.page_errors,
+            later,
         )
         return [outcome]
 

@@ -22,6 +22,9 @@ class Observer:
     def scan_ended(self, process: ProcessId, seconds: float) -> None:
         """The scan that began last went through."""
 
+    def appeared(self, process: ProcessId) -> None:
+        """The target means `process` from now on; if it is very young it is scanned later."""
+
     def forgotten(self, process: ProcessId) -> None:
         """The engine does not follow `process` any more."""
 

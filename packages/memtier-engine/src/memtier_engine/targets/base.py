@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, runtime_checkable
 
 from memtier_engine.errors import KernelCallError
@@ -29,6 +29,33 @@ class RestrictingTarget(Protocol):
 
     def restrict(self, process: ProcessId, mapped: Spans) -> Spans:
         """The parts of `mapped` that are meant."""
+
+
+@runtime_checkable
+class TellingTarget(Protocol):
+    """A target that tells when its processes change."""
+
+    def poll(self) -> frozenset[ProcessId]:
+        """See `Target.poll`."""
+
+    def listen(self, on_change: Callable[[], None]) -> None:
+        """Call this at every change from now on, from a thread of the target's."""
+
+    def close(self) -> None:
+        """Tell no more. Safe to call twice."""
+
+
+@runtime_checkable
+class _Wrapper(Protocol):
+    @property
+    def source(self) -> Target: ...
+
+
+def innermost(target: Target) -> Target:
+    """The target that others (by events, at intervals) ask."""
+    while isinstance(target, _Wrapper):
+        target = target.source
+    return target
 
 
 def identify(host: Host, pids: Iterable[int]) -> frozenset[ProcessId]:

@@ -15,8 +15,8 @@ from loguru import logger
 
 from memtier_engine.errors import KernelCallError, MemtierError, Unavailable
 from memtier_engine.hostfs.proc_events import ProcEventSocket
-from memtier_engine.model import ProcessId
-from memtier_engine.targets.base import Target
+from memtier_engine.model import ProcessId, Spans
+from memtier_engine.targets.base import RestrictingTarget, Target
 
 OnChange = Callable[[frozenset[ProcessId], frozenset[ProcessId]], None]
 """Gets (added, removed)."""
@@ -47,9 +47,10 @@ class EventsTarget:
             on_change: called from the thread, also once for the processes that are there at first.
             open_events: how to get the events.
         """
-        self._source = source
+        self.source = source
         self._refresh_s = refresh_s
         self._on_change = on_change or (lambda added, removed: None)
+        self._listeners: tuple[Callable[[], None], ...] = ()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._known: frozenset[ProcessId] = frozenset()
@@ -72,7 +73,15 @@ class EventsTarget:
         with self._lock:
             if self._asked_s is not None and time.monotonic() - self._asked_s < self._refresh_s:
                 return self._known
-        return self._ask()
+        return self._ask()[0]
+
+    def listen(self, on_change: Callable[[], None]) -> None:
+        """See `TellingTarget.listen`."""
+        self._listeners = (*self._listeners, on_change)
+
+    def restrict(self, process: ProcessId, mapped: Spans) -> Spans:
+        """See `RestrictingTarget.restrict`: as the source does, or all of it."""
+        return self.source.restrict(process, mapped) if isinstance(self.source, RestrictingTarget) else mapped
 
     def close(self) -> None:
         """Stop the thread. Safe to call twice."""
@@ -82,14 +91,16 @@ class EventsTarget:
             self._events.close()
             self._events = None
 
-    def _ask(self) -> frozenset[ProcessId]:
+    def _ask(self) -> tuple[frozenset[ProcessId], bool]:
+        """(the source's answer, whether it is another one than before)."""
         with self._lock:
-            current = self._source.poll()
+            current = self.source.poll()
             added, removed = current - self._known, self._known - current
             self._known, self._asked_s = current, time.monotonic()
-        if added or removed:
+        changed = bool(added or removed)
+        if changed:
             self._on_change(added, removed)
-        return current
+        return current, changed
 
     def _follow(self) -> None:
         due_s = 0.0
@@ -123,6 +134,10 @@ class EventsTarget:
 
     def _ask_safely(self) -> None:
         try:
-            self._ask()
+            _, changed = self._ask()
         except MemtierError as failure:
             logger.warning("{}", failure)
+            return
+        if changed:
+            for listener in self._listeners:
+                listener()

@@ -11,7 +11,7 @@ class PacedTarget:
     """Repeats the last answer until the interval is over. Processes that exit meanwhile are still in it."""
 
     def __init__(self, source: Target, interval_s: float, clock: Clock) -> None:
-        self._source = source
+        self.source = source
         self._interval_s = interval_s
         self._clock = clock
         self._asked_s: float | None = None
@@ -21,6 +21,6 @@ class PacedTarget:
         """What the source said last, at most an interval ago."""
         now_s = self._clock.now_s()
         if self._asked_s is None or now_s - self._asked_s >= self._interval_s:
-            self._answer = self._source.poll()
+            self._answer = self.source.poll()
             self._asked_s = now_s
         return self._answer

@@ -2,6 +2,10 @@
 
 Its cost does not grow with the memory watched, and its answer is by regions, not by pages. A region counts as
 touched if samples of the last aggregation found accesses, or if its accesses changed since the last scan.
+
+Regions are of each process's addresses. Kernels without CONFIG_DAMON_VADDR can only watch physical memory: then
+the whole machine's is watched, and a page is what the region over its frame is. That is coarser: neighbours in
+memory are often not neighbours in a process, and a region may be in use by somebody else.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from memtier_engine.errors import ConfigError, KernelCallError, ProcessGone, Tra
 from memtier_engine.hostfs.damon import DamonAttributes, DamonRegions, Kdamond, areas_of, joined
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_mappings, read_start_ticks
-from memtier_engine.hostfs.pagemap import Pagemap
-from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, PageChunk, ProcessId, Spans
+from memtier_engine.hostfs.numa import frame_nodes
+from memtier_engine.hostfs.pagemap import Pagemap, pfns, present
+from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, PageChunk, ProcessId, Spans
 from memtier_engine.trackers.common import FirstSight, chunks, mark_new
 
 _Value = TypeVar("_Value", bound=np.generic)
@@ -39,6 +44,8 @@ class DamonConfig:
     """Use one of these (`kdamondslist`); empty: any that is free."""
     create: int = 1
     """How many to make if the machine has none (`nrkdamonds`)."""
+    physical: bool | None = None
+    """Watch physical memory. None: only where the kernel cannot watch processes."""
 
     def __post_init__(self) -> None:
         attributes = self.attributes
@@ -73,29 +80,36 @@ class DamonTracker:
         self._clock = clock or SystemClock()
         self._kdamond = Kdamond(host, among=self._config.kdamonds, create=self._config.create)
         try:
-            self._kdamond.configure(self._config.attributes)
+            self.physical = self._decide_physical()
+            self._kdamond.configure(self._config.attributes, "paddr" if self.physical else "vaddr")
         except KernelCallError as failure:
             self._kdamond.close()
             raise TrackerUnavailable(
-                f"DAMON: {failure}", hint="a kernel with CONFIG_DAMON_VADDR=y, and attributes that it takes"
+                f"DAMON: {failure}",
+                hint="a kernel with CONFIG_DAMON_VADDR=y or CONFIG_DAMON_PADDR=y, and attributes that it takes",
             ) from None
         self._watched: frozenset[ProcessId] = frozenset()
         self._snapshot: dict[int, DamonRegions] | None = None
+        self._memory: DamonRegions | None = None
         self._snapshot_s = 0.0
         self._scanned_s: dict[ProcessId, float] = {}
         self._seen = FirstSight()
+        self._buffer = np.empty(CHUNK_PAGES, np.uint64)
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`. Also the beginning of a round: what is scanned next is read afresh."""
-        if processes != self._watched or (processes and not self._kdamond.running()):
+        if self.physical:
+            self._watch_memory(processes)
+        elif processes != self._watched or (processes and not self._kdamond.running()):
             self._retarget(processes)
-        self._snapshot = None
+        self._snapshot = self._memory = None
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """See `Tracker.scan`."""
         if process not in self._watched:
             raise ProcessGone(f"process {process.pid} exited", errno.ESRCH)
-        regions = self._regions(process)
+        source: _Source = _ByFrame(self._read_memory()) if self.physical else _ByAddress(self._regions(process))
+        regions = source.regions
         window_s = self._snapshot_s - self._scanned_s.get(process, -np.inf)
         known = self._seen.previous(process)
         touched = regions.accesses > 0
@@ -104,21 +118,46 @@ class DamonTracker:
         rates = self._rates(regions)
         with Pagemap(self._host, process.pid) as pagemap:
             for start, end in chunks(spans):
-                resident = pagemap.resident(start, end)
-                accessed = _spread(regions, touched, start, end, outside=True)
+                words = pagemap.read(start, end, self._buffer)
+                resident = present(words)
+                accessed = source.spread(touched, start, words, outside=True)
                 mark_new(accessed, start, known)
-                by_page = _spread(regions, rates, start, end, outside=0.0)
+                by_page = source.spread(rates, start, words, outside=0.0)
                 yield PageChunk(start, accessed & resident, resident, rates=by_page)
         self._seen.completed(process, spans)
         self._scanned_s[process] = self._snapshot_s
 
     def regions(self) -> dict[int, DamonRegions]:
-        """The last snapshot by pid, as the kernel cut the regions; empty before the first scan of a round."""
+        """The last snapshot by pid, as the kernel cut the regions; empty before the first scan of a round, and
+        where physical memory is watched."""
         return self._snapshot or {}
 
     def close(self) -> None:
         """See `Tracker.close`."""
         self._kdamond.close()
+
+    def _decide_physical(self) -> bool:
+        if self._config.physical is not None:
+            return self._config.physical
+        found = self._kdamond.operations()
+        physical = "vaddr" not in found and "paddr" in found
+        if physical:
+            logger.info("damon: this kernel cannot watch processes: physical memory is watched instead")
+        return physical
+
+    def _watch_memory(self, processes: frozenset[ProcessId]) -> None:
+        alive = frozenset(filter(self._is_alive, processes))
+        if alive:
+            self._kdamond.watch_memory(_memory(self._host))
+        else:
+            self._kdamond.stop()
+        self._keep(alive)
+
+    def _keep(self, alive: frozenset[ProcessId]) -> None:
+        self._watched = alive
+        self._seen.keep(alive)
+        for process in self._scanned_s.keys() - alive:
+            del self._scanned_s[process]
 
     def _retarget(self, processes: frozenset[ProcessId]) -> None:
         known = {pid: areas_of(regions) for pid, regions in (self._snapshot or {}).items()}
@@ -135,10 +174,7 @@ class DamonTracker:
         else:
             self._kdamond.stop()
             alive = frozenset()
-        self._watched = alive
-        self._seen.keep(alive)
-        for process in self._scanned_s.keys() - alive:
-            del self._scanned_s[process]
+        self._keep(alive)
 
     def _mapped(self, process: ProcessId) -> Spans:
         try:
@@ -164,6 +200,12 @@ class DamonTracker:
             self._snapshot_s = self._clock.now_s()
         return self._snapshot[process.pid]
 
+    def _read_memory(self) -> DamonRegions:
+        if self._memory is None:
+            self._memory = self._kdamond.read_memory()
+            self._snapshot_s = self._clock.now_s()
+        return self._memory
+
     def _rates(self, regions: DamonRegions) -> NDArray[np.float32]:
         sizes = (regions.ends - regions.starts).astype(np.float64)
         rates = regions.accesses / np.maximum(1.0, sizes / PAGE_BYTES)
@@ -172,7 +214,62 @@ class DamonTracker:
         return rates.astype(np.float32)
 
 
-def _spread(
+def _memory(host: Host) -> Spans:
+    """All physical memory as addresses: one span per node, holes included."""
+    frames = frame_nodes(host)
+    shift = np.uint64(PAGE_SHIFT)
+    return Spans(frames.first_pfns << shift, frames.end_pfns << shift)
+
+
+class _ByAddress:
+    """Regions of one process's addresses."""
+
+    def __init__(self, regions: DamonRegions) -> None:
+        self.regions = regions
+
+    def spread(
+        self, values: NDArray[_Value], start: int, words: NDArray[np.uint64], *, outside: bool | float
+    ) -> NDArray[_Value]:
+        """The value of the region over each page from `start` on; `outside` where there is none."""
+        return spread(self.regions, values, start, start + (len(words) << PAGE_SHIFT), outside=outside)
+
+
+class _ByFrame:
+    """Regions of physical memory."""
+
+    def __init__(self, regions: DamonRegions) -> None:
+        self.regions = regions
+
+    def spread(
+        self, values: NDArray[_Value], start: int, words: NDArray[np.uint64], *, outside: bool | float
+    ) -> NDArray[_Value]:
+        """The value of the region over the frame of each pagemap word; `outside` where there is no frame."""
+        return spread_by_frame(self.regions, values, words, outside=outside)
+
+
+_Source = _ByAddress | _ByFrame
+
+
+def spread_by_frame(
+    regions: DamonRegions, values: NDArray[_Value], words: NDArray[np.uint64], *, outside: bool | float
+) -> NDArray[_Value]:
+    """The value of the region of physical addresses that holds the frame of each pagemap word.
+
+    Args:
+        regions: of physical addresses.
+        values: [regions].
+        words: uint64[n] of pagemap.
+        outside: for pages that have no frame, and for frames in no region.
+    """
+    if not len(regions):
+        return np.full(len(words), outside, values.dtype)
+    addresses = pfns(words) << np.uint64(PAGE_SHIFT)
+    at = np.maximum(np.searchsorted(regions.starts, addresses, side="right") - 1, 0)
+    found = present(words) & (addresses >= regions.starts[at]) & (addresses < regions.ends[at])
+    return np.where(found, values[at], np.asarray(outside, values.dtype))
+
+
+def spread(
     regions: DamonRegions, values: NDArray[_Value], start: int, end: int, *, outside: bool | float
 ) -> NDArray[_Value]:
     """The value of the region over each page of [start, end); `outside` where there is none."""
