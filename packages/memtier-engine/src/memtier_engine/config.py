@@ -7,12 +7,11 @@ is a `name` and a `config`, the latter text that is YAML or JSON again. `config_
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import yaml
 
 from memtier_engine.auto import auto_engine
 from memtier_engine.clock import Clock
@@ -29,6 +28,7 @@ from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.policies.auto import AutoPolicyConfig
 from memtier_engine.stats.observer import Observer
+from memtier_engine.targets.base import TellingTarget
 
 _STUB_INTERVAL_MS = 5000
 
@@ -68,9 +68,16 @@ class Spec:
         clock: Clock | None = None,
         dry_run: bool = False,
         observers: Sequence[Observer] = (),
+        events: bool = False,
     ) -> Engine:
         """The engine on this machine. If that fails, nothing of it stays open.
 
+        Args:
+            host: the machine; None: this one.
+            clock: None: the system's.
+            dry_run: see `EngineConfig`.
+            observers: see `Engine`.
+            events: see `TargetSpec.build`; the engine closes the target.
         Raises:
             TrackerUnavailable: the tracker does not work here.
             ConfigError: a directory or program that the file names is not there.
@@ -90,7 +97,9 @@ class Spec:
             dry_run=dry_run,
         )
         with ExitStack() as made:
-            target = self.target.build(host)
+            target = self.target.build(host, events=events)
+            if isinstance(target, TellingTarget):
+                made.callback(target.close)
             tracker = self.tracker.build(host)
             made.callback(tracker.close)
             if isinstance(self.policy, AutoPolicyConfig):
@@ -167,7 +176,7 @@ def read(source: str | Path, *, allow_programs: bool = False) -> Spec:
 
 def parse_policy(name: str, config: str, *, file: str | None = None) -> Spec:
     """One policy given by name and configuration text, as the prompt has them. Raises ConfigError."""
-    block = _block(name, config, file)
+    block = _block("policy", name, config, file)
     found = POLICIES[block.choice("name", tuple(POLICIES))](block)
     return Spec(found.policy, found.tracker, found.target, found.mover, (), found.cgroups, found.forecaster)
 
@@ -184,17 +193,20 @@ def parse_target(name: str, config: str, *, file: str | None = None) -> TargetSp
 
 def parse_routine(name: str, config: str, *, file: str | None = None, allow_programs: bool = False) -> RoutineSpec:
     """One routine given by name and configuration text. Raises ConfigError."""
-    return decode_routine(_block(name, config, file), allow_programs=allow_programs)
+    return decode_routine(_block("routine", name, config, file), allow_programs=allow_programs)
 
 
 def _wrapped(key: str, name: str, config: str, file: str | None) -> Section:
-    text = yaml.safe_dump({key: {"name": name, "config": config}})
-    root = compose(text, Place(file, 1), "")
+    """The block as it would stand in a file, so that line 1 of `config` is line 1 in errors."""
+    head = f"{key}:\n  name: {json.dumps(name)}\n  config: "
+    body = "|2+\n" + "".join(f"    {line}\n" for line in config.split("\n")) if config else "''\n"
+    place = Place(file, 1 - head.count("\n") - 1)
+    root = compose(head + body, place, "")
     assert root is not None
-    return Section(root, "", Place(file, 1))
+    return Section(root, "", place)
 
 
-def _block(name: str, config: str, file: str | None) -> Section:
-    block = _wrapped("block", name, config, file).section("block")
+def _block(key: str, name: str, config: str, file: str | None) -> Section:
+    block = _wrapped(key, name, config, file).section(key)
     assert block is not None
     return block
