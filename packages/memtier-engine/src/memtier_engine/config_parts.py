@@ -16,6 +16,7 @@ from memtier_engine.model import Tracker
 from memtier_engine.regions import RegionCounters
 from memtier_engine.targets.base import Target
 from memtier_engine.targets.cgroups import CgroupsTarget
+from memtier_engine.targets.events import EventsTarget
 from memtier_engine.targets.filter import FilterTarget, ProcessFilter
 from memtier_engine.targets.paced import PacedTarget
 from memtier_engine.targets.pids import PidsTarget
@@ -95,22 +96,40 @@ class TargetSpec:
     filters: tuple[ProcessFilter, ...] = ()
     directory: str = ""
 
-    def build(self, host: Host) -> Target:
+    def build(self, host: Host, *, events: bool = False) -> Target:
         """The target on this machine.
 
+        Args:
+            host: the machine.
+            events: let the kernel tell of new processes, and only ask at `interval_ms` beside that. The target is
+                then a `TellingTarget`, with a thread of its own until it is closed.
         Raises:
             ConfigError: a directory is not there.
         """
-        if self.name == "cgroups":
-            return CgroupsTarget(host, self.cgroups)
+        if events and self.name in ("cgroups", "proc", "filter"):
+            return EventsTarget(self._asked(host), refresh_s=self._refresh_s())
         if self.name == "proc":
             return PacedTarget(ProcTarget(host), self.interval_ms / 1000, SystemClock())
         if self.name == "filter":
             assert self.source is not None
             return FilterTarget(host, self.source.build(host), self.filters)
+        return self._asked(host)
+
+    def _asked(self, host: Host) -> Target:
+        """The target that looks each time it is asked."""
+        if self.name == "cgroups":
+            return CgroupsTarget(host, self.cgroups)
+        if self.name == "proc":
+            return ProcTarget(host)
+        if self.name == "filter":
+            assert self.source is not None
+            return FilterTarget(host, self.source._asked(host), self.filters)
         if self.name == "pagesofinterest":
             return PagesOfInterestTarget(host, self.directory)
         return PidsTarget(host, self.pids)
+
+    def _refresh_s(self) -> float:
+        return self.interval_ms / 1000 if self.source is None else self.source._refresh_s()
 
 
 NO_TARGET = TargetSpec("stub")

@@ -172,7 +172,7 @@ def _from_options(
 def _from_file(path: Path, dry_run: bool) -> Engine:
     from memtier_engine.config import load
 
-    return load(path).build(dry_run=dry_run)
+    return load(path).build(dry_run=dry_run, events=True)
 
 
 def _line(report: StepReport, engine: Engine, dry_run: bool) -> str:

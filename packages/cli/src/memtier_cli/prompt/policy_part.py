@@ -78,7 +78,7 @@ class PolicyPart:
             self.spec = parse_policy("stub", "")
         self._renew_counts()
         observers = (self._prompt.statistics, self.counts, self.raw)
-        engine = self.spec.build(self._prompt.host, observers=observers)
+        engine = self.spec.build(self._prompt.host, observers=observers, events=True)
         logger.info("tracker {}, policy {}", engine.tracker.name, engine.policy.name)
         if self.spec.swaps and not read_swaps(self._prompt.host):
             logger.warning("there is no swap: nothing can be paged out until some is turned on (swapon)")
