@@ -20,7 +20,7 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.pagemap import Pagemap, swapped
 from memtier_engine.model import PAGE_BYTES, Spans
-from memtier_engine.trackers.bpf import attach, faults
+from memtier_engine.trackers.bpf import attach, faults, hardware
 from memtier_engine.trackers.bpf.faults import FaultCounter, FaultTable
 from memtier_engine.trackers.bpf.hardware import AccessSampler, Event, HardwareTracker, memory_events
 from memtier_engine.trackers.bpf.sampling import SampledBpfTracker, in_panel
@@ -231,6 +231,21 @@ def test_sampled_addresses_arrive_page_by_page(tmp_path: Path) -> None:
         assert np.flatnonzero(chunk.rates == 1.0).tolist() == touched
         assert scan(tracker, load).accessed.tolist() == []
     tracker.close()
+
+
+def test_a_full_map_of_samples_loses_some_and_says_how_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing fails; reading makes room."""
+    monkeypatch.setattr(hardware, "_SIZES", {**hardware._SIZES, "touches": 8})
+    with (
+        AccessSampler(Host(), events=[PAGE_FAULTS], period=1) as sampler,
+        toucher("anonymous", 400, tmp_path) as load,
+    ):
+        sampler.watch(frozenset({load.process}))
+        load.write(range(300))
+        assert sum(len(pages) for pages, _ in sampler.read().values()) <= 8
+        assert sampler.lost >= 292
+        load.write([350])
+        assert load.process in sampler.read()
 
 
 def test_an_event_that_the_machine_refuses_is_named() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from memtier_engine.errors import TrackerUnavailable, Unavailable
 from memtier_engine.hostfs.host import Host
-from memtier_engine.trackers.bpf import build, loaders, program
+from memtier_engine.trackers.bpf import build, loaders, program, sources
 from memtier_engine.trackers.bpf.btf import Btf
 from memtier_engine.trackers.bpf.faults import FaultCounter
 from memtier_engine.trackers.bpf.tracker import BpfTracker
@@ -94,6 +94,33 @@ def test_without_libbpf_auto_falls_back_to_bcc(kernel_headers: None, monkeypatch
     tracker.close()
 
 
+def test_each_source_and_loader_tells_whether_it_works_and_why_not() -> None:
+    """What `memtier check` shows: here at least the page tables and the faults."""
+    found = {source.name: source for source in (*sources.sources(Host()), *sources.ways_to_load(Host()))}
+    assert list(found) == ["accessed", "sampled", "faults", "hardware", "libbpf", "bcc"]
+    assert all(source.works or source.why for source in found.values())
+    assert found["accessed"].works
+    assert "loaded by libbpf" in (found["accessed"].detail or "")
+    assert "page_fault" in (found["faults"].detail or "")
+
+
+def test_a_source_that_does_not_work_gives_its_reason(tmp_path: Path) -> None:
+    """A machine without anything: no source, no loader, and each says what it misses."""
+    (tmp_path / "proc/sys/kernel").mkdir(parents=True)
+    (tmp_path / "proc/cpuinfo").write_text(Path("/proc/cpuinfo").read_text())
+    (tmp_path / "proc/sys/kernel/osrelease").write_text("1.2.3\n")
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/status").write_text("Name:\tx\nCapEff:\t000001ffffffffff\n")
+    found = {
+        source.name: source for source in (*sources.sources(Host(tmp_path)), *sources.ways_to_load(Host(tmp_path)))
+    }
+    assert not any(source.works for source in found.values())
+    for name in ("accessed", "sampled", "faults", "libbpf", "bcc"):
+        assert "btf/vmlinux does not exist" in (found[name].why or "")
+        assert found[name].fix == "a kernel with CONFIG_DEBUG_INFO_BTF=y"
+    assert "neither PEBS" in (found["hardware"].why or "")
+
+
 def test_without_both_the_reasons_of_both_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(host: Host, programs: object, sizes: object) -> loaders.Loaded:
         raise Unavailable("not here", hint="install it")
@@ -139,6 +166,50 @@ def test_a_missing_capability_is_named(dropped: str, missing: str) -> None:
     assert f"this process lacks {missing} (run as root)" in output.stdout
     assert output.stderr == ""
     assert output.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("dropped", "missing", "what"),
+    [
+        ("-dac_override,-dac_read_search", "CAP_DAC_OVERRIDE", "BpfTracker"),
+        ("-sys_nice", "CAP_SYS_NICE", "SampledBpfTracker"),
+    ],
+)
+def test_a_capability_for_other_users_processes_is_named_too(dropped: str, missing: str, what: str) -> None:
+    """Loading needs none of them: they are missed when another user's process is scanned, or cleared."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("needs setpriv: apt install util-linux")
+    scan_it = [sys.executable, "-c", _SCAN]
+    with subprocess.Popen(["sleep", "60"], user=65534, group=65534) as other:
+        try:
+            output = subprocess.run(
+                ["setpriv", "--inh-caps=-all", f"--bounding-set={dropped}", *scan_it, what, str(other.pid)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        finally:
+            other.kill()
+    assert output.stdout.endswith(f"this process lacks {missing} (run as root)\n")
+    assert output.stderr == ""
+
+
+_SCAN = """
+import sys
+import numpy as np
+from memtier_engine.errors import MemtierError
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.maps import process_id
+from memtier_engine.model import Spans
+from memtier_engine.trackers.bpf.sampling import SampledBpfTracker
+from memtier_engine.trackers.bpf.tracker import BpfTracker
+spans = Spans(np.array([1 << 21], np.uint64), np.array([1 << 22], np.uint64))
+try:
+    tracker = {"BpfTracker": BpfTracker, "SampledBpfTracker": SampledBpfTracker}[sys.argv[1]](Host())
+    print(list(tracker.scan(process_id(Host(), int(sys.argv[2])), spans)))
+except MemtierError as failure:
+    print(failure)
+"""
 
 
 _TRY = """

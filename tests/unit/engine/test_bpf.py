@@ -216,6 +216,27 @@ def test_each_missing_capability_is_named(held: int, missing: str, tmp_path: Pat
     assert why.message.endswith(f"this process lacks {missing}")
 
 
+@pytest.mark.parametrize(
+    ("held", "missing"),
+    [
+        (1 << 21 | 1 << 19, "CAP_DAC_OVERRIDE"),
+        (1 << 21 | 1 << 1, "CAP_SYS_PTRACE"),
+        (1 << 21, "CAP_DAC_OVERRIDE, CAP_SYS_PTRACE"),
+    ],
+)
+def test_each_capability_missing_for_another_users_process_is_named(held: int, missing: str, tmp_path: Path) -> None:
+    refusal = AccessDenied("open /proc/5/pagemap: Permission denied [EACCES]", 13)
+    named = rights.denied(host_with(tmp_path, capabilities=held), refusal, rights.FOR_OTHERS)
+    assert named.message == f"{refusal.message}: this process lacks {missing}"
+    assert named.errno == 13
+
+
+def test_a_refusal_that_no_capability_explains_stays_as_it_is(tmp_path: Path) -> None:
+    """A security module may refuse even root."""
+    refusal = AccessDenied("open /proc/5/pagemap: Permission denied [EACCES]", 13)
+    assert rights.denied(host_with(tmp_path, capabilities=(1 << 41) - 1), refusal, rights.FOR_OTHERS) is refusal
+
+
 def test_with_all_capabilities_a_refusal_points_to_seccomp(tmp_path: Path) -> None:
     why = rights.explained(host_with(tmp_path, capabilities=1 << 21), AccessDenied("load the BPF object", 1))
     assert "lacks" not in why.message

@@ -8,6 +8,8 @@ It finds what is hot and how hot; that a page was not sampled does not prove tha
 from __future__ import annotations
 
 import errno
+import mmap
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -31,6 +33,7 @@ DEFAULT_PERIOD = 10007
 LOAD_LATENCY_CYCLES = 3
 """PEBS samples loads that take at least this long; 3 is the least it knows: all."""
 _SIZES = {"watched": 1 << 15, "touches": 1 << 17}
+_LOST = struct.Struct("=QQ")  # faults, touches
 _NONE = np.zeros(0, np.uint64)
 
 
@@ -104,11 +107,13 @@ class AccessSampler:
         self._fds: list[int] = []
         self._watched: frozenset[ProcessId] = frozenset()
         self._loaded: Loaded | None = None
+        self._lost_area: mmap.mmap | None = None
         self.period = period
         try:
             self.events = memory_events(host) if events is None else events
             self._loaded = load(host, ("on_sample",), loader, _SIZES)
             cpus = attach.online_cpus(host)
+            self._lost_area = mmap.mmap(self._loaded.map_fd("lost"), mmap.PAGESIZE, mmap.MAP_SHARED)
             self._attach_all(cpus)
         except MemtierError as failure:
             self.close()
@@ -165,9 +170,17 @@ class AccessSampler:
             for process, rows in attach.rows_by_process(keys, self._watched).items()
         }
 
+    @property
+    def lost(self) -> int:
+        """Samples that found the map full (131 072 pages): read more often."""
+        return 0 if self._lost_area is None else _LOST.unpack_from(self._lost_area)[1]
+
     def close(self) -> None:
         """Detach and unload. Safe to call twice."""
         attach.close_all(self._fds)
+        if self._lost_area is not None:
+            self._lost_area.close()
+            self._lost_area = None
         if self._loaded is not None:
             self._loaded.close()
             self._loaded = None
