@@ -1,0 +1,116 @@
+"""Every sample configuration: run on this kernel where it can, else parsed and built up to what the kernel lacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memtier_engine.config_parts import TRACKERS
+from memtier_engine.config_policies import POLICIES
+from memtier_engine.errors import MemtierError
+from memtier_engine.hostfs.host import Host
+from memtier_engine.trackers.registry import why_not as tracker_why_not
+from support.cgroups import temporary_cgroup
+from support.samples import Run, Sample, run_sample, sample_configs_for, samples
+from support.swap import temporary_zram_swap
+from support.toucher import Toucher, toucher
+
+ALL = samples()
+PAGES = 2048
+EXACT = ("bpf", "idlepage", "refs")
+"""Trackers with which all memory of a process that does nothing looks idle."""
+NO_SAMPLE = {"userfault"}
+"""Trackers that see the engine's own process only, which no configuration file means."""
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Toucher, Path]]:
+    """A process with 8 MiB, its cgroup, and swap."""
+    folder = tmp_path_factory.mktemp("samples")
+    with (
+        temporary_zram_swap(256 * MIB),
+        temporary_cgroup("samples") as cgroup,
+        toucher("anonymous", PAGES, folder) as process,
+    ):
+        (cgroup / "cgroup.procs").write_text(str(process.process.pid))
+        process.write(range(PAGES))
+        time.sleep(1.1)  # the engine leaves processes alone that are younger than a second
+        yield process, cgroup
+
+
+def test_the_reference_s_four_and_every_policy_and_tracker_have_a_sample() -> None:
+    names = {sample.name for sample in ALL}
+    assert names >= {"age-idlepage-trackonly", "age-softdirty", "heat-damon", "heat-idlepage"}
+    assert {sample.policy for sample in ALL} == set(POLICIES)
+    assert {tracker for sample in ALL for tracker in (*sample.trackers, sample.spec.tracker.name)} == set(
+        TRACKERS
+    ) - NO_SAMPLE
+    for sample in ALL:
+        parts = sample.name.split("-")
+        assert sample.name.startswith(sample.policy), sample.name
+        assert sample.path.read_text().startswith("# "), f"{sample.name}: say what it does"
+        assert len(parts) > 1 or sample.policy in ("demote-idle", "avoid-oom")
+
+
+@pytest.mark.parametrize("sample", ALL, ids=[sample.name for sample in ALL])
+def test_a_sample_runs_here_or_says_what_the_kernel_lacks(
+    sample: Sample, machine: tuple[Toucher, Path], tmp_path: Path
+) -> None:
+    process, cgroup = machine
+    host = Host()
+    process.write(range(PAGES))
+    try:
+        run = run_sample(sample, cgroup, tmp_path, host, scans=_scans(sample))
+    except MemtierError as failure:
+        # DAMON may be in use by others at any time; every other tracker that works alone works here too.
+        lacking = {name for name in sample.trackers if name != "auto" and tracker_why_not(name, host) is not None}
+        assert lacking or "damon" in sample.trackers, failure
+        assert failure.hint, failure
+        return
+    assert len(run.reports) == _scans(sample)
+    print(
+        sample.name,
+        run.reports[-1].tracker,
+        run.paged_out_bytes >> 12,
+        run.reports[-1].candidate_bytes >> 12,
+        run.errors,
+    )
+    check(sample, run)
+
+
+def _scans(sample: Sample) -> int:
+    """Enough for its limits, some of which are minutes; the intervals pass at once."""
+    if sample.spec.target.name == "filter":
+        return 3  # every large process of the machine
+    return 45 if sample.policy == "auto" else 30
+
+
+def check(sample: Sample, run: Run) -> None:
+    last = run.reports[-1]
+    assert not [error for error in run.errors if "ENODEV" not in error], "other nodes are all that may be missing"
+    assert last.tracker == run.engine.tracker.name
+    if sample.policy in ("stub", "avoid-oom") or "pages-of-interest" in sample.name:
+        assert last.processes == 0, "it looks at no process by itself"
+        return
+    if sample.spec.target.name == "filter":
+        return  # which processes are that large differs by machine
+    assert last.processes == 1
+    assert last.tracked_bytes >= PAGES * 4096
+    out = run.paged_out_bytes / 4096
+    if "save" in sample.name:
+        assert 0.2 * PAGES <= out <= 0.4 * PAGES + 300, f"{out} of {PAGES} pages out"
+    elif sample.policy in ("age", "demote-idle") and sample.spec.swaps and last.tracker in EXACT:
+        assert out >= 0.9 * PAGES, f"{out} of {PAGES} pages out, though nobody touched them"
+    elif not sample.spec.swaps:
+        assert out == 0
+
+
+def test_what_cannot_run_here_is_listed_for_another_kernel() -> None:
+    runs, reasons = sample_configs_for(Host())
+    assert len(runs) + len(reasons) == len(ALL)
+    assert len(runs) >= 10, reasons
+    assert all(reasons.values())
