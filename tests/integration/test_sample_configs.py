@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.trackers.registry import why_not as tracker_why_not
 from support.cgroups import temporary_cgroup
-from support.samples import Run, Sample, run_sample, sample_configs_for, samples
+from support.samples import Run, Sample, run_sample, sample_configs_for, samples, text_for
 from support.swap import temporary_zram_swap
 from support.toucher import Toucher, toucher
 
@@ -63,22 +65,18 @@ def test_a_sample_runs_here_or_says_what_the_kernel_lacks(
     process, cgroup = machine
     host = Host()
     process.write(range(PAGES))
+    failure: MemtierError | None = None
     try:
         run = run_sample(sample, cgroup, tmp_path, host, scans=_scans(sample))
-    except MemtierError as failure:
+    except MemtierError as raised:
+        failure = raised
+    if failure is not None:
         # DAMON may be in use by others at any time; every other tracker that works alone works here too.
         lacking = {name for name in sample.trackers if name != "auto" and tracker_why_not(name, host) is not None}
         assert lacking or "damon" in sample.trackers, failure
         assert failure.hint, failure
         return
     assert len(run.reports) == _scans(sample)
-    print(
-        sample.name,
-        run.reports[-1].tracker,
-        run.paged_out_bytes >> 12,
-        run.reports[-1].candidate_bytes >> 12,
-        run.errors,
-    )
     check(sample, run)
 
 
@@ -114,3 +112,72 @@ def test_what_cannot_run_here_is_listed_for_another_kernel() -> None:
     assert len(runs) + len(reasons) == len(ALL)
     assert len(runs) >= 10, reasons
     assert all(reasons.values())
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Starts `memtierd -config` on a text; it is ended after the test."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(text: str) -> subprocess.Popen[str]:
+        path = tmp_path / "memtierd.yaml"
+        path.write_text(text)
+        with (tmp_path / "output").open("wb") as output:
+            command = [str(Path(sys.executable).parent / "memtierd"), "-config", str(path)]
+            running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.kill()
+        each.wait()
+
+
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 60.0) -> None:
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end_s, what
+        time.sleep(0.05)
+
+
+def changed(text: str, *pairs: tuple[str, str]) -> str:
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+def test_the_sample_of_routines_runs_in_memtierd(
+    started: Callable[[str], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    sample = next(sample for sample in ALL if sample.name == "stub-statactions")
+    daemon = started(changed(sample.path.read_text(), ("intervalms: 5000", "intervalms: 200")))
+    output = tmp_path / "output"
+    wait_until(lambda: output.read_text().count("table: events") >= 2, "the interval command runs")
+    assert "RoutineStatActions.command.memtier: stats... status: 0" in output.read_text()
+    daemon.terminate()
+    assert daemon.wait(30) == 0
+
+
+def test_the_sample_that_runs_programs_does_so_only_where_allowed(
+    started: Callable[[str], subprocess.Popen[str]], machine: tuple[Toucher, Path], tmp_path: Path
+) -> None:
+    sample = next(sample for sample in ALL if sample.name == "age-statactions-programs")
+    told = tmp_path / "told"
+    text = changed(
+        text_for(sample, machine[1], tmp_path),
+        ("intervalms: 5000\n      pageoutmb: 3000", "intervalms: 200\n      pageoutmb: 0"),
+        ("echo 1 > /proc/sys/vm/drop_caches", f"echo done > {told}"),
+    )
+    refused = started(changed(text, ("allowprograms: true\n", "")))
+    assert refused.wait(30) == 1
+    error = (tmp_path / "output").read_text()
+    assert error.count("\n") == 1
+    assert "routines[0].config.pageoutcommand: runs the program 'sh', which is switched off" in error
+    assert "`allowprograms: true`" in error
+    assert "-allow-programs" in error
+    assert not told.exists()
+    daemon = started(text)
+    wait_until(told.exists, "the program runs")
+    daemon.terminate()
+    assert daemon.wait(30) == 0
