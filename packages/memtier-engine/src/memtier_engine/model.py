@@ -157,3 +157,5 @@ class MoveOutcome:
     """Pages that the kernel refused to move, by errno of their status."""
     later: Spans = field(default_factory=Spans.empty)
     """The part of `stuck` that was kept for a reason that passes: a busy page, a full node."""
+    there_bytes: int = 0
+    """Was on `to_node` before: nothing was moved for it."""

@@ -42,6 +42,8 @@ class BatchResult:
     error: str | None = None
     page_errors: dict[int, int] = field(default_factory=dict)
     """Pages that stayed, by errno of their status; only of move_pages."""
+    there_bytes: int = 0
+    """Was on the node before; only of move_pages."""
 
 
 class ProcessHandle:
@@ -184,8 +186,8 @@ def move_to_node(handle: ProcessHandle, spans: Spans, node: int) -> BatchResult:
     """
     pid = handle.process.pid
     addresses = addresses_of(spans)
-    result = BatchResult()
     status = syscalls.move_pages(pid, addresses, None)
+    result = BatchResult(there_bytes=int(np.count_nonzero(status == node)) * PAGE_BYTES)
     # A negative status is a page without a place: absent, or the shared zero page.
     todo = addresses[(status >= 0) & (status != node)]
     last = np.full(len(addresses), node, np.int32)  # of pages that are not in `todo`, nothing is left to do

@@ -184,6 +184,7 @@ class Mover:
             error,
             result.page_errors,
             later,
+            result.there_bytes,
         )
         return [outcome]
 

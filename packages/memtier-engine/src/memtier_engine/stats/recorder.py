@@ -136,7 +136,9 @@ class Statistics(Observer):
 
     def moved(self, outcome: MoveOutcome) -> None:
         """See `Observer`."""
-        requested, done = outcome.requested_bytes >> PAGE_SHIFT, outcome.moved_bytes >> PAGE_SHIFT
+        requested = outcome.requested_bytes >> PAGE_SHIFT
+        # The reference counts what is on the destination after the call, whoever brought it there.
+        done = outcome.moved_bytes + outcome.there_bytes >> PAGE_SHIFT
         with self._lock:
             if outcome.to_node == SWAP_NODE:
                 advice = _recent(self.advice, outcome.process.pid, AdviceCounts)
@@ -180,7 +182,8 @@ class Statistics(Observer):
 
 def move_text(outcome: MoveOutcome) -> str:
     """One call as the reference writes it."""
-    requested, done = outcome.requested_bytes >> PAGE_SHIFT, outcome.moved_bytes >> PAGE_SHIFT
+    requested = outcome.requested_bytes >> PAGE_SHIFT
+    done = outcome.moved_bytes + outcome.there_bytes >> PAGE_SHIFT
     first = int(outcome.spans.starts[0]) if len(outcome.spans) else 0
     errors = " ".join(f"{number}:{pages}" for number, pages in sorted(outcome.page_errors.items()))
     other = max(0, requested - done - sum(outcome.page_errors.values()))
