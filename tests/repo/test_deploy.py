@@ -203,7 +203,7 @@ def test_the_charts_own_values_reach_the_program() -> None:
     objects = chart(
         'classes=[{"name": "mine", "memtierdconfig": {"policy": {"name": "age", "config": {"pidwatcher": '
         '{"name": "cgroups", "config": {"cgroups": ["$CGROUP2_ABS_PATH"]}}, "tracker": {"name": "auto"}}}}}]',
-        'config={"grace": "30s", "bandwidth": 200, "allowannotations": ["memory.high"]}',
+        'config={"grace": "30s", "bandwidth": 200, "scancpu": "3%", "allowannotations": ["memory.high"]}',
         'onUnknownClass="ignore"',
         "adopt=false",
         'engine="process"',
@@ -214,6 +214,7 @@ def test_the_charts_own_values_reach_the_program() -> None:
     for word in ("-vv", "--on-unknown-class=ignore", "--no-adopt", "--engine=process", "--log-format=json"):
         assert word in words
     config = load(objects["ConfigMap"]["data"]["config.yaml"], check_template)
+    assert config.scan_cpu_share == 0.03
     assert (config.grace_s, config.bandwidth_mib_per_s, config.allow_annotations) == (30, 200, ("memory.high",))
     assert config.classes[0].name == "mine"
 

@@ -83,7 +83,7 @@ def test_merge_keys_and_anchors_work() -> None:
     assert config.classes[1] == WorkloadClass("b", True)
 
 
-TOP = "use classes, allowannotations, grace, bandwidth"
+TOP = "use classes, allowannotations, grace, bandwidth, scancpu"
 OF_CLASS = "use a mapping with name, allowswap, memtierdconfig, namespaces"
 NO_NAME = "is missing or empty (a pod names the class by it)"
 
@@ -92,7 +92,7 @@ NO_NAME = "is missing or empty (a pod names the class by it)"
     ("text", "message"),
     [
         ("classes: [{name: a}", "c.yaml:1: is not YAML: expected ',' or ']', but got '<stream end>'"),
-        ("a\n", "c.yaml:1: is 'a' (use a mapping with classes, allowannotations, grace, bandwidth)"),
+        ("a\n", "c.yaml:1: is 'a' (use a mapping with classes, allowannotations, grace, bandwidth, scancpu)"),
         ("x: 1\n", f"c.yaml:1: x: no such key ({TOP})"),
         ("klasses: []\n", "c.yaml:1: klasses: no such key (did you mean classes?)"),
         ("classes: 3\n", "c.yaml:1: classes: is '3' (use a list)"),
@@ -129,6 +129,8 @@ NO_NAME = "is missing or empty (a pod names the class by it)"
         ("grace: 10\n", "c.yaml:1: grace: value '10' (write it like 500ms, 10s, 5m or 1m30s)"),
         ("grace: -3s\n", "c.yaml:1: grace: value '-3s' (write it like 500ms, 10s, 5m or 1m30s)"),
         ("bandwidth: 0\n", "c.yaml:1: bandwidth: value '0' (use MiB/s above 0, like 200 or 200MiB/s)"),
+        ("scancpu: 0\n", "c.yaml:1: scancpu: value '0' (use percent of one core above 0, like 5%)"),
+        ("scancpu: half\n", "c.yaml:1: scancpu: value 'half' (use percent of one core above 0, like 5%)"),
         ("bandwidth: 3 GB\n", "c.yaml:1: bandwidth: value '3 GB' (use MiB/s above 0, like 200 or 200MiB/s)"),
         (
             "allowannotations: [memory.high, cpu.max]\n",
@@ -146,6 +148,8 @@ def test_the_node_wide_keys_have_units() -> None:
     config = load("grace: 1m30s\nbandwidth: 50MiB/s\nallowannotations: []\n", accept)
     assert config == PluginConfig(grace_s=90.0, bandwidth_mib_per_s=50.0, allow_annotations=())
     assert load("grace: 0\nbandwidth: 20\n", accept) == PluginConfig(bandwidth_mib_per_s=20.0)
+    for text in ("2.5", "2.5%", "2.5 %"):
+        assert load(f"scancpu: {text}\n", accept) == PluginConfig(scan_cpu_share=0.025)
 
 
 def test_what_pods_may_set_is_by_default_what_the_reference_allows() -> None:

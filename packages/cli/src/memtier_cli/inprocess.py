@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from dataclasses import replace
 
 from loguru import logger
@@ -18,9 +19,8 @@ from memtier_engine.config import Spec, parse
 from memtier_engine.engine import Engine, StepReport
 from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.host import Host
-from memtier_engine.model import PAGE_BYTES, MoveOutcome, ProcessId
-from memtier_engine.mover.bucket import TokenBucket
-from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.model import ProcessId
+from memtier_engine.node import Node
 from memtier_engine.runner import Runner
 from memtier_engine.targets.base import Target
 
@@ -41,7 +41,7 @@ class InProcessLauncher:
         self._debug_output = debug_output
         self._runner = Runner(workers=workers)
         self._runner.start()
-        self._budget = NodeBudget(None)
+        self._node = Node(host=host)
         self._trackers: dict[str, str] = {}
         """What `auto` chose here: trying all of them costs a while, and the answer does not change."""
 
@@ -49,8 +49,9 @@ class InProcessLauncher:
         """Nothing: engines of this kind end with their process."""
 
     def configure(self, config: PluginConfig) -> None:
-        """Share the node's bandwidth anew; engines that run keep what they have moved."""
-        self._budget.set_bandwidth(config.bandwidth_mib_per_s)
+        """Share the node's bandwidth and scan budget anew; engines that run keep what they have moved."""
+        self._node.moves.set_bandwidth(config.bandwidth_mib_per_s, now_s=time.monotonic())
+        self._node.scans.cpu_share = config.scan_cpu_share
 
     def launch(self, job: Job) -> InProcessEngine:
         """Start an engine.
@@ -62,8 +63,8 @@ class InProcessLauncher:
         spec = parse(job.text, file=str(job.files.config_path))
         engine = self._build(spec)
         engine.target = PinnedTarget(engine.target, job.cgroup)
-        engine.mover = SharedMover(engine.mover.config, self._host, budget=self._budget, now_s=engine.clock.now_s())
-        return InProcessEngine(self._runner, engine, spec, job, debug_output=self._debug_output)
+        delay_s = self._node.adopt(engine, cgroups=[job.cgroup.path])
+        return InProcessEngine(self._runner, engine, spec, job, debug_output=self._debug_output, delay_s=delay_s)
 
     def tend(self) -> bool:
         """Nothing: the runner closes what was stopped."""
@@ -72,6 +73,7 @@ class InProcessLauncher:
     def close(self, timeout_s: float) -> None:
         """Wait for the scans and moves that go on now."""
         self._runner.stop(timeout_s=timeout_s)
+        self._node.close()
 
     def _build(self, spec: Spec) -> Engine:
         wanted = spec.tracker.name
@@ -84,7 +86,9 @@ class InProcessLauncher:
 class InProcessEngine:
     """One engine in the runner."""
 
-    def __init__(self, runner: Runner, engine: Engine, spec: Spec, job: Job, *, debug_output: bool) -> None:
+    def __init__(
+        self, runner: Runner, engine: Engine, spec: Spec, job: Job, *, debug_output: bool, delay_s: float
+    ) -> None:
         self._runner = runner
         self._engine = engine
         self._label = job.label
@@ -94,7 +98,7 @@ class InProcessEngine:
         self._failure: str | None = None
         self._actions = StatActions(spec.routines, self._write, now_s=engine.clock.now_s())
         self._write(f"INFO: tracker {engine.tracker.name}, policy {engine.policy.name}, {job.cgroup.path}\n")
-        runner.add(engine, on_report=self._report, on_failure=self._failed)
+        runner.add(engine, on_report=self._report, on_failure=self._failed, delay_s=delay_s)
 
     def ended(self) -> str | None:
         """The text of the exception that ended it; None while it works."""
@@ -152,61 +156,3 @@ class PinnedTarget:
     def run_time_us(self) -> int | None:
         """See `TimedTarget`."""
         return self._target.run_time_us() if isinstance(self._target, TimedTarget) else None
-
-
-class NodeBudget:
-    """What all engines may move together. Any thread."""
-
-    def __init__(self, bandwidth_mib_per_s: float | None) -> None:
-        self._lock = threading.Lock()
-        self._bandwidth_mib_per_s = bandwidth_mib_per_s
-        self._bucket: TokenBucket | None = None
-
-    def set_bandwidth(self, bandwidth_mib_per_s: float | None) -> None:
-        """Another ceiling; None: none."""
-        with self._lock:
-            if bandwidth_mib_per_s != self._bandwidth_mib_per_s:
-                self._bandwidth_mib_per_s = bandwidth_mib_per_s
-                self._bucket = None
-
-    def may_move(self, now_s: float) -> bool:
-        """Whether there is anything left."""
-        with self._lock:
-            if self._bandwidth_mib_per_s is None:
-                return True
-            if self._bucket is None:
-                self._bucket = TokenBucket(self._bandwidth_mib_per_s, least_bytes=PAGE_BYTES, now_s=now_s)
-            available = self._bucket.available_bytes(now_s)
-            return available is None or available >= PAGE_BYTES
-
-    def charge(self, moved_bytes: int) -> None:
-        """Take what was moved, also below zero: then all wait until it is paid back."""
-        with self._lock:
-            if self._bucket is not None:
-                self._bucket.charge(moved_bytes)
-
-    def wait_s(self) -> float:
-        """Seconds until something may be moved."""
-        with self._lock:
-            return 0.0 if self._bucket is None else self._bucket.wait_s(PAGE_BYTES)
-
-
-class SharedMover(Mover):
-    """A mover under its own ceiling and the node's."""
-
-    def __init__(self, config: MoverConfig, host: Host, *, budget: NodeBudget, now_s: float) -> None:
-        super().__init__(config, host, now_s=now_s)
-        self._budget = budget
-
-    def pump(self, now_s: float) -> list[MoveOutcome]:
-        """See `Mover.pump`."""
-        if not self._budget.may_move(now_s):
-            return []
-        outcomes = super().pump(now_s)
-        self._budget.charge(sum(outcome.moved_bytes for outcome in outcomes))
-        return outcomes
-
-    def wait_s(self) -> float | None:
-        """See `Mover.wait_s`."""
-        own_s = super().wait_s()
-        return None if own_s is None else max(own_s, self._budget.wait_s())

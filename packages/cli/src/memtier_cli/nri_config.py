@@ -36,7 +36,7 @@ EXAMPLE_STATS = "/run/nri-memtierd/namespace/pod/container/memtierd.stats"
 CheckTemplate = Callable[[str], None]
 """Raises ConfigError, line and key path counted from the text's own start."""
 
-_TOP_KEYS = ("classes", "allowannotations", "grace", "bandwidth")
+_TOP_KEYS = ("classes", "allowannotations", "grace", "bandwidth", "scancpu")
 _CLASS_KEYS = ("name", "allowswap", "memtierdconfig", "namespaces")
 _NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
@@ -74,6 +74,8 @@ class PluginConfig:
     """How long a container is left alone after its start."""
     bandwidth_mib_per_s: float | None = None
     """Ceiling on what all engines of the node move together. None: each has only its own."""
+    scan_cpu_share: float = 0.05
+    """Of one core, for the scans of all engines: beyond that their intervals grow."""
 
     def find(self, name: str) -> WorkloadClass | None:
         """The class of exactly that name."""
@@ -183,6 +185,9 @@ class _Reader:
             bandwidth_mib_per_s=(
                 self._bandwidth(entries["bandwidth"], "bandwidth") if "bandwidth" in entries else None
             ),
+            scan_cpu_share=(
+                self._percent(entries["scancpu"], "scancpu") / 100 if "scancpu" in entries else config.scan_cpu_share
+            ),
         )
 
     def _classes(self, node: yaml.Node) -> tuple[WorkloadClass, ...]:
@@ -276,6 +281,13 @@ class _Reader:
         found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(?: ?MiB/s)?", text)
         if found is None or float(found[1]) <= 0:
             raise self._error(node, path, f"value {text!r}", "use MiB/s above 0, like 200 or 200MiB/s")
+        return float(found[1])
+
+    def _percent(self, node: yaml.Node, path: str) -> float:
+        text = self._text(node, path).strip()
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?%?", text)
+        if found is None or float(found[1]) <= 0:
+            raise self._error(node, path, f"value {text!r}", "use percent of one core above 0, like 5%")
         return float(found[1])
 
     def _mapping(self, node: yaml.Node, path: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
