@@ -157,7 +157,7 @@ def _resident(handle: ProcessHandle, spans: Spans) -> Spans:
 def addresses_of(spans: Spans) -> U64:
     """uint64[pages]: the address of every page of `spans`."""
     pages = spans.pages
-    before = np.concatenate(([0], np.cumsum(pages)[:-1]))
+    before = np.cumsum(pages) - pages
     index = np.arange(int(pages.sum()), dtype=np.int64) - np.repeat(before, pages)
     addresses: U64 = np.repeat(spans.starts, pages) + (index.astype(np.uint64) << np.uint64(PAGE_SHIFT))
     return addresses
