@@ -119,7 +119,11 @@ def smaps_referenced(scene: Scene) -> None:
             raise Failed("smaps does not show a mapping of this process")
         return int(table.referenced_bytes[at])
 
+    neighbours = TrialPages()
     clear_refs(scene)
+    # A page in the CPU's TLB would not be marked again. Unmapping more than 33 pages flushes all of it.
+    # Source: arch/x86/mm/tlb.c, tlb_single_page_flush_ceiling.
+    neighbours.close()
     before = referenced_bytes()
     scene.trial.touch(0, touched_pages)
     grown = referenced_bytes() - before
