@@ -13,7 +13,7 @@ SOURCES := packages tests tools
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 export UV_LINK_MODE := copy
 
-.PHONY: help setup fmt check test e2e demo bench vm proto bpf images clean
+.PHONY: help setup fmt check test e2e demo bench bench-saving vm proto bpf images clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -48,6 +48,10 @@ demo: $(STAMP)  ## Page out the idle memory of a real process and show it (root)
 
 bench: $(STAMP)  ## Benchmarks: each line is a ratio against something else in the same run
 	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-saving: $(STAMP)  ## Memory saved and its price, on real programs, here and in the VM, as a table and drawings (root)
+	$(BIN)/uv sync --frozen --inexact -q --group bench
+	PYTHONPATH=tests $(BIN)/python -m bench.saving $(SAVING_ARGS)
 
 vm: $(STAMP)  ## Open a shell in the test VM
 	tests/vm/run --shell

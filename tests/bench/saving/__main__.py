@@ -1,0 +1,157 @@
+"""`python -m bench.saving --out DIR`: measure here and in the test VM, and write the table and the drawings.
+
+Rounds are interleaved: each measures every way on every workload once, so that what else the machine does hits all
+of them alike. Ways that do not work here are left out with the reason; the test VM has what they need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.saving.cell import LOADS, Cell, Times, measure
+from bench.saving.report import draw, grouped, table
+from bench.saving.variants import VARIANTS
+
+VM_SCALE = 0.25
+VM_NODES = "2048:0-1"
+BEGIN, END = "<!-- {} begins -->", "<!-- {} ends -->"
+
+
+def machine() -> str:
+    """CPU, cores, memory and kernel."""
+    model = "unknown CPU"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    kib = int(Path("/proc/meminfo").read_text().split()[1])
+    return f"{model}, {os.cpu_count()} CPUs, {kib / (1 << 20):.1f} GiB, Linux {platform.release().split('-')[0]}"
+
+
+def cells(workloads: Sequence[str], variants: Sequence[str], rounds: int, times: Times, scale: float) -> Iterator[Cell]:
+    """Measure; each cell is printed when it is done. Ways that do not work here are left out, and why is printed."""
+    usable = []
+    for variant in variants:
+        why = VARIANTS[variant].why_not()
+        if why is None:
+            usable.append(variant)
+        else:
+            print(f"{VARIANTS[variant].title}: left out: {why}", flush=True)
+    for number in range(rounds):
+        for workload in workloads:
+            # Another order each round: no way always runs after the same other one.
+            for variant in usable[number % len(usable) :] + usable[: number % len(usable)]:
+                cell = measure(workload, variant, times, scale=scale)
+                print(
+                    f"round {number + 1}, {workload}, {variant}: {cell.saved_bytes >> 20} MiB saved,"
+                    f" p99 {1e3 * cell.p99_s:.3g} ms, {cell.refaults_per_min:.0f} refaults/min,"
+                    f" CPU {cell.variant_cpu_percent:.1f} %",
+                    flush=True,
+                )
+                yield cell
+
+
+def cells_in_vm(workloads: Sequence[str], variants: Sequence[str], rounds: int, times: Times) -> tuple[str, list[Cell]]:
+    """(the machine, the cells) measured in the test VM; a guest per workload and round."""
+    from support.vm import VmSession
+
+    title, found = "", []
+    for number in range(rounds):
+        turn = [*variants[number % len(variants) :], *variants[: number % len(variants)]]
+        for workload in workloads:
+            with VmSession() as session:
+                command = [
+                    *("python3", "-u", "-m", "bench.saving", "--here", "--json", "--rounds", "1"),
+                    *("--settle", str(times.settle_s), "--window", str(times.window_s), "--scale", str(VM_SCALE)),
+                    *("--workloads", workload, "--variants", *turn),
+                ]
+                environment = {"PYTHONPATH": "/host/tests", "PYTHONDONTWRITEBYTECODE": "1"}
+                limit_s = 60 + len(turn) * (60 + 3 * (times.settle_s + times.window_s))
+                result = session.run(command, timeout_s=limit_s, nodes=VM_NODES, swap_mib=0, env=environment).check()
+            for line in result.output.splitlines():
+                if not line.startswith("{"):
+                    print(f"VM: {line}", flush=True)
+            title = str(result.record("machine")["title"])
+            found += [
+                Cell(**{name: value for name, value in record.items() if name != "kind"})
+                for record in result.records()
+                if record["kind"] == "cell"
+            ]
+    return title, found
+
+
+def insert(page: Path, part: str, text: str) -> None:
+    """Put `text` between the marks of `part` in `page`.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    begin, end = BEGIN.format(part), END.format(part)
+    before, found, rest = page.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"{page.name} has no marks {begin} and {end}")
+    page.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
+
+
+def write(found: Sequence[Cell], title: str, out: Path, part: str, page: Path | None) -> None:
+    """Table, drawings and raw numbers of one machine."""
+    groups = grouped(found)
+    rounds = max(map(len, groups.values()))
+    text = f"{title}; median of {rounds} rounds.\n\n{table(groups)}"
+    (out / f"{part}.json").write_text(json.dumps([asdict(cell) for cell in found]) + "\n")
+    pictures = draw(groups, title, out, part)
+    if page is not None:
+        shown = "\n".join(f"![{part}]({os.path.relpath(path, page.parent)})" for path in pictures)
+        insert(page, part, f"{text}\n{shown}")
+    (out / f"{part}.md").write_text(text)
+    print(f"\n{text}", flush=True)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="bench.saving", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("build/saving"), help="folder for the results")
+    parser.add_argument("--page", type=Path, help="a page with marks to put the results into, too")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--settle", type=float, default=Times().settle_s, help="seconds before the measurement")
+    parser.add_argument("--window", type=float, default=Times().window_s, help="seconds of the measurement")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the workloads' memory and rate")
+    parser.add_argument("--workloads", nargs="+", choices=list(LOADS), default=list(LOADS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--here", action="store_true", help="measure on this machine only")
+    parser.add_argument("--vm", action="store_true", help="measure in the test VM only")
+    parser.add_argument("--json", action="store_true", help="print cells as JSON instead of writing files")
+    options = parser.parse_args()
+    if os.geteuid() != 0 and not (options.vm and not options.here):
+        print("bench.saving needs root: it makes a swap device and a cgroup", file=sys.stderr)
+        return 2
+    times = Times(options.settle, options.window)
+    out: Path = options.out
+    if not options.json:
+        out.mkdir(parents=True, exist_ok=True)
+    if options.here or not options.vm:
+        found = []
+        for cell in cells(options.workloads, options.variants, options.rounds, times, options.scale):
+            found.append(cell)
+            if options.json:
+                print(json.dumps({"kind": "cell", **asdict(cell)}), flush=True)
+        if options.json:
+            print(json.dumps({"kind": "machine", "title": machine()}), flush=True)
+        else:
+            write(found, machine(), out, "host", options.page)
+    if options.vm or not options.here:
+        title, in_vm = cells_in_vm(options.workloads, options.variants, options.rounds, times)
+        write(in_vm, f"Test VM: {title}", out, "vm", options.page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
