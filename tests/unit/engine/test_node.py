@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,7 @@ def test_adopted_engines_share_ceiling_reader_and_scan_budget(scene: Scene) -> N
     engines = [scene.engine(11, 6000), scene.engine(12, 40_000)]
     for engine in engines:
         node.adopt(engine)
+        engine.first_scan_at(scene.clock.now_s())  # both at once, for the sums
         scene.count_moves(engine)
     while scene.clock.now_s() < 6:
         for engine in engines:
@@ -144,3 +146,23 @@ def test_the_runner_runs_adopted_engines(scene: Scene) -> None:
     assert isinstance(engine.mover, FairMover)
     runner.stop()
     node.close()
+
+
+def test_scans_of_adopted_engines_stay_spread_over_the_interval(scene: Scene) -> None:
+    node = Node(host=scene.machine.host, clock=scene.clock)
+    engines = [scene.engine(11 + number, 10) for number in range(4)]
+    for engine in engines:
+        node.adopt(engine)
+        scene.count_moves(engine)
+    interval_s = engines[0].scan_interval_s
+    seen: dict[int, list[float]] = {number: [] for number in range(4)}
+    while scene.clock.now_s() < 5 * interval_s:
+        for number, engine in enumerate(engines):
+            report, _ = engine.advance(scene.clock.now_s())
+            if report is not None:
+                seen[number].append(scene.clock.now_s())
+        scene.clock.advance(interval_s / 100)
+    phases = sorted(times[-1] / interval_s % 1 for times in seen.values())
+    gaps = [after - before for before, after in pairwise([*phases, phases[0] + 1])]
+    assert all(len(times) >= 4 for times in seen.values())
+    assert min(gaps) > 0.1

@@ -111,8 +111,11 @@ class ProcessPages:
         """Address space covered."""
         return len(self.ages) * PAGE_BYTES
 
-    def set_spans(self, spans: Spans) -> None:
-        """Follow the process's mappings: pages keep their ages wherever their address is still mapped."""
+    def set_spans(self, spans: Spans, *, fill: int = NOT_RESIDENT) -> None:
+        """Follow the process's mappings: pages keep their ages wherever their address is still mapped.
+
+        `fill`: the age of new pages.
+        """
         if spans.same_as(self.spans):
             return
         offsets = np.concatenate(([0], np.cumsum(spans.pages)))
@@ -124,7 +127,7 @@ class ProcessPages:
                 new[target : target + length] = old[source : source + length]
             return new
 
-        self.ages = carried(self.ages, NOT_RESIDENT)
+        self.ages = carried(self.ages, fill)
         if self.streaks is not None:
             self.streaks = carried(self.streaks, 0)
         if self.places is not None:

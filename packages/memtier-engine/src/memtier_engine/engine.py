@@ -26,6 +26,7 @@ from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import Context, GuardSet
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_mappings
+from memtier_engine.hostfs.privileges import TRACKERS, named
 from memtier_engine.model import NOWHERE, PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans, Tracker
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.pace import Pace
@@ -232,6 +233,10 @@ class Engine:
         self._changed.set()
         self.on_wake()
 
+    def first_scan_at(self, time_s: float) -> None:
+        """When to scan first, before there was a scan; the others follow at the interval from there."""
+        self._next_scan_s = self._next_decision_s = time_s
+
     @property
     def scan_interval_s(self) -> float:
         """Time between scans now: as configured, or longer where the node's scans would take too much CPU time."""
@@ -257,7 +262,8 @@ class Engine:
                 self._scan(process, table)
             except ProcessGone:
                 self._forget(process)
-            except KernelCallError as failure:
+            except KernelCallError as refusal:
+                failure = named(self.host, refusal, TRACKERS.get(self.tracker.name, ()))
                 self.following.refuse(process, str(failure))
                 self._note(str(failure))
                 self._forget(process)

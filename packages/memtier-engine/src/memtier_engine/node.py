@@ -15,6 +15,8 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.fair import FairBudget, FairMover
 from memtier_engine.pace import CPU_SHARE, ScanBudget
 from memtier_engine.runner import OnFailure, OnReport, Runner
+from memtier_engine.trackers.idlepage import IdlePageTracker, IdleReader
+from memtier_engine.trackers.idlerounds import IdleRounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,8 @@ class Node:
         self.reader = NodeReader(self.host, config.guards)
         self.moves = FairBudget(config.bandwidth_mib_per_s, now_s=self._clock.now_s())
         self.scans = ScanBudget(config.scan_cpu_share)
+        self.idle = IdleRounds(self.host, IdleReader)
+        self._epoch_s = self._clock.now_s()
 
     def adopt(self, engine: Engine, *, cgroups: Iterable[Path] | None = None) -> float:
         """Put an engine that has not run yet under the node's limits.
@@ -63,7 +67,12 @@ class Node:
         if engine.pace is not None:
             engine.pace.close()
         engine.pace = self.scans.join(interval_s)
-        return engine.pace.offset_s
+        now_s, offset_s = self._clock.now_s(), engine.pace.offset_s
+        if isinstance(engine.tracker, IdlePageTracker):
+            engine.tracker.look_together(self.idle, interval_s)
+            offset_s = (self._epoch_s - now_s) % interval_s  # together, so that one round serves all
+        engine.first_scan_at(now_s + offset_s)
+        return offset_s
 
     def run(
         self,
