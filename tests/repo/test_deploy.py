@@ -23,12 +23,14 @@ import yaml
 from memtier_cli.classify import classify
 from memtier_cli.inprocess import check_template
 from memtier_cli.nri_config import load, load_file
+from memtier_engine.hostfs.privileges import MOVERS, PLUGIN, PLUGIN_NEEDS, TRACKERS, least
 
 REPO = Path(__file__).resolve().parents[2]
 DEPLOY = REPO / "deploy"
 CHART = DEPLOY / "helm/nri-memtierd"
 KUBERNETES_VERSION = "1.34.0"
-CAPABILITIES = ["DAC_OVERRIDE", "SYS_ADMIN", "SYS_NICE", "SYS_PTRACE"]
+REASONS = {need.capability.name.removeprefix("CAP_"): need.why for need in PLUGIN_NEEDS}
+CAPABILITIES = sorted(REASONS)
 IMAGE = "localhost/memtier/nri-memtierd:devel"
 
 Object = dict[str, Any]
@@ -103,10 +105,16 @@ def test_the_pod_has_the_powers_it_needs_and_no_other() -> None:
     assert "initContainers" not in pod_of(base()), "nothing changes or restarts the runtime"
 
 
+def test_the_powers_are_the_fewest_for_all_trackers_and_movers() -> None:
+    assert least(*TRACKERS.values(), *MOVERS.values()) == PLUGIN
+    assert yaml.safe_load((CHART / "values.yaml").read_text())["capabilities"] == CAPABILITIES
+
+
 def test_every_capability_has_its_reason_beside_it() -> None:
+    """In the words of the engine's own table."""
     for path in (DEPLOY / "kubernetes/base/daemonset.yaml", CHART / "templates/daemonset.yaml"):
-        for name in CAPABILITIES:
-            assert re.search(rf"{name} +(# )?[a-z/]", path.read_text()), f"{path}: {name}"
+        for name, reason in REASONS.items():
+            assert re.search(rf"{name} +(# )?{re.escape(reason)}$", path.read_text(), re.M), f"{path}: {name}"
 
 
 def test_directories_are_mounted_and_they_exist_on_every_kernel() -> None:

@@ -77,7 +77,9 @@ def command(as_json: bool) -> int:
     """
     found = look()
     if as_json:
-        print(json.dumps({**asdict(found), "swap": found.features["swap"].works}))
+        from memtier_cli.commands.rights import rows
+
+        print(json.dumps({**asdict(found), "swap": found.features["swap"].works, "capabilities": rows()}))
     else:
         _show(found)
     return 0 if found.works else EXIT_NOTHING_WORKS
@@ -95,9 +97,16 @@ def _show(found: Findings) -> None:
     console.print(_table("BPF: what it can tell (docs/bpf.md)", columns, found.bpf_sources))
     columns = ("loader", "works", "how to get it")
     console.print(_table("BPF: how it can be loaded; the first that works is taken", columns, found.bpf_loaders))
+    console.print(_capabilities())
     if not found.works:
         reason = "no tracker works" if found.auto is None else "there is no swap"
         console.print(f"memtier cannot page out here: {reason}")
+
+
+def _capabilities() -> object:
+    from memtier_cli.commands.rights import table
+
+    return table()
 
 
 def _table(title: str, columns: Sequence[str], rows: dict[str, Finding], chosen: str | None = None) -> object:

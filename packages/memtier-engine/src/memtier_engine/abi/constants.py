@@ -164,7 +164,9 @@ class Capability(IntEnum):
     """Bits of CapEff in /proc/PID/status. Source: include/uapi/linux/capability.h."""
 
     CAP_DAC_OVERRIDE = 1
+    CAP_DAC_READ_SEARCH = 2
     CAP_KILL = 5
+    CAP_NET_ADMIN = 12
     CAP_SYS_PTRACE = 19
     CAP_SYS_ADMIN = 21
     CAP_SYS_NICE = 23

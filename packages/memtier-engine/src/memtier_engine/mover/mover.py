@@ -11,7 +11,8 @@ import numpy as np
 
 from memtier_engine.errors import ConfigError, KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
-from memtier_engine.model import PAGE_BYTES, MoveOutcome, MoveTask, ProcessId, Spans
+from memtier_engine.hostfs.privileges import MOVERS, named
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans
 from memtier_engine.mover.backends import IOVECS_MAX, BatchResult, ProcessHandle, move
 from memtier_engine.mover.bucket import MIB, TokenBucket
 
@@ -162,7 +163,7 @@ class Mover:
             return [MoveOutcome(process, Spans.empty(), node, 0, 0, 0.0, error="process exited")]
         except KernelCallError as failure:
             rest = Spans.empty()  # no part of this task can fare better
-            error = str(failure)
+            error = str(named(self._host, failure, MOVERS["page-out" if node == SWAP_NODE else "move-pages"]))
         seconds = time.monotonic() - began_s
         self._bucket.charge(result.moved_bytes)
         self._adapt(part.total_bytes, seconds)
