@@ -9,7 +9,7 @@ from typing import TextIO
 
 from loguru import logger
 
-LIBRARIES = ("memtier_engine", "nri_core")
+LIBRARIES = ("memtier_engine",)
 
 
 def configure(

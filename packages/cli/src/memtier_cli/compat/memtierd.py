@@ -8,6 +8,7 @@ terminal SIGINT (Ctrl-C) ends the command that is running instead.
 from __future__ import annotations
 
 import sys
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
@@ -68,8 +69,9 @@ def _serve(flags: Parsed) -> int:
         configure(debug=flags.boolean("debug"), sink=_sink(destination))
     except OSError as error:
         raise MemtierError(f"-l {destination}: {error.strerror}") from None
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be any bytes
-    prompt = Prompt(Output(sys.stdout))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+    prompt = Prompt(Output(sys.stdout or StringIO()))  # None: closed before we started
     with SessionSignals() as signals:
         try:
             return _run(flags, prompt, signals)
@@ -122,7 +124,8 @@ def _start(flags: Parsed, prompt: Prompt, signals: SessionSignals) -> None:
     path = flags.text("config")
     spec = load(path, allow_programs=flags.boolean("allow-programs"))
     written, written_routines = file_blocks(path)
-    policy = PolicyPart(prompt, written.name, spec=spec, text=written.text, on_failure=signals.fail)
+    asked = bool(flags.boolean("prompt") or flags.text("c") or flags.text("f") or spec.routines)
+    policy = PolicyPart(prompt, written.name, spec=spec, text=written.text, on_failure=signals.fail, asked=asked)
     policy.start()
     prompt.attach(policy)
     for routine, block in zip(spec.routines, written_routines, strict=True):

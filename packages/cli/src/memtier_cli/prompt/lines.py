@@ -64,7 +64,9 @@ class TextLines:
 
 def standard_input() -> Lines:
     """A terminal with line editing if standard input and output are one, else plain lines."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    if sys.stdin is None:  # closed before we started
+        return TextLines("q")
+    if sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty():
         from memtier_cli.prompt.terminal import TerminalLines
 
         return TerminalLines(history_file())

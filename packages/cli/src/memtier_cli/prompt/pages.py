@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memtier_cli.compat.goflags import Flag, Parsed
 from memtier_cli.prompt.ranges import RangeError, page_count, parse_ranges, range_lines, restrict
@@ -26,8 +28,10 @@ from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.hostfs.page_idle import IdleBitmap
 from memtier_engine.hostfs.pagemap import Pagemap
-from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U64, Bools, ProcessId, Spans
+from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools, ProcessId, Spans
 from memtier_engine.mover.backends import addresses_of, pages_as_spans
+from memtier_engine.mover.mover import take
+from memtier_engine.trackers.common import chunks
 
 FLAG_NAMES = (
     *("LOCKED", "ERROR", "REFERENCED", "UPTODATE", "DIRTY", "LRU", "ACTIVE", "SLAB", "WRITEBACK", "RECLAIM", "BUDDY"),
@@ -41,6 +45,7 @@ _ATTRIBUTES = {
     "Dirty": (PM_SOFT_DIRTY, True),
     "NotDirty": (PM_SOFT_DIRTY, False),
 }
+_ASKED_BYTES = 1 << 30
 _SHOWN_BITS = (PM_SOFT_DIRTY, PM_MMAP_EXCLUSIVE, PM_UFFD_WP, PM_FILE, PM_SWAP, PM_PRESENT)
 
 
@@ -89,13 +94,20 @@ def _summary(prompt: Prompt) -> None:
 
 def node_counts(pages: Selection) -> dict[int, int]:
     """How many of the pages are on each node now; those that are on none are left out."""
-    status = _status(pages.process, addresses_of(pages.spans))
-    nodes, counts = np.unique(status[status >= 0], return_counts=True)
-    return dict(zip(nodes.tolist(), counts.tolist(), strict=True))
+    found: Counter[int] = Counter()
+    for _, status in _asked(pages):
+        nodes, counts = np.unique(status[status >= 0], return_counts=True)
+        found.update(dict(zip(nodes.tolist(), counts.tolist(), strict=True)))
+    return found
 
 
-def _status(process: ProcessId, addresses: U64) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    return syscalls.move_pages(process.pid, addresses, None)
+def _asked(pages: Selection) -> Iterator[tuple[U64, NDArray[np.int32]]]:
+    """(addresses, node or -errno of each) of some pages at a time: the kernel is asked where they are now."""
+    left = pages.spans
+    while len(left):
+        part, left = take(left, _ASKED_BYTES)
+        addresses = addresses_of(part)
+        yield addresses, syscalls.move_pages(pages.process.pid, addresses, None)
 
 
 def _select(prompt: Prompt, flags: Parsed) -> None:
@@ -129,8 +141,8 @@ def _select(prompt: Prompt, flags: Parsed) -> None:
     prompt.say(f"pages = <{page_count(pages)} pages of pid {pid}>")
     node = flags.integer("node", -1)
     if node != -1:
-        addresses = addresses_of(pages)
-        pages = pages_as_spans(addresses[_status(process, addresses) == node])
+        found = [addresses[status == node] for addresses, status in _asked(Selection(process, pages))]
+        pages = pages_as_spans(np.concatenate(found)) if found else pages
     prompt.pages = Selection(process, pages)
 
 
@@ -157,13 +169,9 @@ def _matching(host: Host, process: ProcessId, spans: Spans, wanted: Sequence[tup
     return Spans(rows[:, 0].copy(), rows[:, 1].copy())
 
 
-def _chunks(pagemap: Pagemap, spans: Spans) -> list[tuple[int, U64]]:
-    size = CHUNK_PAGES * PAGE_BYTES
-    return [
-        (first, pagemap.read(first, min(first + size, end)))
-        for start, end in zip(spans.starts.tolist(), spans.ends.tolist(), strict=True)
-        for first in range(start, end, size)
-    ]
+def _chunks(pagemap: Pagemap, spans: Spans) -> Iterator[tuple[int, U64]]:
+    for start, end in chunks(spans):
+        yield start, pagemap.read(start, end)
 
 
 def _pagemap(prompt: Prompt, process: ProcessId, spans: Spans, count: int) -> None:

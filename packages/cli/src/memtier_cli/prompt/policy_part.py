@@ -31,6 +31,7 @@ class PolicyPart:
         spec: Spec | None = None,
         text: str | None = None,
         on_failure: Callable[[Exception], None] | None = None,
+        asked: bool = True,
     ) -> None:
         """Not started.
 
@@ -39,6 +40,7 @@ class PolicyPart:
             name: of the policy.
             spec: its configuration, decoded; None: not configured yet.
             text: its configuration as it was given.
+            asked: whether anybody can ask for counters: what nobody asks for is not counted.
             on_failure: told when the engine ends by an error, in its thread; None: it is logged.
         Raises:
             CommandError: no policy has that name.
@@ -50,6 +52,7 @@ class PolicyPart:
         self.config_text = text
         self._prompt = prompt
         self._on_failure = on_failure
+        self._asked = asked
         self._thread: EngineThread | None = None
         self._renew_counts()
         self.tracker = PolicyTracker(self)
@@ -77,7 +80,7 @@ class PolicyPart:
                 raise CommandError("start failed: not configured, use -config")
             self.spec = parse_policy("stub", "")
         self._renew_counts()
-        observers = (self._prompt.statistics, self.counts, self.raw)
+        observers = (self._prompt.statistics, self.counts, self.raw) if self._asked else ()
         engine = self.spec.build(self._prompt.host, observers=observers, events=True)
         logger.info("tracker {}, policy {}", engine.tracker.name, engine.policy.name)
         if self.spec.swaps and not read_swaps(self._prompt.host):
@@ -87,31 +90,34 @@ class PolicyPart:
 
     def stop(self) -> None:
         """End the engine; what is swapped out stays so. Does nothing if it does not run."""
-        if self._thread is not None:
-            self._thread.stop()
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.stop()
 
     @property
     def mover(self) -> MoverControl | None:
         """The door to its mover; None while it does not run, or moves nothing."""
-        if self._thread is None or not self._thread.running or self.name == "stub":
+        thread = self._thread  # another thread may stop it meanwhile
+        if thread is None or not thread.running or self.name == "stub":
             return None
-        return self._thread.mover
+        return thread.mover
 
     @contextmanager
     def held(self) -> Iterator[Engine]:
         """The engine between two steps. Raises CommandError: it does not run."""
-        if self._thread is None or not self.running:
+        thread = self._thread
+        if thread is None or not thread.running:
             raise CommandError("policy is not started")
-        with self._thread.held() as engine:
+        with thread.held() as engine:
             yield engine
 
     def pids(self) -> list[int]:
         """The processes it follows now; empty while it does not run."""
-        if not self.running:
+        try:
+            with self.held() as engine:
+                return sorted(process.pid for process in engine.pages)
+        except CommandError:
             return []
-        with self.held() as engine:
-            return sorted(process.pid for process in engine.pages)
 
     def close(self) -> None:
         """Stop. Safe to call twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
@@ -65,6 +66,7 @@ class OwnWatcher:
         self._spec: TargetSpec | None = TargetSpec(name) if name in ("proc", "stub") else None
         self._target: Target | None = None
         self._events: EventsTarget | None = None
+        self._lock = threading.Lock()
         self._known: frozenset[ProcessId] = frozenset()
         self._listener: OnPids | None = None
 
@@ -84,8 +86,7 @@ class OwnWatcher:
             raise CommandError("pidwatcher start error: already started")
         target, spec = self._built(), self._spec
         assert spec is not None
-        if self.name == "pidlist":
-            self.poll()  # the whole list, once; those that vanish are told too, below
+        self.poll()  # what is there now is told before the next command
         self._events = EventsTarget(
             target, refresh_s=spec.interval_ms / 1000, on_change=lambda added, removed: self._tell(added, removed)
         )
@@ -99,9 +100,11 @@ class OwnWatcher:
     def poll(self) -> None:
         """See `AnyWatcher.poll`. A pidlist tells all of its list each time, others what changed."""
         current = self._built().poll()
-        if self.name == "pidlist":
-            self._known = frozenset()
-        self._tell(current - self._known, self._known - current)
+        with self._lock:
+            if self.name == "pidlist":
+                self._known = frozenset()
+            added, removed = current - self._known, self._known - current
+        self._tell(added, removed)
 
     def dump(self) -> str:
         """See `AnyWatcher.dump`."""
@@ -125,8 +128,9 @@ class OwnWatcher:
 
     def _tell(self, added: frozenset[ProcessId], removed: frozenset[ProcessId]) -> None:
         # Also called from the thread that follows; what poll has told already is not told again.
-        added, removed = added - self._known, removed & self._known
-        self._known = (self._known | added) - removed
+        with self._lock:
+            added, removed = added - self._known, removed & self._known
+            self._known = (self._known | added) - removed
         if self._listener is not None and (added or removed):
             self._listener(_pids(added), _pids(removed))
 

@@ -147,6 +147,8 @@ class MoverThread(MoverControl):
                         logger.warning("{}", outcome.error)
                     if self._on_outcome is not None:
                         self._on_outcome(outcome)
+                if not self.mover.has_work:
+                    self.mover.release()  # nobody tells of processes that end
                 self._condition.notify_all()
                 wait_s = self.mover.wait_s()
                 # Never 0: whoever waits for the condition gets its turn.

@@ -124,6 +124,14 @@ class Mover:
             interval_s=config.interval_ms / 1000,
         )
 
+    def allowed_bytes(self, now_s: float) -> int | None:
+        """What somebody who moves memory by other means may move now under this mover's ceiling; None: no ceiling."""
+        return 0 if self.paused else self._bucket.available_bytes(now_s)
+
+    def charge(self, moved_bytes: int) -> None:
+        """So much was moved by other means."""
+        self._bucket.charge(moved_bytes)
+
     def drop(self, process: ProcessId) -> None:
         """The process is no longer ours: forget its tasks and close what is open for it."""
         self._queue = deque(pending for pending in self._queue if pending.task.process != process)
@@ -207,6 +215,12 @@ class Mover:
         """The most that can be moved in `seconds`; None: no limit."""
         rate = self._bucket.rate_bytes_per_s
         return None if rate is None else max(PAGE_BYTES, int(rate * (seconds + 0.1)))
+
+    def release(self) -> None:
+        """Close what is open for processes that have no task."""
+        wanted = {pending.task.process for pending in self._queue}
+        for process in self._handles.keys() - wanted:
+            self._handles.pop(process).close()
 
     def close(self) -> None:
         """Drop all tasks and close all handles. Safe to call twice."""
