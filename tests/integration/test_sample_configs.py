@@ -73,7 +73,7 @@ def test_a_sample_runs_here_or_says_what_the_kernel_lacks(
     if failure is not None:
         # DAMON may be in use by others at any time; every other tracker that works alone works here too.
         lacking = {name for name in sample.trackers if name != "auto" and tracker_why_not(name, host) is not None}
-        assert lacking or "damon" in sample.trackers, failure
+        assert lacking or "damon" in sample.trackers or sample.policy == "reclaim", failure
         assert failure.hint, failure
         return
     assert len(run.reports) == _scans(sample)
@@ -97,6 +97,8 @@ def check(sample: Sample, run: Run) -> None:
     if sample.spec.target.name == "filter":
         return  # which processes are that large differs by machine
     assert last.processes == 1
+    if sample.policy == "reclaim":
+        return  # whose memory a page is on is settled when it is first touched, maybe in another cgroup
     assert last.tracked_bytes >= PAGES * 4096
     out = run.paged_out_bytes / 4096
     if "save" in sample.name:

@@ -21,6 +21,7 @@ BASES: Mapping[str, Values] = {
     "policy.demote-idle": {"pidwatcher": WATCHER, "idlenumas": [1]},
     "policy.heat": {"pidwatcher": WATCHER, "tracker": FINDER},
     "policy.ratio": {"pidwatcher": WATCHER, "ratio": 0.5},
+    "policy.reclaim": {"cgroups": ["/sys/fs/cgroup/x"], "goal": {"psi": "0.1%"}},
     "pidwatcher.cgroups": {"cgroups": ["/sys/fs/cgroup/x"]},
     "pidwatcher.filter": {"source": {"name": "proc"}, "filters": [{}]},
     "pidwatcher.pidlist": {"pids": [4242]},

@@ -25,6 +25,8 @@ FURTHER: Mapping[str, dict[str, Any]] = {
     # What else must be said for an extreme value of the key to be allowed.
     "policy.auto.intervalms": {"windowms": 24 * 3600 * 1000},
     "policy.auto.windowms": {"intervalms": 1},
+    "policy.reclaim.intervalms": {"windowms": 24 * 3600 * 1000},
+    "policy.reclaim.windowms": {"intervalms": 1},
     "tracker.damon.samplingus": {"aggregationus": 24 * 3600 * 10**6},
     "tracker.damon.aggregationus": {"samplingus": 1},
     "tracker.damon.mintargetregions": {"maxtargetregions": 1 << 20},
@@ -43,6 +45,7 @@ TEXTS: Mapping[str, tuple[list[str], list[str]]] = {
     "policy.avoid-oom.startfreeingmemory": (["1%", "0.5 %", "100 MB", "1GiB"], ["much", "101%", "-1", "17%"]),
     "policy.avoid-oom.stopfreeingmemory": (["20%", "100%"], ["%", "-5%"]),
     "policy.demote-idle.pagesofinterestdir": (["/run/poi"], []),
+    "policy.reclaim.ages": (["mglru", "none"], ["idlepage"]),
     "filter.procexeregexp": ([".*/meme", "^/usr/(bin|sbin)/x$"], ["(", "a**", "(?=x)"]),
     "tracker.damon.connection": (["perf", "perf --max-stack 3"], ["smoke"]),
     "forecaster.stdio.stderr": (["file:/dev/null"], ["syslog"]),
@@ -56,6 +59,7 @@ TEXTS: Mapping[str, tuple[list[str], list[str]]] = {
 }
 LISTS_OF_TEXTS: Mapping[str, tuple[list[list[str]], list[list[str]]]] = {
     "policy.avoid-oom.cgroups": ([["/y", "/sys/fs/cgroup/z"]], [[], ["relative"], ["/a/../b"]]),
+    "policy.reclaim.cgroups": ([["/y", "/sys/fs/cgroup/z"]], [[], ["relative"], ["/a/../b"]]),
     "pidwatcher.cgroups.cgroups": ([["/y", "/sys/fs/cgroup/z"]], [[], ["relative"], ["/a/../b"]]),
     "forecaster.stdio.command": ([["head", "-n", "1"]], [[], [""]]),
     "routine.statactions.intervalcommand": ([["policy", "-dump"]], [[" "]]),
@@ -232,7 +236,8 @@ def test_a_block_needs_a_name_and_some_parts_need_a_config() -> None:
     assert_names_its_place(refused(text_of(whole)), f"{path}.name")
     for component in ("pidwatcher.pidlist", "pidwatcher.cgroups", "pidwatcher.filter", "tracker.multi",
                       "forecaster.stdio", "forecaster.trace", "routine.statactions", "policy.age", "policy.heat",
-                      "policy.ratio", "policy.auto", "policy.avoid-oom", "policy.demote-idle"):  # fmt: skip
+                      "policy.ratio", "policy.auto", "policy.avoid-oom", "policy.demote-idle",
+                      "policy.reclaim"):  # fmt: skip
         whole, path = placed(component, {})
         name = component.partition(".")[2]
         for nothing in (None, ""):

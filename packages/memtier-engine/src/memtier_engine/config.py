@@ -27,6 +27,8 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.policies.auto import AutoPolicyConfig
+from memtier_engine.policies.reclaim import ReclaimPolicyConfig
+from memtier_engine.reclaim import reclaim_engine
 from memtier_engine.stats.observer import Observer
 from memtier_engine.targets.base import TellingTarget
 
@@ -96,6 +98,9 @@ class Spec:
             guards=self.guards,
             dry_run=dry_run,
         )
+        if isinstance(self.policy, ReclaimPolicyConfig):
+            cgroups = self.target.cgroups
+            return reclaim_engine(cgroups, self.policy, config, host=host, clock=clock, observers=observers)
         with ExitStack() as made:
             target = self.target.build(host, events=events)
             if isinstance(target, TellingTarget):

@@ -211,6 +211,15 @@ COMPONENTS: Mapping[str, tuple[Key, ...]] = {
         _nodes("ratiotargets", "RatioTargets"),
         *_GONE,
     ),
+    "policy.reclaim": (
+        _of(Kind.TEXTS, "cgroups", required=True),
+        _of(Kind.SECTION, "mover"),
+        _of(Kind.GOAL, "goal", required=True),
+        _interval(5000, go=""),
+        _integer("windowms", "", 60_000, 1, INTERVAL_MAX_MS),
+        _integer("idleleastms", "", 30_000, 1, INTERVAL_MAX_MS),
+        _text("ages", default="auto", choices=("auto", "mglru", "none")),
+    ),
     "mover": (
         _integer("intervalms", "IntervalMs", 10, 1, 60_000),
         _integer("bandwidth", "Bandwidth", 100, 1, 1 << 20),

@@ -37,6 +37,7 @@ from memtier_engine.policies.goals import KINDS, Goal, parse_goal
 from memtier_engine.policies.heat import Forecaster, HeatPolicy, HeatPolicyConfig
 from memtier_engine.policies.heatmap import HeatmapConfig
 from memtier_engine.policies.ratio import RatioPolicy, RatioPolicyConfig
+from memtier_engine.policies.reclaim import ReclaimPolicyConfig
 from memtier_engine.policies.stub import StubPolicy
 from memtier_engine.units import parse_size
 
@@ -79,7 +80,7 @@ class ForecasterSpec:
 ReferencePolicyConfig = (
     AgePolicyConfig | HeatPolicyConfig | RatioPolicyConfig | DemoteIdlePolicyConfig | AvoidOomPolicyConfig
 )
-PolicyConfig = ReferencePolicyConfig | AutoPolicyConfig
+PolicyConfig = ReferencePolicyConfig | AutoPolicyConfig | ReclaimPolicyConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def build_policy(
 def swaps(config: PolicyConfig | None) -> bool:
     """Whether a policy of this configuration pages memory out."""
     match config:
-        case AutoPolicyConfig():
+        case AutoPolicyConfig() | ReclaimPolicyConfig():
             return True
         case AgePolicyConfig():
             return bool(config.swap_out_ms) or SWAP_NODE in (*config.idle_numas[:1], *config.active_numas[:1])
@@ -188,6 +189,23 @@ def _auto(block: Section) -> PolicySpec:
         raise section.located(failure) from None
     tracker = decode_tracker(section, TrackerSpec("auto", 5000))
     return PolicySpec("auto", policy, tracker, decode_target(section), _mover(section))
+
+
+def _reclaim(block: Section) -> PolicySpec:
+    section = required_config(block, "policy.reclaim")
+    least_ms = section.integer("idleleastms")
+    try:
+        policy = ReclaimPolicyConfig(
+            goal=_goal(section),
+            interval_ms=section.integer("intervalms"),
+            window_ms=section.integer("windowms"),
+            idle_least_s=least_ms / 1000,
+            ages=section.text("ages"),
+        )
+    except ConfigError as failure:
+        raise section.located(failure) from None
+    target = TargetSpec("cgroups", cgroups=cgroup_names(section))
+    return PolicySpec("reclaim", policy, TrackerSpec("stub"), target, _mover(section))
 
 
 def _goal(section: Section) -> Goal:
@@ -378,5 +396,6 @@ POLICIES: Mapping[str, Callable[[Section], PolicySpec]] = {
     "demote-idle": _demote_idle,
     "heat": _heat,
     "ratio": _ratio,
+    "reclaim": _reclaim,
     "stub": _stub,
 }

@@ -136,6 +136,19 @@ class FairMover(Mover):
         self._budget.charge(self._share, sum(outcome.moved_bytes for outcome in outcomes))
         return outcomes
 
+    def allowed_bytes(self, now_s: float) -> int | None:
+        """See `Mover.allowed_bytes`: its own ceiling and its part of the node's."""
+        own = super().allowed_bytes(now_s)
+        if own == 0:
+            return 0
+        share = self._budget.allowed(self._share, now_s)
+        return own if share is None else share if own is None else min(own, share)
+
+    def charge(self, moved_bytes: int) -> None:
+        """See `Mover.charge`."""
+        super().charge(moved_bytes)
+        self._budget.charge(self._share, moved_bytes)
+
     def wait_s(self) -> float | None:
         """See `Mover.wait_s`."""
         own_s = super().wait_s()

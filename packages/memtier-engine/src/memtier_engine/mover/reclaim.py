@@ -78,11 +78,15 @@ class CgroupReclaimer:
         self.wanted_bytes = max(0, wanted_bytes)
         self._dry_calls = 0
 
-    def pump(self, now_s: float) -> ReclaimOutcome | None:
-        """One call, if something is pending and the bucket allows it."""
+    def pump(self, now_s: float, limit_bytes: int | None = None) -> ReclaimOutcome | None:
+        """One call, if something is pending and the bucket allows it.
+
+        `limit_bytes`: what somebody else allows; None: no limit of that kind.
+        """
         allowed = self._bucket.available_bytes(now_s)
         size = min(self.wanted_bytes, self._batch_bytes)
         size = size if allowed is None else min(size, allowed)
+        size = size if limit_bytes is None else min(size, limit_bytes)
         size -= size % PAGE_BYTES
         if size <= 0:
             if self.wanted_bytes < PAGE_BYTES:

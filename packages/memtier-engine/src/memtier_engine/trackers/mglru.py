@@ -97,8 +97,8 @@ class MglruTracker:
     name = "mglru"
     page_exact = False
 
-    def __init__(self, host: Host, cgroup: Path) -> None:
-        """`cgroup`: its directory below the cgroup v2 root, which may come and go.
+    def __init__(self, host: Host, cgroup: Path, *, below: bool = False) -> None:
+        """`cgroup`: its directory below the cgroup v2 root, which may come and go; `below`: and all in it.
 
         Raises:
             TrackerUnavailable: the kernel has no MGLRU, or debugfs is not mounted or not ours to read.
@@ -124,11 +124,15 @@ class MglruTracker:
             ) from None
         relative = cgroup.relative_to(host.cgroup2_root)
         self._path = "/" + "/".join(relative.parts)
+        self._below = None if not below else self._path.rstrip("/") + "/"
 
     def generations(self) -> list[Generations]:
         """Those of the cgroup, one record per node; empty while there is no such cgroup."""
         text = self._host.read_text(self._file)
-        return [found for found in parse_lru_gen(text) if found.path == self._path]
+        return [found for found in parse_lru_gen(text) if self._means(found.path)]
+
+    def _means(self, path: str) -> bool:
+        return path == self._path or (self._below is not None and path.startswith(self._below))
 
     def ages(self) -> CgroupAges:
         """Those of all nodes together."""
