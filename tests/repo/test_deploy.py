@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -108,6 +109,35 @@ def test_the_pod_has_the_powers_it_needs_and_no_other() -> None:
 def test_the_powers_are_the_fewest_for_all_trackers_and_movers() -> None:
     assert least(*TRACKERS.values(), *MOVERS.values()) == PLUGIN
     assert yaml.safe_load((CHART / "values.yaml").read_text())["capabilities"] == CAPABILITIES
+
+
+def test_the_seccomp_profile_has_the_form_of_runtimes_and_the_unit_file_says_the_same() -> None:
+    """Only the keys of the OCI runtime specification: a runtime would ignore others, and allow nothing by them."""
+    profile = json.loads((DEPLOY / "seccomp/nri-memtierd.json").read_text())
+    assert profile.keys() == {"defaultAction", "defaultErrnoRet", "architectures", "syscalls"}
+    assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
+    names = []
+    for rule in profile["syscalls"]:
+        assert rule.keys() <= {"names", "action", "args"}
+        assert rule["action"] == "SCMP_ACT_ALLOW"
+        names += rule["names"]
+        if "socket" in rule["names"]:
+            (only,) = rule["args"]
+            assert (only["index"], only["op"]) == (0, "SCMP_CMP_EQ")
+            assert only["value"] in (socket.AF_UNIX, socket.AF_NETLINK)
+        else:
+            assert "args" not in rule
+    assert not {"ptrace", "process_vm_writev", "mount", "setns", "unshare", "init_module", "listen"}.intersection(names)
+    unit = re.findall(r"^SystemCallFilter=(.*)$", (DEPLOY / "systemd/nri-memtierd.service").read_text(), re.M)
+    assert {name for line in unit for name in line.split()} == set(names)
+
+
+def test_the_chart_can_use_the_nodes_own_seccomp_profile() -> None:
+    (container,) = pod_of(chart('seccompLocalhostProfile="nri-memtierd.json"'))["containers"]
+    assert container["securityContext"]["seccompProfile"] == {
+        "type": "Localhost",
+        "localhostProfile": "nri-memtierd.json",
+    }
 
 
 def test_every_capability_has_its_reason_beside_it() -> None:

@@ -107,11 +107,10 @@ def main() -> None:
     parser.add_argument("--seccomp", type=Path)
     parser.add_argument("command", nargs="+")
     given = parser.parse_args()
-    if given.seccomp is not None:
-        # Before the capabilities go: loading a filter without NO_NEW_PRIVS needs CAP_SYS_ADMIN.
-        load_seccomp(json.loads(given.seccomp.read_text()))
     if given.capabilities is not None:
         keep_capabilities(given.capabilities)
+    if given.seccomp is not None:  # libseccomp sets NO_NEW_PRIVS with it, as allowPrivilegeEscalation: false does
+        load_seccomp(json.loads(given.seccomp.read_text()))
     os.execvp(given.command[0], given.command)
 
 

@@ -17,8 +17,9 @@ PROGRAM = (sys.executable, "-c", "import sys; from memtier_cli.compat.nri_memtie
 class NriMemtierd:
     """One run of the program. Its log is `log`."""
 
-    def __init__(self, base: Path, socket: Path, cgroup_root: Path) -> None:
+    def __init__(self, base: Path, socket: Path, cgroup_root: Path, *, program: Sequence[str] = PROGRAM) -> None:
         self.base = base
+        self.program = program
         self.runs = base / "run"
         self.log_path = base / "log"
         self.config = base / "config.yaml"
@@ -34,7 +35,7 @@ class NriMemtierd:
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [*PROGRAM, *self.arguments, *more],
+                [*self.program, *self.arguments, *more],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

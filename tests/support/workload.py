@@ -17,7 +17,7 @@ from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
 
 _PROGRAM = """
-import json, mmap, sys, time, ctypes
+import json, mmap, os, sys, time, ctypes
 hot_mib, cold_mib, strips, write = map(int, sys.argv[1:5])
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 def area(mib):
@@ -34,6 +34,12 @@ hot, cold = [], []
 for _ in range(strips):
     hot.append(area(hot_mib // strips))
     cold.append(area(cold_mib // strips))
+user = int(sys.argv[6])
+if user:
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: else its files in /proc stay root's
 print(json.dumps({"hot": [a[1:] for a in hot], "cold": [a[1:] for a in cold]}), flush=True)
 total = 0
 while True:
@@ -73,9 +79,12 @@ def _spans(areas: list[list[int]]) -> Spans:
 
 @contextmanager
 def workload(
-    hot_mib: int, cold_mib: int, *, strips: int = 1, write: bool = False, pages: str = "4k"
+    hot_mib: int, cold_mib: int, *, strips: int = 1, write: bool = False, pages: str = "4k", user: int = 0
 ) -> Iterator[Workload]:
-    """A process that touches its hot memory every 20 ms; each strip is a mapping of its own."""
+    """A process that touches its hot memory every 20 ms; each strip is a mapping of its own.
+
+    `user`: whose it becomes; 0 stays the caller's.
+    """
     command = [
         sys.executable,
         "-c",
@@ -85,6 +94,7 @@ def workload(
         str(strips),
         str(int(write)),
         pages,
+        str(user),
     ]
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert popen.stdout is not None
