@@ -94,6 +94,15 @@ def test_where_every_age_is_touched_again_the_goal_still_holds() -> None:
     assert simulated.out_share > 0.02
 
 
+def test_refaults_are_under_the_goal_also_as_a_share_of_the_memory_that_is_left_in_ram() -> None:
+    """Of the memory now in RAM 0.17 % per minute would come back; of what is left without it, far more."""
+    simulated = simulation(shares((0.1, HOT_S), (0.5, 18_000.0)))
+    rates = windows(simulated, 60)
+    ten = np.convolve(rates, np.full(10, 0.1), "valid")
+    assert ten.max() <= 0.3
+    assert simulated.out_share < 0.9
+
+
 def test_after_a_phase_change_refaults_are_under_the_goal_within_three_windows_and_savings_come_back() -> None:
     """The hot set moves to memory that is out: it has to come back once, and only once."""
     simulated = simulation(shares((0.2, HOT_S)))
@@ -126,7 +135,7 @@ def test_a_goal_of_stall_time_stops_at_once_when_it_is_missed() -> None:
     assert simulated.out_share == 0
     assert "5 %" in simulated.policy.state.reason
     gauges.stall = 0.0
-    windows(simulated, 3)
+    windows(simulated, 10)  # the limit grows by a quarter per good window
     assert simulated.out_share == pytest.approx(0.8, abs=0.001)
 
 

@@ -182,15 +182,13 @@ class AutoPolicy(BasePolicy):
         came_back = int(window.touched[before_s <= BIN_S].sum()) if np.isfinite(before_s) else 0
         refaults = 100 * came_back / minutes / in_ram
         limit, pause = self._limit(refaults, now_s)
-        threshold_s, price = self._threshold(resident, out, limit / 100 * in_ram)
-        reason = (
-            f"{self.config.goal}: about {100 * price / in_ram:.2g} % of the memory in RAM would come back per minute"
-        )
+        threshold_s, share = self._threshold(resident, out, limit / 100)
+        reason = f"{self.config.goal}: about {100 * share:.2g} % of the memory in RAM would come back per minute"
         if pause is not None:
             threshold_s, reason = None, pause
         elif threshold_s is None:
             reason = (
-                f"{self.config.goal}: whatever the threshold, {100 * price / in_ram:.2g} % of the memory in RAM are "
+                f"{self.config.goal}: whatever the threshold, {100 * share:.2g} % of the memory in RAM are "
                 f"expected back per minute, {limit:.2g} % are allowed"
             )
         self.state = AutoState(threshold_s, limit, refaults, reason)
@@ -220,12 +218,17 @@ class AutoPolicy(BasePolicy):
         return limit, pause
 
     def _threshold(self, resident: I64, out: I64, allowed_per_min: float) -> tuple[float | None, float]:
-        """(the smallest threshold within the price, that price in pages per minute)."""
+        """(the smallest threshold within the price, that price per minute), both as shares of the memory in RAM."""
         hazard = _hazard(self._history)
         already = float((out * hazard).sum())
         # price[b]: of having all pages out that are idle for at least BIN_S[b]. Two ways to tell, and the dearer
         # counts: what all pages of that age are expected to do, and what pages did that were idle for so long.
-        price = np.maximum(already + _from_above(resident * hazard), _measured(self._history))
+        pages = np.maximum(already + _from_above(resident * hazard), _measured(self._history))
+        # What goes out is not in RAM any more when the price is due.
+        going = _from_above(resident)
+        wanted = self._wanted_pages(int(resident.sum()), int(out.sum()))
+        left = resident.sum() - (going if wanted is None else np.minimum(going, wanted))
+        price = pages / np.maximum(left, 1)
         risked = np.flatnonzero(np.any([window.risked_min > 0 for window in self._history], axis=0))
         if not len(risked):
             return None, 0.0
