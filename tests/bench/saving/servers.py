@@ -76,7 +76,7 @@ def serve_web(mib: int, path: str) -> None:
         protocol_version = "HTTP/1.1"
         wbufsize = -1  # one write per answer
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             page = cache[int(self.path[1:]) % len(cache)]
             self.send_response(200)
             self.send_header("Content-Length", str(len(page)))

@@ -86,13 +86,14 @@ def _indented(text: str, columns: int) -> str:
 
 def engine_config(policy: str, own: str, cgroup: str) -> str:
     """A configuration file of memtierd. Guards on the whole node are off: it does other work meanwhile."""
+    guards = "guards:\n  psimemorynode: null\n  psiionode: null\n"
+    if policy == "reclaim":
+        own += f"cgroups: [{cgroup}]\nmover:\n  bandwidth: 100\n"
+        return f"policy:\n  name: reclaim\n  config: |\n{_indented(own, 4)}{guards}"
     target = f"pidwatcher:\n  name: cgroups\n  config: |\n    intervalms: 1000\n    cgroups: [{cgroup}]\n"
     tracker = "tracker:\n  name: auto\n  config: |\n    scanintervalms: 1000\n"
     mover = "mover:\n  intervalms: 10\n  bandwidth: 100\n"
-    return (
-        f"policy:\n  name: {policy}\n  config: |\n{_indented(own + target + tracker + mover, 4)}"
-        "guards:\n  psimemorynode: null\n  psiionode: null\n"
-    )
+    return f"policy:\n  name: {policy}\n  config: |\n{_indented(own + target + tracker + mover, 4)}{guards}"
 
 
 def _engine(policy: str, own: str) -> Open:
@@ -174,6 +175,14 @@ VARIANTS: Mapping[str, Variant] = {
     "auto": Variant(
         f"policy auto, refaults: {REFAULT_GOAL}",
         _engine("auto", f'goal: "refaults: {REFAULT_GOAL}"\nintervalms: 1000\nwindowms: 6000\nidleleastms: 3000\n'),
+    ),
+    "reclaim": Variant(
+        f"policy reclaim, refaults: {REFAULT_GOAL}",
+        _engine(
+            "reclaim",
+            f'goal: "refaults: {REFAULT_GOAL}"\nintervalms: 1000\nwindowms: 6000\nidleleastms: {IDLE_S * 1000}\n',
+        ),
+        _needs_controller,
     ),
     "senpai": Variant("senpai loop", _senpai, _needs_controller),
     "damon-reclaim": Variant("DAMON_RECLAIM", _damon_reclaim, _needs_damon_reclaim),
