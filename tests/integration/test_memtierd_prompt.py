@@ -128,6 +128,7 @@ def test_a_node_that_does_not_exist_is_an_error_in_the_log_and_the_mover_goes_on
     shared_daemon.ask(f"pages -pid {child.process.pid} -ranges {wanted(child)}")
     assert shared_daemon.ask("mover -pages-to 77 -wait") == "mover wait received: AllDone\n"
     assert shared_daemon.ask("mover -tasks") == ""
+    assert re.search(r"^ +1 .* move_pages\(\.\.\.\) error: No such device", shared_daemon.ask("stats -t events"), re.M)
 
 
 def test_a_finder_reports_at_once(shared_daemon: Daemon, child: Toucher) -> None:

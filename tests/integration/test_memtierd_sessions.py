@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from memtier_cli.prompt.commands import COMMANDS
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import PAGE_BYTES
 from support.prompt import DEADLINE_S, MEMTIERD, PROMPT, Reader, memtierd
 from support.swap import temporary_zram_swap
-from support.toucher import toucher
+from support.toucher import Toucher, toucher
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
 STUB = "policy:\n  name: stub\n"
@@ -205,6 +208,62 @@ def test_a_policy_of_a_file_pages_out_beside_the_prompt_and_tells(tmp_path: Path
             assert status == 0
 
 
+@needs_root
+def test_commands_beside_a_policy_whose_processes_are_killed_neither_fail_nor_hang(tmp_path: Path) -> None:
+    """150 commands in random order and a kill between some of them; each answers, none shows a defect."""
+    random = Random(5)
+    root = Host().cgroup2_root / f"memtier-kills-{os.getpid()}"
+    root.mkdir()
+    config = (
+        "{intervalms: 20, swapoutms: 40, mover: {intervalms: 1, bandwidth: 1000}, "
+        f"pidwatcher: {{name: cgroups, config: {{cgroups: [{root}]}}}}, "
+        "tracker: {name: refs, config: {scanintervalms: 20}}}"
+    )
+    lines = [
+        *("policy -dump accessed 0,1s,0", "tracker -counters", "tracker -heat", "tracker -reset", "pidwatcher -dump"),
+        *("mover -tasks", "mover -pause", "mover -continue", "mover -config 'bandwidth: 500'", "mover -pages-to 0"),
+        *("policy -stop", "policy -start", "stats", "pages", "tracker -dump raw start", "tracker -dump raw new"),
+        *("pages -pid PID", "arange -pid PID", "swap -pid PID -status", "swap -pid PID -out", "swap -pid PID -in"),
+    ]
+    try:
+        with memtierd() as daemon, ExitStack() as children:
+
+            def child() -> Toucher:
+                made = children.enter_context(toucher("anonymous", 512, tmp_path))
+                (root / "cgroup.procs").write_text(str(made.process.pid))
+                made.write(range(512))
+                return made
+
+            alive = [child() for _ in range(3)]
+            daemon.ask(f"policy -create age -config '{config}' -start")
+            for number in range(150):
+                victim = random.choice(alive)
+                if number % 30 == 29:
+                    victim.popen.kill()
+                    victim.popen.wait()
+                    alive[alive.index(victim)] = child()
+                shown = daemon.ask(random.choice(lines).replace("PID", str(victim.process.pid)))
+                assert not re.search(rf"^({'|'.join(COMMANDS)}) failed: ", shown, re.M), shown
+            daemon.tell("q")
+            status, errors = daemon.end()
+            assert status == 0
+            assert "Traceback" not in errors
+    finally:
+        _remove(root)
+
+
+def _remove(cgroup: Path) -> None:
+    """Its processes were killed; the kernel lets it go when they are gone."""
+    limit_s = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            cgroup.rmdir()
+            return
+        except OSError:
+            assert time.monotonic() < limit_s
+            time.sleep(0.05)
+
+
 class Terminal:
     """The program at a terminal of its own."""
 
@@ -232,6 +291,20 @@ class Terminal:
         self.type(keys)
         self.reader.until(answer)
         self.reader.until(PROMPT)
+
+    def interrupt(self) -> None:
+        """Ctrl-C until there is a new prompt.
+
+        A signal that comes between two keys, just before the interpreter waits for the next one, waits with it.
+        """
+        limit_s = time.monotonic() + DEADLINE_S
+        while True:
+            self.type("\x03")
+            try:
+                self.reader.until(f"\r\n{PROMPT}", 1.0)
+                return
+            except AssertionError:
+                assert time.monotonic() < limit_s, self.reader.seen
 
 
 def _take_terminal() -> None:
@@ -275,12 +348,12 @@ def test_ctrl_c_ends_what_runs_or_is_typed_and_the_session_goes_on(tmp_path: Pat
     with terminal(tmp_path) as person:
         person.type("foo")
         person.reader.until("foo")
-        person.ask("\x03", "\r\n")  # the half line is gone
+        person.interrupt()  # the half line is gone
         for line in ("time -sleep 1000", "nop | sleep 1000"):
             person.type(f"{line}\r")
             person.reader.until("\r\n")
             time.sleep(0.2)  # wherever it is by then, it must end
-            person.ask("\x03", "\r\n")
+            person.interrupt()
         person.ask("bar\r", 'unknown command "bar"')
         person.type("q\r")
         person.reader.until("quit.")

@@ -128,7 +128,7 @@ def build_policy(
         case DemoteIdlePolicyConfig():
             return DemoteIdlePolicy(config)
         case AvoidOomPolicyConfig():
-            return AvoidOomPolicy(config, HostOomFacts(host, cgroups))
+            return AvoidOomPolicy(config, HostOomFacts(host, cgroups), on_event=on_event)
 
 
 def swaps(config: PolicyConfig | None) -> bool:

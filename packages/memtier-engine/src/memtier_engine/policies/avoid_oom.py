@@ -6,7 +6,7 @@ Workloads are bound to nodes by their cpuset: the smallest sets of nodes run sho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,13 +103,17 @@ class AvoidOomPolicy(BasePolicy):
 
     name = "avoid-oom"
 
-    def __init__(self, config: AvoidOomPolicyConfig, facts: OomFacts) -> None:
+    def __init__(
+        self, config: AvoidOomPolicyConfig, facts: OomFacts, *, on_event: Callable[[str], None] | None = None
+    ) -> None:
+        """`on_event`: told of each decision, by the reference's event names."""
         self.config = config
         self.status = ""
         """What the last decision found, in the reference's words; "" before the first."""
         self.evaluated: tuple[Candidate, ...] = ()
         """The candidates of the last set that was looked at, best first."""
         self._facts = facts
+        self._on_event = on_event or (lambda name: None)
 
     @property
     def interval_ms(self) -> int | None:
@@ -123,6 +127,7 @@ class AvoidOomPolicy(BasePolicy):
         nodes = {each.node: each for each in self._facts.nodes()}
         plan = _Plan(self.config, nodes, self._facts.node_sets())
         self.status = plan.status
+        self._on_event(f"PolicyAvoidOom.balance: {plan.status}")
         tasks: list[MoveTask] = []
         left = budget_bytes
         for node_set in plan.sets_in_need():

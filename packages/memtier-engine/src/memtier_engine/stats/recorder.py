@@ -139,6 +139,10 @@ class Statistics(Observer):
         requested = outcome.requested_bytes >> PAGE_SHIFT
         # The reference counts what is on the destination after the call, whoever brought it there.
         done = outcome.moved_bytes + outcome.there_bytes >> PAGE_SHIFT
+        if outcome.error:
+            # Without pid and counts, which would make a name of its own for every call.
+            call = "process_madvise" if outcome.to_node == SWAP_NODE else "move_pages"
+            self.event(f"{call}(...) error: {outcome.error.rpartition(': ')[2]}")
         with self._lock:
             if outcome.to_node == SWAP_NODE:
                 advice = _recent(self.advice, outcome.process.pid, AdviceCounts)
