@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from memtier_engine.trackers.bpf.btf import Btf
 from memtier_engine.trackers.bpf.faults import FaultCounter
 from memtier_engine.trackers.bpf.tracker import BpfTracker
 from memtier_engine.trackers.registry import create_tracker, why_not
+from support.kernel_headers import VARIABLE, source_for_bcc
 from support.toucher import scan, toucher
 
 _WHY = why_not("bpf", Host())
@@ -33,27 +33,14 @@ def no_walker_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def kernel_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernel_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers for bcc: the running kernel's, or those of any other version."""
     try:
-        loaders.import_bcc()
-        loaders._need_headers(Host())
+        source = source_for_bcc(tmp_path)
     except Unavailable as failure:
-        if "kernel headers" not in failure.message:
-            pytest.skip(f"{failure.message}: {failure.hint}")
-    else:
-        yield
-        return
-    builds = sorted(Path("/usr/src").glob("linux-headers-*-amd64"))
-    if not builds:
-        pytest.skip("needs kernel headers of any version: apt install linux-headers-amd64")
-    common = Path(str(builds[-1]).removesuffix("-amd64") + "-common")
-    tree = tmp_path / "headers"  # Debian splits them in two; the build's own files win
-    tree.mkdir()
-    for source in (common, builds[-1]):
-        subprocess.run(["cp", "-asf", source / "include", source / "arch", tree], check=True)
-    monkeypatch.setenv("BCC_KERNEL_SOURCE", str(tree))
-    yield
+        pytest.skip(f"{failure.message}: {failure.hint}")
+    if source is not None:
+        monkeypatch.setenv(VARIABLE, str(source))
 
 
 def test_auto_takes_the_loader_that_needs_no_compiler() -> None:
