@@ -12,7 +12,7 @@ from memtier_engine.model import Tracker
 from memtier_engine.policies.auto import AutoPolicy, AutoPolicyConfig
 from memtier_engine.refaults import RefaultLedger
 from memtier_engine.stats.observer import Observer
-from memtier_engine.targets.base import Target
+from memtier_engine.targets.base import Target, innermost
 from memtier_engine.targets.cgroups import CgroupsTarget
 
 REMEMBER_S = 2 * 3600.0
@@ -35,7 +35,8 @@ def auto_engine(
         TrackerUnavailable: the tracker does not work here.
     """
     host = host or Host()
-    gauges = HostGauges(host, target.directories() if isinstance(target, CgroupsTarget) else ())
+    source = innermost(target)
+    gauges = HostGauges(host, source.directories() if isinstance(source, CgroupsTarget) else ())
     gauges.stall_percent((clock or SystemClock()).now_s())  # the first window has a beginning
     ledger = RefaultLedger(remember_s=REMEMBER_S, gaps=True)
     return Engine(
