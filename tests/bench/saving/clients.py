@@ -1,6 +1,7 @@
 """What asks the servers: `clients.py kv|web SOCKET RATE KEYS`. Prints the seconds of each answer, a line each.
 
-kv   keys by rank ** -1.5 (Zipf), the popular ones spread all over the key space
+kv   one key in 512 is popular, by rank ** -0.8 among these, spread all over the key space; each 400th request is
+     for any key
 web  five pages in turn, and each 200th request one of any
 """
 
@@ -15,18 +16,22 @@ import time
 from bisect import bisect
 from collections.abc import Callable, Iterator
 
-ZIPF = 1.5
+POPULAR_SHARE = 1 / 512
+SKEW = 0.8
+ANY_KEY_EVERY = 400
 PAGES_WANTED = 5
 ANY_PAGE_EVERY = 200
 
 
-def zipf_keys(keys: int, source: random.Random) -> Iterator[int]:
+def skewed_keys(keys: int, source: random.Random) -> Iterator[int]:
     """Keys without end."""
-    weights = list(itertools.accumulate((rank + 1) ** -ZIPF for rank in range(keys)))
-    where = list(range(keys))
-    source.shuffle(where)
-    while True:
-        yield where[min(bisect(weights, source.random() * weights[-1]), keys - 1)]
+    popular = source.sample(range(keys), max(1, int(keys * POPULAR_SHARE)))
+    weights = list(itertools.accumulate((rank + 1) ** -SKEW for rank in range(len(popular))))
+    for number in itertools.count(1):
+        if number % ANY_KEY_EVERY == 0:
+            yield source.randrange(keys)
+        else:
+            yield popular[min(bisect(weights, source.random() * weights[-1]), len(popular) - 1)]
 
 
 def web_pages(pages: int, source: random.Random) -> Iterator[int]:
@@ -76,7 +81,7 @@ def web(path: str) -> Callable[[int], None]:
 def main(kind: str, path: str, rate: float, keys: int) -> None:
     """Ask `rate` times per second until killed."""
     source = random.Random(7)
-    ask, wanted = (kv(path), zipf_keys(keys, source)) if kind == "kv" else (web(path), web_pages(keys, source))
+    ask, wanted = (kv(path), skewed_keys(keys, source)) if kind == "kv" else (web(path), web_pages(keys, source))
     due_s = time.monotonic()
     for key in wanted:
         due_s = max(due_s + 1 / rate, time.monotonic() - 1.0)  # after a long stall, no burst of more than a second
