@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -163,6 +164,25 @@ def test_of_more_processes_than_the_map_holds_the_first_are_counted(
 def test_an_unknown_tracepoint_falls_back_to_the_perf_event() -> None:
     with FaultCounter(Host(), tracepoint="no_such_tracepoint") as counter:
         assert not counter.reads_and_writes
+
+
+def test_in_a_pid_namespace_of_its_own_nothing_is_counted_for_the_wrong_processes() -> None:
+    """Programs see the pids of the initial namespace. Tracker bpf itself reads by file, so it works there."""
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare: apt install util-linux")
+    program = (
+        "from memtier_engine.errors import MemtierError\n"
+        "from memtier_engine.hostfs.host import Host\n"
+        "from memtier_engine.trackers.bpf.faults import FaultCounter\n"
+        "from memtier_engine.trackers.bpf.tracker import BpfTracker\n"
+        "BpfTracker(Host()).close()\n"
+        "try: FaultCounter(Host())\n"
+        "except MemtierError as failure: print(failure)\n"
+    )
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "pid namespace of its own" in done.stdout
+    assert "hostPID: true" in done.stdout
 
 
 def test_a_closed_counter_leaves_nothing_open() -> None:

@@ -15,7 +15,7 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from memtier_engine.abi import syscalls
-from memtier_engine.errors import KernelCallError
+from memtier_engine.errors import KernelCallError, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import U64, ProcessId
 
@@ -40,6 +40,24 @@ _BIT_EXCLUDE_HV = 1 << 6
 _PRECISE_IP_SHIFT = 15
 
 _ONLINE = "sys/devices/system/cpu/online"
+_INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # include/linux/proc_ns.h, PROC_PID_INIT_INO
+
+
+def need_initial_pid_namespace(host: Host) -> None:
+    """Attached programs see the pids of the initial namespace: in another one, ours would name other processes.
+
+    Raises:
+        TrackerUnavailable: this process is in another one.
+    """
+    try:
+        own = os.readlink(host.path("proc", "self", "ns", "pid"))
+    except OSError:
+        return  # no pid namespaces in this kernel
+    if own != _INITIAL_PID_NAMESPACE:
+        raise TrackerUnavailable(
+            "this process is in a pid namespace of its own, and its pids are not those that BPF programs see",
+            hint="run with hostPID: true, or docker run --pid=host",
+        )
 
 
 def attach_raw_tracepoint(name: str, program_fd: int) -> int:

@@ -80,6 +80,7 @@ class FaultCounter:
         self._loaded: Loaded | None = None
         self.totals = FaultTotals()
         self._areas: list[mmap.mmap] = []
+        attach.need_initial_pid_namespace(host)
         shared = SharedWalker(host, loader)  # verifies what the walk in the fault's program relies on
         try:
             walker = shared.walker

@@ -109,6 +109,7 @@ class AccessSampler:
         self._loaded: Loaded | None = None
         self._lost_area: mmap.mmap | None = None
         self.period = period
+        attach.need_initial_pid_namespace(host)
         try:
             self.events = memory_events(host) if events is None else events
             self._loaded = load(host, ("on_sample",), loader, _SIZES)
