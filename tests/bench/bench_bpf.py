@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from bench.go_memtierd import daemon_cpu_per_gib_s, go_memtierd
 from bench.measure import holder, ratio_line
 from bench.slowdown import workload
 from memtier_engine.errors import MemtierError
@@ -40,7 +41,7 @@ def run() -> bool:
     if why is not None:
         print(f"tracker bpf does not work here: {why[0]}: {why[1]}")
         return False
-    results = [per_gib(), linear(), system_calls(), fault_cost(), loading(), losses()]
+    results = [per_gib(), linear(), system_calls(), fault_cost(), loading(), losses(), against_go()]
     return all(results)
 
 
@@ -209,6 +210,23 @@ def load_apart(loader: str, environ: Mapping[str, str]) -> dict[str, float]:
     )
     found: dict[str, float] = json.loads(output)
     return found
+
+
+def against_go() -> bool:
+    """Our daemon against the Go one, where that is on PATH and the kernel has the idle page bitmap."""
+    program = go_memtierd()
+    if program is None or why_not("idlepage", Host()) is not None:
+        print("against Go's memtierd: needs its binary on PATH and a kernel with the idle page bitmap (the test VM)")
+        return True
+    ours = Path(sys.executable).with_name("memtierd")
+    with holder(GIB // 4) as (pid, _):
+        theirs_s = daemon_cpu_per_gib_s(program, "idlepage", pid, GIB // 4)
+        results = []
+        for tracker in ("bpf", "idlepage"):
+            ours_s = daemon_cpu_per_gib_s(ours, tracker, pid, GIB // 4)
+            what = f"memtierd with {tracker} against Go's with idlepage, CPU per GiB"
+            results.append(ratio_line(what, f"{ours_s * 1e3:.0f} ms", ours_s / theirs_s, 0.2))
+    return all(results)
 
 
 def losses() -> bool:
