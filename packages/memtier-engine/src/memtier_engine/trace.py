@@ -13,13 +13,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.ages import true_runs
+from memtier_engine.closing import Closing
 from memtier_engine.errors import MemtierError
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, Bools, PageChunk, ProcessId, Spans
 from memtier_engine.stats.observer import Observer
@@ -47,7 +47,7 @@ class TraceScan:
     written: Bools | None  # [p] None: the tracker could not tell
 
 
-class TraceRecorder(Observer):
+class TraceRecorder(Observer, Closing):
     """Give it to an engine as an observer."""
 
     def __init__(self, path: str | Path) -> None:
@@ -108,14 +108,6 @@ class TraceRecorder(Observer):
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 _NO_RUNS = np.zeros((0, 2), np.int64)

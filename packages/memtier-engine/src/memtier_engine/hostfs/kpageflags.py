@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from memtier_engine.abi.constants import KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
+from memtier_engine.closing import OpenFile
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.runs import bytes_of, run_bounds
 from memtier_engine.model import U64
@@ -20,7 +19,7 @@ _READ_FRAMES = 1 << 16  # of one read: bounds the buffer
 _MAX_ORDER = 18  # 1 GiB of 4 KiB frames
 
 
-class KpageFlags:
+class KpageFlags(OpenFile):
     """The flags of the machine's frames, kept open. A context manager; `close()` is safe to call twice."""
 
     def __init__(self, host: Host) -> None:
@@ -32,20 +31,6 @@ class KpageFlags:
         self._host = host
         self._path = host.path(KPAGEFLAGS)
         self._fd = host.open(self._path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
     def read(self, pfns: U64) -> U64:
         """The flags of frames, neighbours in one read.

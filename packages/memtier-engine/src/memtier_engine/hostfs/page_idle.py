@@ -9,11 +9,10 @@ bit; that of a huge page is its head frame's.
 from __future__ import annotations
 
 import os
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
+from memtier_engine.closing import OpenFile
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.runs import bytes_of, run_bounds
 from memtier_engine.model import U64, Bools
@@ -23,7 +22,7 @@ FRAMES_PER_WORD = 64
 WORD_BYTES = 8
 
 
-class IdleBitmap:
+class IdleBitmap(OpenFile):
     """The bitmap of the whole machine, kept open. A context manager; `close()` is safe to call twice."""
 
     def __init__(self, host: Host) -> None:
@@ -35,20 +34,6 @@ class IdleBitmap:
         self._host = host
         self._path = host.path(IDLE_BITMAP)
         self._fd = host.open(self._path, os.O_RDWR)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
     def read_words(self, word_indexes: U64) -> U64:
         """The words at `word_indexes`, one read per run of neighbours.

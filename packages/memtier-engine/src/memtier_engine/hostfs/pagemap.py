@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -19,6 +17,7 @@ from memtier_engine.abi.constants import (
     PM_SWAP,
 )
 from memtier_engine.abi.syscalls import pagemap_scan
+from memtier_engine.closing import OpenFile
 from memtier_engine.errors import KernelCallError, ProcessGone, Unavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_start_ticks
@@ -61,7 +60,7 @@ def pfns(words: U64) -> U64:
     return words & np.uint64(PM_PFRAME_MASK)
 
 
-class Pagemap:
+class Pagemap(OpenFile):
     """The pagemap of one process, kept open. A context manager; `close()` is safe to call twice.
 
     The file belongs to the memory that the process had when it was opened: after an exec it answers nothing.
@@ -80,24 +79,6 @@ class Pagemap:
         self._path = host.proc(pid, "pagemap")
         self._start_ticks = read_start_ticks(host, pid)
         self._fd = host.open(self._path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def fileno(self) -> int:
-        """The file descriptor."""
-        return self._fd
 
     def _reopen(self) -> None:
         """Follow the process over an exec; `ProcessGone` if there is no memory behind its pid any more."""

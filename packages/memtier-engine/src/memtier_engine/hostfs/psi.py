@@ -10,9 +10,8 @@ import os
 import select
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from memtier_engine.closing import OpenFile
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
 
@@ -74,7 +73,7 @@ def read_pressure(host: Host, path: Path) -> Pressure | None:
         raise
 
 
-class PsiTrigger:
+class PsiTrigger(OpenFile):
     """A file descriptor that polls POLLPRI when stalls exceed a threshold within a window."""
 
     def __init__(
@@ -99,18 +98,6 @@ class PsiTrigger:
             self.close()
             raise host.error(path, error, "register a trigger in") from None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def fileno(self) -> int:
-        """For select, poll or asyncio: wait for POLLPRI."""
-        return self._fd
-
     def wait(self, timeout_s: float) -> bool:
         """Whether it fired within `timeout_s`; False too when the cgroup was removed (POLLERR)."""
         poller = select.poll()
@@ -118,9 +105,3 @@ class PsiTrigger:
         return any(
             events & select.POLLPRI and not events & select.POLLERR for _, events in poller.poll(timeout_s * 1000)
         )
-
-    def close(self) -> None:
-        """Remove the trigger. Safe to call twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1

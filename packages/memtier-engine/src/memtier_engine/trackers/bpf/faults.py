@@ -9,12 +9,11 @@ from __future__ import annotations
 import errno
 import mmap
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memtier_engine.closing import Closing
 from memtier_engine.errors import KernelCallError, MemtierError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import U64, ProcessId
@@ -63,7 +62,7 @@ class FaultTotals:
     """Faults that found the map full: read more often."""
 
 
-class FaultCounter:
+class FaultCounter(Closing):
     """Counts from `watch` on; gone with `close`, or with this process."""
 
     def __init__(self, host: Host, *, loader: str = "auto", tracepoint: str | None = TRACEPOINT) -> None:
@@ -124,14 +123,6 @@ class FaultCounter:
             cpus,
         )
         return False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """The whole set to count from now on; call again when it changes. Beyond 32 768 processes some are left out."""

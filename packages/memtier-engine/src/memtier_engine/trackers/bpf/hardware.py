@@ -12,12 +12,11 @@ import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memtier_engine.closing import Closing
 from memtier_engine.errors import KernelCallError, MemtierError, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, present
@@ -91,7 +90,7 @@ def _put(values: dict[str, int], layout: str, value: int) -> None:
         value >>= width
 
 
-class AccessSampler:
+class AccessSampler(Closing):
     """Sampled accesses of chosen processes per page, counted in the kernel; gone with `close`."""
 
     def __init__(
@@ -148,14 +147,6 @@ class AccessSampler:
             )
         except KernelCallError as failure:
             raise type(failure)(f"event {event.name}: {failure.message}", failure.errno) from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """The whole set to sample from now on."""

@@ -9,12 +9,12 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
 from memtier_engine.abi import syscalls
+from memtier_engine.closing import Closing
 from memtier_engine.errors import MemtierError, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, pfns, present
@@ -43,7 +43,7 @@ class Walk(NamedTuple):
     """A KVM guest or a device accesses this memory without a trace in these words."""
 
 
-class Walker:
+class Walker(Closing):
     """Loaded programs and a place for their answers. One caller at a time: `walking()` takes the turn."""
 
     def __init__(self, host: Host, loader: str = "auto") -> None:
@@ -74,14 +74,6 @@ class Walker:
             if isinstance(failure, MemtierError):
                 raise rights.explained(host, failure) from None
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _mapped(self, name: str, size: int) -> U64:
         area = mmap.mmap(self._loaded.map_fd(name), -(-size // mmap.PAGESIZE) * mmap.PAGESIZE, mmap.MAP_SHARED)
