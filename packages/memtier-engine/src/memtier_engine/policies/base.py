@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.model import MoveTask, PageChunk, ProcessId, Spans
+from memtier_engine.regions import RegionCounters
 
 
 class Policy(Protocol):
@@ -70,6 +71,28 @@ class BasePolicy:
 
     def close(self) -> None:
         """See `Policy.close`."""
+
+
+class RegionPolicy(BasePolicy):
+    """A policy by counters of regions instead of page ages."""
+
+    def __init__(self, interval_ms: int, regions: RegionCounters | None) -> None:
+        """`regions`: how memory is cut and counted; None: 512 pages, without a cap."""
+        self.regions = regions or RegionCounters()
+        self._interval_ms = interval_ms
+
+    @property
+    def interval_ms(self) -> int | None:
+        """As configured."""
+        return self._interval_ms
+
+    def begin(self, process: ProcessId, spans: Spans) -> None:
+        """See `Policy.begin`."""
+        self.regions.begin(process, spans)
+
+    def observe(self, process: ProcessId, chunk: PageChunk) -> None:
+        """Count what was touched."""
+        self.regions.add(process, chunk)
 
 
 class Locator(Protocol):

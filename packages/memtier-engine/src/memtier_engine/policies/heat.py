@@ -12,8 +12,8 @@ from typing import Protocol
 
 from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError, MemtierError, ProcessGone
-from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, PageChunk, ProcessId, Spans
-from memtier_engine.policies.base import BasePolicy, Locator
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
+from memtier_engine.policies.base import Locator, RegionPolicy
 from memtier_engine.policies.heat_placement import Placement, ProcessMap
 from memtier_engine.policies.heatmap import NS_PER_S, Heatmap, HeatmapConfig, Heats
 from memtier_engine.regions import RegionCounters
@@ -61,7 +61,7 @@ class HeatPolicyConfig:
                 raise ConfigError(f"value {size}", key_path=f"numasize.{node}", hint="a size of 0 or more")
 
 
-class HeatPolicy(BasePolicy):
+class HeatPolicy(RegionPolicy):
     """Keeps a heatmap and places by it."""
 
     name = "heat"
@@ -86,28 +86,15 @@ class HeatPolicy(BasePolicy):
             unix_offset_s: Unix time minus the engine's clock, so that `created` and `updated` are Unix times.
             on_event: told what happened, by the reference's event names.
         """
+        super().__init__(config.interval_ms, regions)
         self.config = config
         self.heatmap = Heatmap(config.heatmap)
-        self.regions = regions or RegionCounters()
         self.used_pages: dict[int, int] = {}
         """Pages of the tracked processes on each node, swap included, at the last decision."""
         self._locator = locator
         self._forecaster = forecaster
         self._unix_offset_s = unix_offset_s
         self._on_event = on_event or (lambda name: None)
-
-    @property
-    def interval_ms(self) -> int | None:
-        """As configured."""
-        return self.config.interval_ms
-
-    def begin(self, process: ProcessId, spans: Spans) -> None:
-        """See `Policy.begin`."""
-        self.regions.begin(process, spans)
-
-    def observe(self, process: ProcessId, chunk: PageChunk) -> None:
-        """Count what was touched."""
-        self.regions.add(process, chunk)
 
     def decide(
         self, pages: Mapping[ProcessId, ProcessPages], clock: AgeClock, budget_bytes: int | None

@@ -13,8 +13,8 @@ import numpy as np
 
 from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError, ProcessGone
-from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, PageChunk, ProcessId, Spans
-from memtier_engine.policies.base import BasePolicy, Locator
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId, Spans
+from memtier_engine.policies.base import Locator, RegionPolicy
 from memtier_engine.policies.pagemask import flagged_in, flagged_spans, inside, page_indexes
 from memtier_engine.regions import RegionCounters
 
@@ -41,29 +41,16 @@ class RatioPolicyConfig:
             )
 
 
-class RatioPolicy(BasePolicy):
+class RatioPolicy(RegionPolicy):
     """Moves the least used regions until the share is reached; never anything back."""
 
     name = "ratio"
 
     def __init__(self, config: RatioPolicyConfig, locator: Locator, *, regions: RegionCounters | None = None) -> None:
         """`regions`: how memory is cut and counted; None: 512 pages, without a cap."""
+        super().__init__(config.interval_ms, regions)
         self.config = config
-        self.regions = regions or RegionCounters()
         self._locator = locator
-
-    @property
-    def interval_ms(self) -> int | None:
-        """As configured."""
-        return self.config.interval_ms
-
-    def begin(self, process: ProcessId, spans: Spans) -> None:
-        """See `Policy.begin`."""
-        self.regions.begin(process, spans)
-
-    def observe(self, process: ProcessId, chunk: PageChunk) -> None:
-        """Count what was touched."""
-        self.regions.add(process, chunk)
 
     def decide(
         self, pages: Mapping[ProcessId, ProcessPages], clock: AgeClock, budget_bytes: int | None
