@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -43,13 +44,15 @@ class EngineThread:
 
     def stop(self, timeout_s: float = 30.0) -> bool:
         """End it after the step it is in, and close the engine. False if that took too long."""
-        with self._condition:
-            self._stopping = True
+        self._stopping = True  # seen after the step, which may hold the lock longer than anybody waits
+        end_s = time.monotonic() + timeout_s
+        if self._condition.acquire(timeout=timeout_s):
             self._condition.notify_all()
+            self._condition.release()
         if self._thread.ident is None:
             self._engine.close()
         else:
-            self._thread.join(timeout_s)
+            self._thread.join(max(0.0, end_s - time.monotonic()))
         return not self._thread.is_alive()
 
     @contextmanager

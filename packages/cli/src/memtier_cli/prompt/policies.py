@@ -29,7 +29,7 @@ def _policy(prompt: Prompt, flags: Parsed) -> None:
         _configure(policy, configs.read_config_file(path), path)
     if "config" in flags.texts:
         _configure(policy, flags.text("config"), None)
-    _attach(prompt, policy)
+    prompt.attach(policy)
     if flags.boolean("start"):
         try:
             policy.start()
@@ -49,12 +49,6 @@ def _configure(policy: PolicyPart, text: str, file: str | None) -> None:
         policy.configure(text, file)
     except MemtierError as failure:
         raise CommandError(f"config failed: {failure}") from None
-
-
-def _attach(prompt: Prompt, policy: PolicyPart) -> None:
-    if prompt.policy is not policy:
-        prompt.keep(prompt.policy, prompt.tracker, prompt.watcher)
-    prompt.attach(policy)
 
 
 POLICY = Command(

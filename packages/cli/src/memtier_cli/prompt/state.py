@@ -108,12 +108,13 @@ class Prompt:
         return self._mover
 
     def attach(self, policy: PolicyPart) -> None:
-        """Make a policy the current one, with its tracker and its watcher."""
+        """Make a policy the current one, with its tracker and its watcher; what was current goes on."""
+        self._keep(self.policy, self.tracker, self.watcher)
         self.policy = policy
         self.tracker = policy.tracker
         self.watcher = policy.watcher
 
-    def keep(self, *parts: Any) -> None:
+    def _keep(self, *parts: Any) -> None:
         """Remember parts that are replaced, to stop them in the end."""
         self._earlier += [part for part in parts if part is not None and part not in self._earlier]
 

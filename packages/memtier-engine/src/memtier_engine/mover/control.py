@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
 
@@ -105,6 +106,7 @@ class MoverThread(MoverControl):
         self._clock = clock or SystemClock()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._ended = False
         self._on_outcome = on_outcome
         own = mover or Mover(config or MoverConfig(), host, now_s=self._clock.now_s())
         super().__init__(own, threading.Condition(), self._is_running, self._clock)
@@ -114,26 +116,30 @@ class MoverThread(MoverControl):
         with self._condition:
             if self._is_running():
                 return False
-            self._stopping = False
+            if self._thread is not None and self._thread.is_alive():
+                self._condition.wait_for(lambda: self._ended, _LONG_S)  # the one before is about to end
+            self._stopping = self._ended = False
             self._thread = threading.Thread(target=self._work, name="memtier-mover", daemon=True)
             self._thread.start()
             return True
 
     def stop(self, timeout_s: float = 5.0) -> bool:
         """End the thread after the call it is in; tasks stay. False if that took too long."""
-        with self._condition:
-            self._stopping = True
+        self._stopping = True  # seen after the call, which may hold the lock longer than anybody waits
+        end_s = time.monotonic() + timeout_s
+        if self._condition.acquire(timeout=timeout_s):
             self._condition.notify_all()
-            thread = self._thread
+            self._condition.release()
+        thread = self._thread
         if thread is not None:
-            thread.join(timeout_s)
-        return not self._is_running()
+            thread.join(max(0.0, end_s - time.monotonic()))
+        return thread is None or not thread.is_alive()
 
     def close(self) -> None:
         """Stop and drop everything. Safe to call twice."""
-        self.stop()
-        with self._condition:
-            self.mover.close()
+        if self.stop():
+            with self._condition:
+                self.mover.close()
 
     def _is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive() and not self._stopping
@@ -153,4 +159,5 @@ class MoverThread(MoverControl):
                 wait_s = self.mover.wait_s()
                 # Never 0: whoever waits for the condition gets its turn.
                 self._condition.wait(_LONG_S if wait_s is None else max(0.001, wait_s))
+            self._ended = True
             self._condition.notify_all()
