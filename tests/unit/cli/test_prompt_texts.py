@@ -233,6 +233,7 @@ def test_unknown_tables_and_formats(prompt: Prompt) -> None:
         ("pages", "no pages selelected, try pages -pid PID\n"),
         ("pages -node 1", "missing -pid=PID\n"),
         ("mover -pages-to 1", "mover error: set pages before moving\n"),
+        ("mover -pages-to -1 -tasks", "mover error: -pages-to takes a node; to page out, use swap -out -mover\n"),
         ("mover -config-dump", '{"IntervalMs":10,"Bandwidth":100}\n'),
         ("mover -wait", "mover error: it is not running, use -start\n"),
         ("tracker", "no tracker, create one with -create NAME [-config CONFIG]\n"),

@@ -30,7 +30,7 @@ def _mover(prompt: Prompt, flags: Parsed) -> None:
     if node >= 0:
         _move_pages(prompt, mover, node)
     elif "pages-to" in flags.texts:
-        raise CommandError("mover error: -pages-to takes a node; to page out, use swap -out -mover")
+        prompt.say("mover error: -pages-to takes a node; to page out, use swap -out -mover")
     if flags.boolean("stop"):
         _own(mover).stop()
     if flags.boolean("start"):
