@@ -36,7 +36,10 @@ def machine() -> str:
 
 
 def cells(workloads: Sequence[str], variants: Sequence[str], rounds: int, times: Times, scale: float) -> Iterator[Cell]:
-    """Measure; each cell is printed when it is done. Ways that do not work here are left out, and why is printed."""
+    """Measure; each cell is printed when it is done.
+
+    Ways that do not work here are left out, and so are cells that fail; why is printed.
+    """
     usable = []
     for variant in variants:
         why = VARIANTS[variant].why_not()
@@ -48,7 +51,11 @@ def cells(workloads: Sequence[str], variants: Sequence[str], rounds: int, times:
         for workload in workloads:
             # Another order each round: no way always runs after the same other one.
             for variant in usable[number % len(usable) :] + usable[: number % len(usable)]:
-                cell = measure(workload, variant, times, scale=scale)
+                try:
+                    cell = measure(workload, variant, times, scale=scale)
+                except (OSError, RuntimeError, ValueError) as failure:
+                    print(f"round {number + 1}, {workload}, {variant}: FAILED: {failure}", flush=True)
+                    continue
                 print(
                     f"round {number + 1}, {workload}, {variant}: {cell.saved_bytes >> 20} MiB saved,"
                     f" p99 {1e3 * cell.p99_s:.3g} ms, {cell.refaults_per_min:.0f} refaults/min,"
@@ -103,6 +110,8 @@ def insert(page: Path, part: str, text: str) -> None:
 
 def write(found: Sequence[Cell], title: str, out: Path, part: str, page: Path | None) -> None:
     """Table, drawings and raw numbers of one machine."""
+    if not found:
+        raise RuntimeError("nothing was measured")
     groups = grouped(found)
     rounds = max(map(len, groups.values()))
     text = f"{title}; median of {rounds} rounds.\n\n{table(groups)}"

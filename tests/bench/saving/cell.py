@@ -33,7 +33,7 @@ class Load:
 
 
 LOADS: Mapping[str, Load] = {
-    "kv": Load("key-value server", 256, 150),
+    "kv": Load("key-value server", 256, 600),
     "compile": Load("compile job", 128),
     "web": Load("idle web service", 256, 40, 16 << 10),
 }
@@ -43,9 +43,9 @@ LOADS: Mapping[str, Load] = {
 class Times:
     """Seconds."""
 
-    settle_s: float = 60.0
+    settle_s: float = 75.0
     """Not measured: the way finds out what is idle, and takes it."""
-    window_s: float = 60.0
+    window_s: float = 45.0
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """What asks the servers: `clients.py kv|web SOCKET RATE KEYS`. Prints the seconds of each answer, a line each.
 
-kv   one key in 512 is popular, by rank ** -0.8 among these, spread all over the key space; each 400th request is
+kv   one key in 128 is popular, by rank ** -0.8 among these, spread all over the key space; each 2000th request is
      for any key
 web  five pages in turn, and each 200th request one of any
 """
@@ -16,9 +16,9 @@ import time
 from bisect import bisect
 from collections.abc import Callable, Iterator
 
-POPULAR_SHARE = 1 / 512
+POPULAR_SHARE = 1 / 128
 SKEW = 0.8
-ANY_KEY_EVERY = 400
+ANY_KEY_EVERY = 2000
 PAGES_WANTED = 5
 ANY_PAGE_EVERY = 200
 
