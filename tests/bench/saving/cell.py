@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,8 @@ from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.hostfs.host import Host
 
 SAMPLE_S = 1.0
+SWAP_FLAG_PREFER = 0x8000
+SWAP_PRIORITY = 100
 _CONTROL = Path("/sys/class/zram-control")
 
 
@@ -89,18 +93,28 @@ def percentile(values: list[float], percent: float) -> float:
 
 @contextmanager
 def zram_swap(size_bytes: int) -> Iterator[Path]:
-    """A swap device that is preferred to all others; yields its directory in /sys/block. Raises OSError."""
+    """A swap device that is preferred to all others; yields its directory in /sys/block. Raises OSError.
+
+    Without mkswap and swapon: the test VM has no such programs.
+    """
     if not _CONTROL.exists():
         subprocess.run(["modprobe", "zram", "num_devices=0"], check=False, capture_output=True)
     number = int((_CONTROL / "hot_add").read_text())
     device, block = f"/dev/zram{number}", Path(f"/sys/block/zram{number}")
+    libc = ctypes.CDLL(None, use_errno=True)
     try:
         (block / "disksize").write_text(str(size_bytes))
-        subprocess.run(["mkswap", device], check=True, capture_output=True)
-        subprocess.run(["swapon", "-p", "100", device], check=True)
+        header = bytearray(4096)  # union swap_header, include/linux/swap.h
+        struct.pack_into("=III", header, 1024, 1, size_bytes // 4096 - 1, 0)
+        header[-10:] = b"SWAPSPACE2"
+        with open(device, "r+b", buffering=0) as file:
+            file.write(header)
+            os.fsync(file.fileno())
+        if libc.swapon(device.encode(), SWAP_FLAG_PREFER | SWAP_PRIORITY) != 0:
+            raise OSError(ctypes.get_errno(), f"swapon {device}: {os.strerror(ctypes.get_errno())}")
         yield block
     finally:
-        subprocess.run(["swapoff", device], check=False, capture_output=True)
+        libc.swapoff(device.encode())
         (_CONTROL / "hot_remove").write_text(str(number))
 
 
