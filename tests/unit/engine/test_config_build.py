@@ -137,6 +137,15 @@ def test_a_window_of_auto_is_not_shorter_than_its_interval() -> None:
     assert caught.value.line is not None
 
 
+def test_counting_swap_ins_can_be_switched_off(machine: HostFolder) -> None:
+    """It costs every page fault of the machine a little."""
+    text = "policy: {name: age, config: {pidwatcher: {name: stub}, tracker: {name: finder}}}\n"
+    for line, expected in (("", True), ("countswapins: true\n", True), ("countswapins: false\n", False)):
+        engine = parse(text + line).build(machine.host)
+        assert engine.config.count_swap_ins is expected
+        engine.close()
+
+
 # Guards
 
 

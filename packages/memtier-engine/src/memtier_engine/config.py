@@ -1,8 +1,8 @@
 """The reference daemon's configuration files, decoded and checked as a whole before anything starts.
 
-A file is one mapping with `policy` and `routines`, and `guards` and `allowprograms` of ours; every pluggable part
-is a `name` and a `config`, the latter text that is YAML or JSON again. `config_keys` lists all keys, the tables
-`POLICIES`, `TRACKERS`, `TARGETS`, `FORECASTERS` and `ROUTINES` all names.
+A file is one mapping with `policy` and `routines`, and `guards`, `allowprograms` and `countswapins` of ours; every
+pluggable part is a `name` and a `config`, the latter text that is YAML or JSON again. `config_keys` lists all keys,
+the tables `POLICIES`, `TRACKERS`, `TARGETS`, `FORECASTERS` and `ROUTINES` all names.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Spec:
     """Of policy heat."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     """When to move nothing."""
+    count_swap_ins: bool = True
+    """See `EngineConfig`."""
 
     @property
     def scan_interval_ms(self) -> int:
@@ -97,6 +99,7 @@ class Spec:
             mover=self.mover,
             guards=self.guards,
             dry_run=dry_run,
+            count_swap_ins=self.count_swap_ins,
         )
         if isinstance(self.policy, ReclaimPolicyConfig):
             cgroups = self.target.cgroups
@@ -168,7 +171,15 @@ def parse(text: str, *, file: str | None = None, first_line: int = 1, allow_prog
         raise ConfigError("is missing", key_path="policy", file=file, hint="a mapping with `name` and `config`")
     found = POLICIES[policy.choice("name", tuple(POLICIES))](policy)
     return Spec(
-        found.policy, found.tracker, found.target, found.mover, routines, found.cgroups, found.forecaster, guards
+        found.policy,
+        found.tracker,
+        found.target,
+        found.mover,
+        routines,
+        found.cgroups,
+        found.forecaster,
+        guards,
+        section.flag("countswapins"),
     )
 
 

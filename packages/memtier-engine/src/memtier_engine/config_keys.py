@@ -153,6 +153,7 @@ COMPONENTS: Mapping[str, tuple[Key, ...]] = {
         _of(Kind.BLOCKS, "routines", "Routines"),
         _of(Kind.SECTION, "guards"),
         _flag("allowprograms", default=False),
+        _flag("countswapins", default=True),
     ),
     "block": _BLOCK,
     "policy.age": (
