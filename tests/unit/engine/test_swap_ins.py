@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memtier_engine.errors import KernelCallError, TrackerUnavailable
+from memtier_engine.errors import KernelCallError, ProcessGone, TrackerUnavailable, Unavailable
 from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.taskstats import SwapInDelay
 from memtier_engine.model import ProcessId
 from memtier_engine.refaults import RefaultLedger
 from memtier_engine.trackers.bpf import feed
 from memtier_engine.trackers.bpf.faults import FaultTable
-from memtier_engine.trackers.bpf.feed import SwapInFeed, SwapIns, SwapInWatch
+from memtier_engine.trackers.bpf.feed import DelayFeed, SwapInFeed, SwapIns, SwapInWatch
 
 A, B, C = (ProcessId(number, 1) for number in (1, 2, 3))
 HOST = Host()
@@ -142,13 +143,52 @@ def test_a_kernel_that_refuses_later_ends_the_counting_and_nothing_else(shared: 
     assert one.read([A, B]) is None
 
 
-def test_without_bpf_the_engine_goes_on_without_these_numbers() -> None:
-    def refuse(host: Host) -> SwapInFeed:
-        raise TrackerUnavailable("no BPF here")
+def no_bpf(host: Host) -> SwapInFeed:
+    raise TrackerUnavailable("no BPF here")
 
-    one = SwapInWatch(HOST, refuse)
+
+def test_without_bpf_and_delay_accounting_the_engine_goes_on_without_these_numbers() -> None:
+    def no_delays(host: Host) -> DelayFeed:
+        raise Unavailable("delay accounting is off")
+
+    one = SwapInWatch(HOST, no_bpf, no_delays)
     one.paged_out(A)
     assert one.read([A]) is None
+
+
+class FakeTaskStats:
+    """Delays by pid, as the test sets them; processes without are gone."""
+
+    def __init__(self) -> None:
+        self.delays: dict[int, SwapInDelay] = {}
+        self.closed = False
+
+    def swap_in(self, pid: int) -> SwapInDelay:
+        if pid not in self.delays:
+            raise ProcessGone("gone", 3)
+        return self.delays[pid]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_without_bpf_the_kernel_s_delay_accounting_gives_the_same_numbers() -> None:
+    """Counted from when memory went out; what came before is not ours."""
+    stats = FakeTaskStats()
+    stats.delays = {1: SwapInDelay(1000, 7.0), 2: SwapInDelay(5, 0.5)}
+    one = SwapInWatch(HOST, no_bpf, lambda host: DelayFeed(host, lambda host: stats))  # type: ignore[arg-type,return-value]
+    one.paged_out(A)
+    one.paged_out(B)
+    assert one.read([A, B]) == SwapIns()
+    stats.delays = {1: SwapInDelay(1010, 7.25), 2: SwapInDelay(6, 0.625)}
+    assert one.read_each([A, B]) == {A: SwapIns(10, 10, 0.25), B: SwapIns(1, 1, 0.125)}
+    del stats.delays[1]
+    stats.delays[2] = SwapInDelay(7, 0.75)
+    assert one.read_each([B]) == {B: SwapIns(1, 1, 0.125)}
+    one.paged_out(A)  # it is gone before it could be asked
+    assert one.read([A, B]) == SwapIns()
+    one.close()
+    assert stats.closed
 
 
 def test_the_account_tells_how_long_a_process_waits_for_a_page() -> None:

@@ -36,7 +36,7 @@ from memtier_engine.refaults import RefaultLedger, RefaultStats
 from memtier_engine.stats.observer import Observer, event_prefix
 from memtier_engine.targets.base import RestrictingTarget, Target, TellingTarget, innermost
 from memtier_engine.targets.cgroups import CgroupsTarget
-from memtier_engine.trackers.bpf.feed import SwapInWatch
+from memtier_engine.trackers.bpf.feed import SwapInWatch, total
 from memtier_engine.trackers.registry import create_tracker
 
 ERRORS_KEPT = 20
@@ -57,8 +57,9 @@ class EngineConfig:
     dry_run: bool = False
     """Decide and report, but move nothing."""
     count_swap_ins: bool = True
-    """Have the kernel count swap-ins and their duration as they happen (by BPF, where it works), in processes that
-    memory went out of. Adds a twentieth to the cost of every page fault on the machine, a fifth in those processes."""
+    """Have the kernel count swap-ins and their duration as they happen (by BPF where it works, else by its delay
+    accounting where that is on), in processes that memory went out of. BPF adds a twentieth to the cost of every page
+    fault on the machine, a fifth in those processes."""
 
     def __post_init__(self) -> None:
         if self.scan_interval_ms <= 0:
@@ -381,9 +382,13 @@ class Engine:
             observer.forgotten(process)
 
     def _count_swap_ins(self) -> None:
-        found = None if self._swap_ins is None else self._swap_ins.read(self.pages.keys())
-        if found is not None:
+        each = None if self._swap_ins is None else self._swap_ins.read_each(self.pages.keys())
+        if each is not None:
+            found = total(each)
             self.refaults.swapped_in(found.count, found.waited, found.wait_s)
+            for process, own in each.items():
+                for observer in self.observers:
+                    observer.swapped_in(process, own.count, own.waited, own.wait_s)
 
     def _decide(self, now_s: float) -> list[MoveTask]:
         interval_s = (self.policy.interval_ms or self.config.scan_interval_ms) / 1000

@@ -31,6 +31,9 @@ class Observer:
     def moved(self, outcome: MoveOutcome) -> None:
         """The mover did a call."""
 
+    def swapped_in(self, process: ProcessId, count: int, waits: int, wait_s: float) -> None:
+        """`process` faulted on `count` pages in swap since it was told last, of which `waits` took `wait_s` in all."""
+
     def event(self, name: str) -> None:
         """Something happened, by the reference's name for it."""
 

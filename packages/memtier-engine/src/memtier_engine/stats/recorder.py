@@ -73,6 +73,17 @@ class ScanCounts:
     last_touched_pages: int = 0
 
 
+@dataclass(slots=True)
+class SwapInCounts:
+    """Pages of one process that were in swap when it wanted them."""
+
+    swap_ins: int = 0
+    waits: int = 0
+    """Of them, those that waited for the swap device."""
+    wait_s: float = 0.0
+    """Time that these took in all."""
+
+
 class Statistics(Observer):
     """One per program: engines report to it, tables read it. All methods may be called from any thread."""
 
@@ -84,6 +95,7 @@ class Statistics(Observer):
         self.advice: dict[int, AdviceCounts] = {}
         self.moves: dict[int, MoveCounts] = {}
         self.scans: dict[int, ScanCounts] = {}
+        self.swap_ins: dict[int, SwapInCounts] = {}
         self.paged_out_pages_total = 0
         """Advised with MADV_PAGEOUT since the start, of all processes ever."""
         self._recording: deque[MoveOutcome] | None = None
@@ -164,6 +176,14 @@ class Statistics(Observer):
                 counts.last_with_errors = outcome
             if self._recording is not None:
                 self._recording.append(outcome)
+
+    def swapped_in(self, process: ProcessId, count: int, waits: int, wait_s: float) -> None:
+        """See `Observer`."""
+        with self._lock:
+            counts = _recent(self.swap_ins, process.pid, SwapInCounts)
+            counts.swap_ins += count
+            counts.waits += waits
+            counts.wait_s += wait_s
 
     def record_moves(self, on: bool) -> None:
         """Keep every move_pages call from now on, the last `MOVES_RECORDED_MAX` at most; or stop."""

@@ -94,6 +94,19 @@ def _memory_scans(statistics: Statistics, csv: bool) -> list[str]:
     return lines
 
 
+def _swap_ins(statistics: Statistics, csv: bool) -> list[str]:
+    header = "     pid   swapins     waits   tot[s]  avg[ms]"
+    lines = ["table: swap-ins", "pid,swapins,waits,tot[s],avg[ms]" if csv else header]
+    for pid, own in sorted(statistics.swap_ins.items()):
+        each_ms = 1e3 * own.wait_s / own.waits if own.waits else math.nan
+        if csv:
+            lines.append(f"{pid},{own.swap_ins},{own.waits},{own.wait_s:.6f},{_number(each_ms, '.6f')}")
+        else:
+            numbers = f"{pid:8d} {own.swap_ins:9d} {own.waits:9d} {own.wait_s:8.3f}"
+            lines.append(f"{numbers} {_number(each_ms, '8.3f')}")
+    return lines
+
+
 def _percent(part: int, whole: int) -> float:
     return 100 * part / whole if whole else math.nan
 
@@ -110,6 +123,8 @@ TABLES: dict[str, Callable[[Statistics, bool], list[str]]] = {
     "move_pages_errors": _move_pages_errors,
     "memory_scans": _memory_scans,
 }
+OWN_TABLES: dict[str, Callable[[Statistics, bool], list[str]]] = {"swap_ins": _swap_ins}
+"""Tables that the reference does not have: shown when they are asked for."""
 FORMATS = ("txt", "csv")
 
 
@@ -122,9 +137,9 @@ def tables_text(statistics: Statistics, names: Sequence[str] = tuple(TABLES), fo
     if form not in FORMATS:
         raise ConfigError(f'unknown format "{form}", txt and csv expected')
     for name in names:
-        if name not in TABLES:
+        if name not in TABLES and name not in OWN_TABLES:
             available = ", ".join(f'"{each}"' for each in TABLES)
             raise ConfigError(f'unknown table "{name}", available: {available}')
     with statistics.locked():
-        parts = ["\n".join(TABLES[name](statistics, form == "csv")) + "\n" for name in names]
+        parts = ["\n".join((TABLES | OWN_TABLES)[name](statistics, form == "csv")) + "\n" for name in names]
     return "\n".join(parts)

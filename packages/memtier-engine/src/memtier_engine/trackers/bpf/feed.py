@@ -1,19 +1,21 @@
 """Swap-ins of an engine's processes, whatever its tracker: one fault counter for all engines of this process.
 
-The first that needs it loads and attaches, the last that closes unloads.
+The first that needs it loads and attaches, the last that closes unloads. Where BPF does not work, the kernel's
+delay accounting is asked instead.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from loguru import logger
 
-from memtier_engine.errors import KernelCallError, TrackerUnavailable
+from memtier_engine.errors import KernelCallError, ProcessGone, TrackerUnavailable, Unavailable
 from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.taskstats import SwapInDelay, TaskStats
 from memtier_engine.model import ProcessId
 from memtier_engine.trackers.bpf.faults import FaultCounter, FaultTable
 
@@ -37,6 +39,11 @@ class SwapIns:
         return SwapIns(int(table.swap_ins.sum()), int(table.major.sum()), float(table.major_s.sum()))
 
 
+def total(each: Mapping[ProcessId, SwapIns]) -> SwapIns:
+    """The sum over all processes."""
+    return sum(each.values(), SwapIns())
+
+
 class _Shared:
     """One counter per host: who watches what, and what is waiting for whom."""
 
@@ -46,7 +53,7 @@ class _Shared:
         self._counters: dict[Host, FaultCounter] = {}
         self._refused: dict[Host, TrackerUnavailable] = {}
         self._watched: dict[Host, dict[int, frozenset[ProcessId]]] = {}
-        self._waiting: dict[int, SwapIns] = {}
+        self._waiting: dict[int, dict[ProcessId, SwapIns]] = {}
         self._last = 0
 
     def join(self, host: Host) -> int:
@@ -61,7 +68,7 @@ class _Shared:
                     raise
             self._last += 1
             self._watched.setdefault(host, {})[self._last] = frozenset()
-            self._waiting[self._last] = SwapIns()
+            self._waiting[self._last] = {}
             return self._last
 
     def watch(self, host: Host, number: int, processes: frozenset[ProcessId]) -> None:
@@ -71,13 +78,14 @@ class _Shared:
                 members[number] = processes
                 self._counters[host].watch(frozenset().union(*members.values()))
 
-    def read(self, host: Host, number: int) -> SwapIns:
+    def read(self, host: Host, number: int) -> dict[ProcessId, SwapIns]:
         with self._lock:
             for process, table in self._counters[host].read().items():
                 for member, processes in tuple(self._watched[host].items()):
                     if process in processes and member in self._waiting:
-                        self._waiting[member] += SwapIns.of(table)
-            taken, self._waiting[number] = self._waiting[number], SwapIns()
+                        own = self._waiting[member]
+                        own[process] = own.get(process, SwapIns()) + SwapIns.of(table)
+            taken, self._waiting[number] = self._waiting[number], {}
             return taken
 
     def leave(self, host: Host, number: int) -> None:
@@ -111,6 +119,10 @@ class SwapInFeed:
 
     def read(self) -> SwapIns:
         """What happened since the last reading."""
+        return total(self.read_each())
+
+    def read_each(self) -> dict[ProcessId, SwapIns]:
+        """The same by process; one that waited for nothing may be absent."""
         return self._shared.read(self._host, self._number)
 
     def close(self) -> None:
@@ -118,14 +130,57 @@ class SwapInFeed:
         self._leave()
 
 
-class SwapInWatch:
-    """Counts for the processes that memory went out of; costs nothing before that. Without BPF it stays silent."""
+class DelayFeed:
+    """The same from the kernel's delay accounting: only reads from swap, all of which are waits."""
 
-    def __init__(self, host: Host, make: Callable[[Host], SwapInFeed] = SwapInFeed) -> None:
+    def __init__(self, host: Host, make: Callable[[Host], TaskStats] = TaskStats) -> None:
+        """Raises Unavailable: why there is none."""
+        self._taskstats = make(host)
+        self._before: dict[ProcessId, SwapInDelay] = {}
+
+    def watch(self, processes: frozenset[ProcessId]) -> None:
+        """See `SwapInFeed.watch`. Raises KernelCallError."""
+        for process in self._before.keys() - processes:
+            del self._before[process]
+        for process in processes - self._before.keys():
+            try:
+                self._before[process] = self._taskstats.swap_in(process.pid)
+            except ProcessGone:
+                continue
+
+    def read_each(self) -> dict[ProcessId, SwapIns]:
+        """See `SwapInFeed.read_each`. Raises KernelCallError."""
+        found = {}
+        for process, before in self._before.items():
+            try:
+                now = self._taskstats.swap_in(process.pid)
+            except ProcessGone:
+                continue
+            self._before[process] = now
+            count = now.count - before.count
+            if count > 0:  # less: another process of that pid, about to be found out
+                found[process] = SwapIns(count, count, max(0.0, now.seconds - before.seconds))
+        return found
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self._taskstats.close()
+
+
+class SwapInWatch:
+    """Counts for the processes that memory went out of; costs nothing before that. Where nothing counts, silent."""
+
+    def __init__(
+        self,
+        host: Host,
+        make: Callable[[Host], SwapInFeed] = SwapInFeed,
+        make_delays: Callable[[Host], DelayFeed] = DelayFeed,
+    ) -> None:
         """Nothing is loaded yet."""
         self._host = host
         self._make = make
-        self._feed: SwapInFeed | None = None
+        self._make_delays = make_delays
+        self._feed: SwapInFeed | DelayFeed | None = None
         self._refused = False
         self._processes: frozenset[ProcessId] = frozenset()
 
@@ -134,11 +189,9 @@ class SwapInWatch:
         if process in self._processes or self._refused:
             return
         if self._feed is None:
-            try:
-                self._feed = self._make(self._host)
-            except TrackerUnavailable as failure:
+            self._feed = self._open()
+            if self._feed is None:
                 self._refused = True
-                logger.info("swap-ins are not counted as they happen: {}", failure)
                 return
         self._processes |= {process}
         try:
@@ -149,11 +202,16 @@ class SwapInWatch:
 
     def read(self, alive: Collection[ProcessId]) -> SwapIns | None:
         """What happened since the last reading; forgets processes that are not `alive`. None: nothing is counted."""
+        each = self.read_each(alive)
+        return None if each is None else total(each)
+
+    def read_each(self, alive: Collection[ProcessId]) -> dict[ProcessId, SwapIns] | None:
+        """The same by process; one that waited for nothing may be absent."""
         if self._feed is None:
             return None
         left = self._processes.intersection(alive)
         try:
-            found = self._feed.read()
+            found = self._feed.read_each()
             if left != self._processes:
                 self._feed.watch(left)
         except KernelCallError as failure:
@@ -169,3 +227,14 @@ class SwapInWatch:
             self._feed.close()
             self._feed = None
         self._refused = True
+
+    def _open(self) -> SwapInFeed | DelayFeed | None:
+        try:
+            return self._make(self._host)
+        except TrackerUnavailable as failure:
+            no_bpf = failure
+        try:
+            return self._make_delays(self._host)
+        except Unavailable as failure:
+            logger.info("swap-ins are not counted as they happen: {}; {}", no_bpf, failure)
+            return None
