@@ -21,17 +21,16 @@ from memtier_engine.abi.constants import (
     PM_SWAP,
     PM_UFFD_WP,
 )
-from memtier_engine.ages import true_runs
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.kpageflags import KpageFlags
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.hostfs.page_idle import IdleBitmap
 from memtier_engine.hostfs.pagemap import Pagemap
-from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools, ProcessId, Spans
+from memtier_engine.model import PAGE_BYTES, U64, Bools, ProcessId, Spans
 from memtier_engine.mover.backends import addresses_of, pages_as_spans
 from memtier_engine.mover.mover import take
-from memtier_engine.trackers.common import chunks
+from memtier_engine.pageruns import runs_where
 
 FLAG_NAMES = (
     *("LOCKED", "ERROR", "REFERENCED", "UPTODATE", "DIRTY", "LRU", "ACTIVE", "SLAB", "WRITEBACK", "RECLAIM", "BUDDY"),
@@ -158,20 +157,15 @@ def _attributes(text: str) -> list[tuple[int, bool]]:
 
 def _matching(host: Host, process: ProcessId, spans: Spans, wanted: Sequence[tuple[int, bool]]) -> Spans:
     """The pages of `spans` that have, or have not, each of the pagemap bits."""
-    runs = [np.zeros((0, 2), np.uint64)]
+
+    def matches(words: U64) -> Bools:
+        found: Bools = np.ones(len(words), np.bool_)
+        for bit, value in wanted:
+            found &= ((words & np.uint64(bit)) != 0) == value
+        return found
+
     with Pagemap(host, process.pid) as pagemap:
-        for first, words in _chunks(pagemap, spans):
-            matches: Bools = np.ones(len(words), np.bool_)
-            for bit, value in wanted:
-                matches &= ((words & np.uint64(bit)) != 0) == value
-            runs.append(np.uint64(first) + (true_runs(matches).astype(np.uint64) << np.uint64(PAGE_SHIFT)))
-    rows = np.concatenate(runs)
-    return Spans(rows[:, 0].copy(), rows[:, 1].copy())
-
-
-def _chunks(pagemap: Pagemap, spans: Spans) -> Iterator[tuple[int, U64]]:
-    for start, end in chunks(spans):
-        yield start, pagemap.read(start, end)
+        return runs_where(pagemap, spans, matches)
 
 
 def _pagemap(prompt: Prompt, process: ProcessId, spans: Spans, count: int) -> None:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from memtier_cli.compat.goflags import Flag, Parsed
 from memtier_cli.prompt.gotext import go_list, share
-from memtier_cli.prompt.moving import start
+from memtier_cli.prompt.moving import start as start_mover
 from memtier_cli.prompt.ranges import RangeError, page_count, parse_ranges, range_lines, restrict
 from memtier_cli.prompt.state import Command, CommandError, Prompt
-from memtier_engine.ages import true_runs
 from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.hostfs.pagemap import Pagemap, swapped
-from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans
 from memtier_engine.mover.backends import ProcessHandle, page_out
 from memtier_engine.mover.mover import BY_HAND, take
+from memtier_engine.pageruns import runs_where
 
 _MIB = 1 << 20
 _OUT_BYTES = 256 << 20
@@ -86,7 +83,7 @@ def _cgroup_pids(prompt: Prompt, patterns: list[str]) -> list[int]:
 def _swap_out(prompt: Prompt, process: ProcessId, spans: Spans, *, by_mover: bool) -> None:
     if by_mover:
         mover = prompt.mover
-        start(mover)
+        start_mover(mover)
         prompt.statistics.event("mover.AddTask")
         mover.add(MoveTask(process, spans, SWAP_NODE, BY_HAND))
         return
@@ -107,25 +104,8 @@ def _swap_out(prompt: Prompt, process: ProcessId, spans: Spans, *, by_mover: boo
 
 def _swapped_runs(host: Host, process: ProcessId, spans: Spans) -> Spans:
     """The pages of `spans` that are in swap, runs ending where mappings do."""
-    parts = [np.zeros((0, 2), np.uint64)]
-    size = CHUNK_PAGES * PAGE_BYTES
     with Pagemap(host, process.pid) as pagemap:
-        for start_, end in zip(spans.starts.tolist(), spans.ends.tolist(), strict=True):
-            found = [
-                np.uint64(first)
-                + (
-                    true_runs(swapped(pagemap.read(first, min(first + size, end)))).astype(np.uint64)
-                    << np.uint64(PAGE_SHIFT)
-                )
-                for first in range(start_, end, size)
-            ]
-            rows = np.concatenate(found) if found else parts[0]
-            apart = rows[1:, 0] != rows[:-1, 1]  # a run over the end of a chunk is one
-            if len(rows):
-                first = rows[np.concatenate(([True], apart)), 0]
-                parts.append(np.stack((first, rows[np.concatenate((apart, [True])), 1]), axis=1))
-    rows = np.concatenate(parts)
-    return Spans(rows[:, 0].copy(), rows[:, 1].copy())
+        return runs_where(pagemap, spans, swapped)
 
 
 def _swap_in(host: Host, process: ProcessId, spans: Spans) -> None:
@@ -135,8 +115,8 @@ def _swap_in(host: Host, process: ProcessId, spans: Spans) -> None:
     path = host.proc(process.pid, "mem")
     fd = host.open(path)
     try:
-        for start_, end in zip(runs.starts.tolist(), runs.ends.tolist(), strict=True):
-            for first in range(start_, end, _READ_BYTES):
+        for start, end in zip(runs.starts.tolist(), runs.ends.tolist(), strict=True):
+            for first in range(start, end, _READ_BYTES):
                 view = memoryview(buffer)[: min(_READ_BYTES, end - first)]
                 if os.preadv(fd, [view], first) != len(view):
                     raise CommandError(f"swap error: {first:x} of process {process.pid} is not mapped any more")
@@ -156,9 +136,9 @@ def _status(prompt: Prompt, process: ProcessId, spans: Spans, summary: bool, add
 
 def status_text(pid: int, out_pages: int, pages: int) -> str:
     """How much of a process is swapped out, as the reference prints it."""
-    to_mib: Callable[[int], int] = lambda count: count * PAGE_BYTES // _MIB  # noqa: E731
+    out_mib, mib = (count * PAGE_BYTES // _MIB for count in (out_pages, pages))
     percent = share(out_pages, pages, 1)
-    return f"{pid} {out_pages} / {pages} pages, {to_mib(out_pages)} / {to_mib(pages)} MB ({percent} %) swapped out"
+    return f"{pid} {out_pages} / {pages} pages, {out_mib} / {mib} MB ({percent} %) swapped out"
 
 
 SWAP = Command(

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from memtier_engine.ages import true_runs
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present, soft_dirty
 from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans
+from memtier_engine.pageruns import runs_where
 from memtier_engine.trackers.common import chunks
 
 
@@ -58,18 +57,8 @@ class FinderTracker:
         wanted = self._wanted()
         if not wanted:
             return spans
-        parts: list[NDArray[np.uint64]] = []
         with Pagemap(self._host, process.pid) as pagemap:
-            for start, end in chunks(spans):
-                words = pagemap.read(start, end, self._buffer)
-                runs = true_runs(_matching(words, wanted)).astype(np.uint64) << np.uint64(PAGE_SHIFT)
-                parts.append(np.uint64(start) + runs)
-        runs = np.concatenate(parts) if parts else np.zeros((0, 2), np.uint64)
-        # Runs that meet within a span were cut where a chunk ends.
-        apart = (runs[1:, 0] != runs[:-1, 1]) | np.isin(runs[1:, 0], spans.starts)
-        first = np.concatenate(([True], apart))[: len(runs)]
-        last = np.concatenate((apart, [True]))[-len(runs) :] if len(runs) else first
-        return Spans(runs[first, 0], runs[last, 1])
+            return runs_where(pagemap, spans, lambda words: _matching(words, wanted))
 
     def _wanted(self) -> list[tuple[Callable[[U64], Bools], bool]]:
         config = self._config
