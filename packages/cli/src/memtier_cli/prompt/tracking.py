@@ -14,7 +14,7 @@ from memtier_cli.prompt.swapping import parse_pid
 from memtier_cli.prompt.tracker_part import AnyTracker, OwnTracker
 from memtier_engine.config_parts import TRACKERS
 from memtier_engine.errors import MemtierError
-from memtier_engine.model import ProcessId
+from memtier_engine.model import ProcessId, Spans
 from memtier_engine.regions import Counters
 
 _NONE = "no tracker, create one with -create NAME [-config CONFIG]"
@@ -118,10 +118,9 @@ def _dump(tracker: AnyTracker, words: Sequence[str]) -> str:
     if tracker.name == "stub":
         return ""
     if tracker.name == "multi":
-        found = dict(tracker.finders())
-        text = _raw(tracker, words)
-        parts = [f"tracker {index}:\n{regions_text(ranges)}" for index, ranges in sorted(found.items())]
-        return "".join(parts) if words[:1] == ["regions"] else text
+        if words[:1] != ["regions"]:
+            return _raw(tracker, words)
+        return "".join(f"tracker {index}:\n{regions_text(ranges)}" for index, ranges in tracker.finders())
     if tracker.name == "finder":
         if words[:1] != ["regions"]:
             return "Usage: dump regions\n"
@@ -147,13 +146,11 @@ def _raw(tracker: AnyTracker, words: Sequence[str]) -> str:
     return f'invalid raw parameter: "{words[1]}"\n'
 
 
-def regions_text(ranges: Mapping[ProcessId, object]) -> str:
+def regions_text(ranges: Mapping[ProcessId, Spans]) -> str:
     """What a finder's `-dump regions` prints: Go's view of a map of ranges."""
-    from memtier_engine.model import Spans
-
     shown = []
-    for process, spans in sorted(ranges.items()):
-        assert isinstance(spans, Spans)
+    for process in sorted(ranges):
+        spans = ranges[process]
         listed = ",".join(map(range_text, spans.starts.tolist(), spans.ends.tolist()))
         shown.append(f"{process.pid}:AddrRanges{{pid={process.pid} ranges={listed}}}")
     return f"map[{' '.join(shown)}]\n"
