@@ -18,10 +18,13 @@ from memtier_cli.prompt.session import run_line
 from memtier_cli.prompt.state import Prompt
 from memtier_cli.prompt.swapping import status_text
 from memtier_cli.prompt.tracking import counter_lines, counter_text, heat_lines, regions_text
+from memtier_cli.statactions import parse_times
+from memtier_engine.errors import ConfigError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans
 from memtier_engine.policies.heatmap import Heatmap, HeatmapConfig
 from memtier_engine.regions import Counters
+from memtier_engine.units import parse_size
 
 PROCESS = ProcessId(123, 1)
 NS = 1_000_000_000
@@ -284,3 +287,14 @@ def test_after_a_stub_policy_there_is_still_a_mover(prompt: Prompt) -> None:
     assert output(prompt, "tracker -counters") == "cannot get tracker counters\n"
     assert output(prompt, "policy -stop -start") == "start failed: already started\n"
     assert output(prompt, "policy -stop -dump") == "policy stopped\n\n"
+
+
+def test_times_of_a_dump_are_read_as_the_reference_reads_them() -> None:
+    assert parse_times("1.5m,1 s,3us,-1s,2") == (90.0, 1.0, 3e-6, -1.0, 2.0)
+    for text in ("5x,1", "nan,1"):
+        with pytest.raises(ConfigError):
+            parse_times(text)
+
+
+def test_sizes_that_the_reference_takes_mean_the_same() -> None:
+    assert list(map(parse_size, ("10K", "10KB", "10 MB", " 7M"))) == [10240, 10240, 10485760, 7340032]
