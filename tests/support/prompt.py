@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MEMTIERD = Path(sys.executable).parent / "memtierd"
+_BESIDE = Path(sys.executable).parent / "memtierd"
+MEMTIERD = _BESIDE if _BESIDE.exists() else Path(shutil.which("memtierd") or _BESIDE)
 PROMPT = "memtierd> "
 DEADLINE_S = 60.0
 
