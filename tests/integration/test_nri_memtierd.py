@@ -41,6 +41,7 @@ classes:
         pidwatcher: {name: cgroups, config: {cgroups: [$CGROUP2_ABS_PATH]}}
         tracker: {name: auto, config: {scanintervalms: 300}}
         mover: {intervalms: 10, bandwidth: 400}
+    guards: {psimemorynode: null, psiionode: null}  # what else the machine does is not the matter
 - name: track
   allowswap: false
   memtierdconfig:

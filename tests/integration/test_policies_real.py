@@ -31,6 +31,7 @@ while True:
     time.sleep(0.05)
 """
 _CONFIG = """\
+guards: {{psimemorynode: null, psiionode: null}}
 policy:
   name: {policy}
   config: |

@@ -162,6 +162,9 @@ policy:
     mover:
       intervalms: 20
       bandwidth: 200
+guards:
+  psimemorynode: null
+  psiionode: null
 """
 
 

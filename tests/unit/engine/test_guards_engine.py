@@ -119,6 +119,19 @@ def test_nothing_moves_during_the_grace_time(tmp_path: Path, monkeypatch: pytest
     assert scene.moves
 
 
+def test_a_report_says_what_holds_back_only_when_there_is_something_to_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path, monkeypatch, guards=GuardsConfig(start_grace_s=20))
+    reports = [scene.engine.step(float(now_s)) for now_s in range(1, 30)]
+    held = [(report.candidate_bytes > 0, report.held_back_by) for report in reports]
+    assert (False, ()) in held
+    waiting = [reasons for wanted, reasons in held if wanted]
+    assert waiting[0][0].startswith("start: ")
+    assert waiting[-1] == ()
+    assert all(not reasons for wanted, reasons in held if not wanted)
+
+
 def test_the_report_tells_how_right_the_decisions_were(scene: Scene) -> None:
     """A tenth of what went out came back within a few seconds."""
     report = scene.run(8)

@@ -107,6 +107,13 @@ class StepReport:
     scan_interval_s: float = 0.0
     """Time until the next scan; longer than configured where scans would take too much CPU time."""
 
+    @property
+    def held_back_by(self) -> tuple[str, ...]:
+        """Why what should move does not: what each closed guard says, as far as there is anything to move."""
+        if not self.candidate_bytes:
+            return ()
+        return tuple(f"{state.name}: {state.reason}" for state in self.guards if not state.open)
+
     def idle_bytes(self, idle_s: float) -> int:
         """Resident memory not touched for at least `idle_s`."""
         return int(self.age_pages[: AGE_MAX + 1][self.idle_s >= idle_s].sum()) * PAGE_BYTES

@@ -119,6 +119,7 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
                     "moving": f"{speed / (1 << 20):4.0f} MiB/s",
                     "refaults": _mib(memory.refault_bytes),
                     "engine CPU": f"{report.cpu_seconds_total:.2f} s",
+                    **({"waits for": "; ".join(report.held_back_by)} if report.held_back_by else {}),
                 }
             )
             if memory.cold_out_bytes < 0.99 * memory.cold_bytes:

@@ -185,6 +185,8 @@ def _line(report: StepReport, engine: Engine, dry_run: bool) -> str:
         f"scan {report.scan_seconds * 1000:.0f} ms",
         f"CPU {report.cpu_seconds_total:.2f} s",
     ]
+    if report.held_back_by:
+        parts.append("waits for " + "; ".join(report.held_back_by))
     if dry_run:
         parts[3] = f"would move {_mib(report.candidate_bytes)}"
     return f"[{report.tracker}] " + ", ".join(parts)

@@ -126,7 +126,11 @@ def read_status(host: Host, pid: int) -> ProcessStatus:
 
 def effective_capabilities(host: Host) -> int | None:
     """CapEff of this process as a bit mask (`Capability`); None if it cannot be read."""
-    found = re.search(r"^CapEff:\s+([0-9a-f]+)$", host.read_text(host.path("proc", "self", "status")), re.M)
+    try:
+        status = host.read_text(host.path("proc", "self", "status"))
+    except KernelCallError:
+        return None
+    found = re.search(r"^CapEff:\s+([0-9a-f]+)$", status, re.M)
     return int(found[1], 16) if found else None
 
 
