@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import parse_mappings, read_stat_fields
 from memtier_engine.model import U64, Bools
