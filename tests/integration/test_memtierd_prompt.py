@@ -316,6 +316,19 @@ def test_a_policy_is_created_asked_and_stopped(shared_daemon: Daemon, child: Tou
     assert shared_daemon.ask("policy -stop") == "policy stopped\n"
 
 
+def test_another_policy_ends_the_one_before(shared_daemon: Daemon) -> None:
+    """Else two would move the same memory, one of them out of reach."""
+    threads = f"/proc/{shared_daemon.popen.pid}/task"
+    before = len(os.listdir(threads))
+    for _ in range(3):
+        assert shared_daemon.ask("policy -create stub -start") == "policy created\n"
+    assert len(os.listdir(threads)) == before + 1
+    assert shared_daemon.ask("policy -create age -config 'x: 1'").startswith("policy created\nconfig failed: ")
+    assert shared_daemon.ask("policy -start") == "start failed: already started\n"  # still the stub
+    assert shared_daemon.ask("policy -stop") == "policy stopped\n"
+    assert len(os.listdir(threads)) == before
+
+
 def test_heat_is_looked_into(shared_daemon: Daemon, child: Toucher) -> None:
     pid = child.process.pid
     config = (

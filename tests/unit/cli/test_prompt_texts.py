@@ -221,9 +221,9 @@ def test_a_process_without_page_errors_has_an_empty_latest_call_with_errors(prom
 
 
 def test_unknown_tables_and_formats(prompt: Prompt) -> None:
-    assert output(prompt, "stats -t help") == (
+    assert output(prompt, "stats -t help").startswith(
         'unknown table "help", available: "events", "process_madvise", "move_pages", "move_pages_errors", '
-        '"memory_scans"\n'
+        '"memory_scans"'
     )
     assert output(prompt, "stats -f xml") == 'unknown format "xml", txt and csv expected\n'
     assert output(prompt, "stats -t events -f csv") == "table: events\ncount,timeint[s],latest[s ago],name\n"

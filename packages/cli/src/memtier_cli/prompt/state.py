@@ -74,7 +74,7 @@ class Prompt:
     """Takes the output while a pipe is open; None: `output`."""
     _mover: MoverThread | None = None
     _earlier: list[Any] = field(default_factory=list)
-    """Parts that are not current any more and may still run: the reference lets them, too."""
+    """Trackers and watchers that are not current any more and may still run."""
 
     def write(self, text: str) -> None:
         """Output as it is."""
@@ -108,8 +108,14 @@ class Prompt:
         return self._mover
 
     def attach(self, policy: PolicyPart) -> None:
-        """Make a policy the current one, with its tracker and its watcher; what was current goes on."""
-        self._keep(self.policy, self.tracker, self.watcher)
+        """Make a policy the current one, with its tracker and its watcher.
+
+        The policy before is stopped: nobody could do that any more. Trackers and watchers go on until the end.
+        """
+        before = self.policy
+        if before is not None and before is not policy and (self.lender is None or before is not self.lender.policy):
+            before.close()
+        self._keep(self.tracker, self.watcher)
         self.policy = policy
         self.tracker = policy.tracker
         self.watcher = policy.watcher
