@@ -69,6 +69,22 @@ def test_a_frame_is_idle_if_its_own_bit_says_so(frames: list[int], idle: list[in
             assert bitmap.is_idle(u64(frames)).tolist() == [frame in set(idle) for frame in frames]
 
 
+def test_a_word_within_which_memory_ends_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel sets the bits of such a word, and says that it wrote 0 bytes (mm/page_idle.c counts full words)."""
+    folder = HostFolder(tmp_path)
+    folder.write(IDLE_BITMAP, bytes(WORDS * 8))
+    calls: list[tuple[int, int]] = []
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        calls.append((offset, len(data)))
+        return min(len(data), max(0, (WORDS - 1) * 8 - offset))
+
+    monkeypatch.setattr("os.pwrite", pwrite)
+    with IdleBitmap(folder.host) as bitmap:
+        bitmap.set_idle(u64([64 * (WORDS - 2), 64 * (WORDS - 1), 64 * (WORDS - 1) + 5]))
+    assert calls == [((WORDS - 2) * 8, 16), ((WORDS - 1) * 8, 8)]
+
+
 @given(numbers=st.sets(st.integers(0, 300)).map(sorted), gap=st.integers(1, 9))
 def test_runs_cover_all_numbers_and_break_only_at_wide_steps(numbers: list[int], gap: int) -> None:
     bounds = run_bounds(u64(numbers), gap).tolist()

@@ -43,7 +43,8 @@ class IdleBitmap(OpenFile):
         Args:
             word_indexes: uint64[n], ascending, unique: frame number // 64.
         Returns:
-            uint64[n]: bit i of a word is frame 64 * index + i. Past the last frame: 0.
+            uint64[n]: bit i of a word is frame 64 * index + i. Past the last frame, and in a word within which
+                memory ends: 0.
         """
         words = np.zeros(len(word_indexes), np.uint64)
         view = bytes_of(words)
@@ -78,6 +79,8 @@ class IdleBitmap(OpenFile):
             for offset, begin, end in zip(offsets, edges[:-1], edges[1:], strict=True):
                 while begin < end:
                     done = os.pwrite(self._fd, view[begin:end], offset)
+                    if done == 0:
+                        break  # memory ends within this word: its bits are set, but the kernel counts it as 0 bytes
                     begin, offset = begin + done, offset + done
         except OSError as error:
             raise self._host.error(self._path, error, "write") from None
