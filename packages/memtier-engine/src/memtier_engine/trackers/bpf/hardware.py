@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from loguru import logger
 from numpy.typing import NDArray
 
 from memtier_engine.closing import Closing
@@ -188,6 +189,7 @@ class HardwareTracker:
         """Raises TrackerUnavailable."""
         self._host = host
         self._sampler = sampler or AccessSampler(host)
+        logger.warning("tracker {}: a page without samples may be in use; for heat, not for paging out", self.name)
         self._seen = FirstSight()
         self._watched: frozenset[ProcessId] = frozenset()
         self._samples: dict[ProcessId, tuple[U64, U64]] = {}
