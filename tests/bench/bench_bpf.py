@@ -117,6 +117,8 @@ def linear() -> bool:
             continue
         with holder(size_gib * GIB) as (pid, address):
             costs[size_gib] = scan_cpu_s(BpfTracker(Host()), pid, address, size_gib * GIB, 4) / size_gib
+    if not costs:
+        return True
     sizes = ", ".join(f"{size} GiB {cost * 1e3:.1f} ms/GiB" for size, cost in costs.items())
     return ratio_line(f"bpf scan grows linearly ({sizes})", "cost per GiB", costs[max(costs)] / costs[min(costs)], 1.3)
 
