@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -106,6 +107,27 @@ def test_a_source_that_does_not_work_gives_its_reason(tmp_path: Path) -> None:
         assert "btf/vmlinux does not exist" in (found[name].why or "")
         assert found[name].fix == "a kernel with CONFIG_DEBUG_INFO_BTF=y"
     assert "neither PEBS" in (found["hardware"].why or "")
+
+
+def test_memtier_check_shows_each_source_and_loader_with_its_reason() -> None:
+    """Without the rights, each names the capabilities; `auto`'s order comes with its reasons."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("needs setpriv: apt install util-linux")
+    program = [sys.executable, "-c", "import sys; from memtier_cli.main import main; sys.exit(main())", "check"]
+    dropped = ["setpriv", "--inh-caps=-all", "--bounding-set=-sys_admin,-bpf,-perfmon", *program, "--json"]
+    found = json.loads(subprocess.run(dropped, capture_output=True, text=True, check=False).stdout)
+    sources = found["bpf_sources"]
+    assert list(sources) == ["accessed", "sampled", "faults", "hardware"]
+    for name in ("accessed", "sampled", "faults"):
+        assert not sources[name]["works"]
+        assert "this process lacks CAP_BPF, CAP_PERFMON" in sources[name]["why"]
+    assert found["bpf_loaders"]["libbpf"]["works"], "the library is there, the rights to use it are not"
+    assert found["auto"] not in (None, "bpf", "idlepage")
+    assert list(found["auto_order"]) == ["bpf", "idlepage", "damon", "softdirty", "refs"]
+    assert all(found["auto_order"].values())
+    table = subprocess.run(program, capture_output=True, text=True, check=False).stdout
+    for word in ("accessed", "hardware", "libbpf", "loaded by"):
+        assert word in table
 
 
 def test_without_both_the_reasons_of_both_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
