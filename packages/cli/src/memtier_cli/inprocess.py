@@ -96,7 +96,7 @@ class InProcessEngine:
         self._lock = threading.Lock()
         self._debug_output = debug_output
         self._failure: str | None = None
-        self._actions = StatActions(spec.routines, self._write, now_s=engine.clock.now_s())
+        self._actions: StatActions | None = StatActions(spec.routines, self._write, now_s=engine.clock.now_s())
         self._write(f"INFO: tracker {engine.tracker.name}, policy {engine.policy.name}, {job.cgroup.path}\n")
         runner.add(engine, on_report=self._report, on_failure=self._failed, delay_s=delay_s)
 
@@ -107,7 +107,7 @@ class InProcessEngine:
     def stop(self) -> None:
         """Take it out; a step that goes on now ends by itself and writes nothing any more."""
         with self._lock:
-            self._files = None
+            self._files = self._actions = None  # the latter refers to us: a cycle would wait for the garbage collector
         self._runner.remove(self._engine, timeout_s=0.0)
 
     def tend(self) -> None:
@@ -123,7 +123,8 @@ class InProcessEngine:
                 f" {report.paged_out_bytes >> 10} KiB out, {report.refault_bytes_total >> 10} KiB came back,"
                 f" {report.scan_seconds * 1000:.0f} ms\n"
             )
-        self._actions.run_due(self._engine, report.time_s)
+        if (actions := self._actions) is not None:
+            actions.run_due(self._engine, report.time_s)
 
     def _failed(self, failure: BaseException) -> None:
         self._failure = f"{type(failure).__name__}: {failure}"

@@ -270,10 +270,10 @@ class Engine:
                 self._scan(process, table)
             except ProcessGone:
                 self._forget(process)
-            except KernelCallError as refusal:
-                failure = named(self.host, refusal, TRACKERS.get(self.tracker.name, ()))
-                self.following.refuse(process, str(failure))
-                self._note(str(failure))
+            except KernelCallError as failure:
+                why = str(named(self.host, failure, TRACKERS.get(self.tracker.name, ())))
+                self.following.refuse(process, why)
+                self._note(why)
                 self._forget(process)
         self._count_swap_ins()
         scan_seconds = time.monotonic() - began_s

@@ -18,6 +18,10 @@ OnFailure = Callable[[BaseException], None]
 IDLE_WAIT_S = 60.0
 
 
+def _nothing() -> None:
+    """Nobody runs the engine."""
+
+
 @dataclass(order=True, slots=True)
 class _Entry:
     due_s: float
@@ -77,6 +81,11 @@ class Runner:
                 return True
             entry.removed = True
             idle = self._condition.wait_for(lambda: not entry.busy, timeout_s)
+            # Let go of it now: its page tables are large, and a reference cycle waits for the garbage collector.
+            engine.on_wake = _nothing
+            if entry in self._queue:
+                self._queue.remove(entry)
+                heapq.heapify(self._queue)
         if idle:
             engine.close()  # without the lock: a target's thread that it waits for may be just waking us
         return idle
@@ -113,10 +122,13 @@ class Runner:
                 entry.engine.close()
             with self._condition:
                 entry.busy = False
-                if due_s is not None and not ends:
+                if due_s is not None and not entry.removed:
                     entry.due_s = self._clock.now_s() if entry.woken else due_s
                     heapq.heappush(self._queue, entry)
+                else:
+                    entry.engine.on_wake = _nothing
                 self._condition.notify_all()
+            del entry  # an idle worker keeps no engine
 
     def _wake(self, entry: _Entry) -> None:
         with self._condition:
