@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from memtier_engine.errors import TrackerUnavailable, Unavailable
+from memtier_engine.errors import KernelCallError, TrackerUnavailable, Unavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.trackers.bpf import build, loaders, program, sources
 from memtier_engine.trackers.bpf.btf import Btf
@@ -107,6 +108,28 @@ def test_a_source_that_does_not_work_gives_its_reason(tmp_path: Path) -> None:
         assert "btf/vmlinux does not exist" in (found[name].why or "")
         assert found[name].fix == "a kernel with CONFIG_DEBUG_INFO_BTF=y"
     assert "neither PEBS" in (found["hardware"].why or "")
+
+
+@pytest.mark.parametrize("state", ["confidentiality", "integrity"])
+def test_a_locked_down_kernel_is_named_whatever_loads_the_program(
+    state: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Simulated: the verifier refuses bpf_probe_read_kernel to both loaders. Only confidentiality forbids it."""
+
+    def refused(host: Host, programs: object, sizes: object) -> loaders.Loaded:
+        raise KernelCallError("load the BPF object: unknown func bpf_probe_read_kernel#113", errno.EINVAL)
+
+    monkeypatch.setitem(loaders._LOAD, "libbpf", refused)
+    monkeypatch.setitem(loaders._LOAD, "bcc", refused)
+    for name in ("proc/cpuinfo", "proc/self/status"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(Path("/", name).read_text())
+    (tmp_path / "sys/kernel/security").mkdir(parents=True)
+    words = [f"[{each}]" if each == state else each for each in ("none", "integrity", "confidentiality")]
+    (tmp_path / "sys/kernel/security/lockdown").write_text(" ".join(words) + "\n")
+    found = {source.name: source.why or "" for source in sources.sources(Host(tmp_path))}
+    for name in ("accessed", "sampled", "faults"):
+        assert ("locked down (confidentiality)" in found[name]) == (state == "confidentiality")
 
 
 def test_memtier_check_shows_each_source_and_loader_with_its_reason() -> None:

@@ -54,11 +54,11 @@ def explained(host: Host, failure: MemtierError) -> TrackerUnavailable:
     """`failure` as the reason why something cannot be loaded, with what would allow it."""
     if isinstance(failure, TrackerUnavailable):
         return failure
-    if isinstance(failure, AccessDenied):
+    if isinstance(failure, AccessDenied) and (absent(host, FOR_LOADING) or not is_locked_down(host)):
         return lacking(host, failure.message, FOR_LOADING)
+    if is_locked_down(host):  # the verifier then knows no bpf_probe_read_kernel, whatever loads the program
+        return TrackerUnavailable(LOCKED_DOWN, hint="boot with lockdown=integrity")
     if isinstance(failure, KernelCallError):
-        if is_locked_down(host):
-            return TrackerUnavailable(LOCKED_DOWN, hint="boot with lockdown=integrity")
         return TrackerUnavailable(failure.message, hint=failure.hint or "Linux 5.10 or later with CONFIG_BPF_SYSCALL=y")
     return TrackerUnavailable(failure.message, hint=failure.hint)
 
