@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 
 from memtier_engine.auto import auto_engine
-from memtier_engine.engine import EngineConfig
+from memtier_engine.engine import EngineConfig, StepReport
 from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.auto import AutoPolicyConfig
@@ -33,3 +36,75 @@ def test_a_refault_goal_finds_the_cold_memory_of_a_real_process_by_itself() -> N
         assert load.swapped_share(load.hot) <= 0.02
         assert report.refaults.precision is not None
         assert report.refaults.precision >= 0.98
+
+
+_PHASES = """
+import mmap, select, sys
+area = mmap.mmap(-1, 96 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area.madvise(mmap.MADV_NOHUGEPAGE)
+for at in range(0, 96 << 20, 4096):
+    area[at : at + 8] = at.to_bytes(8, "little")
+print("ready", flush=True)
+hot = 0
+while True:
+    for at in range(hot << 20, (hot + 16) << 20, 4096):
+        area[at]
+    if select.select([sys.stdin], [], [], 0.02)[0]:
+        hot = int(sys.stdin.readline())
+"""
+PHASE_WINDOW_S = 2.0
+PHASE_GOAL_PERCENT = 20.0
+
+
+def test_after_a_phase_change_refaults_are_under_the_goal_within_three_windows_and_savings_come_back() -> None:
+    """The hot 16 of 96 MiB become other 16 MiB, which are out: they come back once, and the old ones go.
+
+    Windows of 2 s instead of a minute; without the guard on refaults, which would stop all for a minute.
+    """
+    policy = AutoPolicyConfig(
+        goal=Goal("refaults", PHASE_GOAL_PERCENT),
+        interval_ms=300,
+        window_ms=int(1000 * PHASE_WINDOW_S),
+        idle_least_s=1.0,
+    )
+    guards = replace(OWN_GUARDS, refaults=None)
+    config = EngineConfig(scan_interval_ms=300, mover=MoverConfig(bandwidth_mib_per_s=400), guards=guards)
+    with temporary_zram_swap(128 << 20, own=True):
+        popen = subprocess.Popen(
+            [sys.executable, "-c", _PHASES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert popen.stdin is not None
+        assert popen.stdout is not None
+        try:
+            popen.stdout.readline()
+            engine = auto_engine(PidsTarget(Host(), [popen.pid]), policy, config)
+            moved: StepReport | None = None
+            counted: dict[int, float] = {}  # by windows since the move: percent of the memory in RAM per minute
+            before: StepReport | None = None
+            for report in engine.run(duration_s=60):
+                if moved is None:
+                    if report.paged_out_bytes >= 76 << 20:
+                        popen.stdin.write("48\n")
+                        popen.stdin.flush()
+                        moved = before = report
+                    continue
+                assert before is not None
+                if report.time_s - before.time_s >= PHASE_WINDOW_S:
+                    came = report.refault_bytes_total - before.refault_bytes_total
+                    minutes = (report.time_s - before.time_s) / 60
+                    counted[len(counted)] = 100 * came / report.resident_bytes / minutes
+                    before = report
+                if len(counted) >= 8 and report.paged_out_bytes >= 76 << 20:
+                    break
+            assert moved is not None, f"the cold memory did not go out: {engine.policy.state}"  # type: ignore[attr-defined]
+            back = report.refault_bytes_total - moved.refault_bytes_total
+            assert back >= 15 << 20, "the new hot set was out and had to come back"
+            assert max(counted[0], counted[1]) > PHASE_GOAL_PERCENT
+            assert max(rate for window, rate in counted.items() if window >= 3) <= PHASE_GOAL_PERCENT, counted
+            assert back <= 20 << 20, "and it came back only once"
+            assert report.paged_out_bytes >= 76 << 20, f"the old hot set did not go out: {engine.policy.state}"  # type: ignore[attr-defined]
+        finally:
+            popen.kill()
+            popen.wait()
+            popen.stdin.close()
+            popen.stdout.close()

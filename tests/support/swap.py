@@ -35,10 +35,14 @@ def swap_is_on() -> bool:
 
 
 @contextmanager
-def temporary_zram_swap(size_bytes: int) -> Iterator[None]:
-    """Swap for the time of the test: the machine's own if there is enough, or a zram device made and removed here."""
+def temporary_zram_swap(size_bytes: int, *, own: bool = False) -> Iterator[None]:
+    """Swap for the time of the test: the machine's own if there is enough, or a zram device made and removed here.
+
+    `own`: in any case the latter, preferred to all others. A swap that somebody else may switch off meanwhile gives
+    back all that is in it, which looks like refaults.
+    """
     calm_down()
-    if sum(area.free_bytes for area in read_swaps(Host())) >= size_bytes:
+    if not own and sum(area.free_bytes for area in read_swaps(Host())) >= size_bytes:
         yield
         return
     if not _CONTROL.exists():
@@ -51,7 +55,7 @@ def temporary_zram_swap(size_bytes: int) -> Iterator[None]:
     try:
         Path(f"/sys/block/zram{number}/disksize").write_text(str(size_bytes))
         subprocess.run(["mkswap", device], check=True, capture_output=True)
-        subprocess.run(["swapon", device], check=True)
+        subprocess.run(["swapon", *(("-p", "200") if own else ()), device], check=True)
         yield
     finally:
         subprocess.run(["swapoff", device], check=False, capture_output=True)
