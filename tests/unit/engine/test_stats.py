@@ -144,6 +144,23 @@ def test_a_share_of_nothing_is_NaN_as_go_prints_it() -> None:  # noqa: N802
     assert table(statistics, "memory_scans", "csv")[3].endswith("NaN NaN")
 
 
+def test_swap_ins_are_a_table_of_their_own_that_is_shown_when_asked_for() -> None:
+    """The reference has no such table: what it prints by default stays as it is."""
+    statistics = Statistics()
+    other = ProcessId(9, 1)
+    statistics.swapped_in(ProcessId(7, 1), 100, 80, 0.25)
+    statistics.swapped_in(ProcessId(7, 1), 20, 20, 0.15)
+    statistics.swapped_in(other, 3, 0, 0.0)
+    assert "swap-ins" not in tables_text(statistics)
+    assert tables_text(statistics, ["swap_ins"]) == (
+        "table: swap-ins\n"
+        "     pid   swapins     waits   tot[s]  avg[ms]\n"
+        "       7       120       100    0.400    4.000\n"
+        "       9         3         0    0.000      NaN\n"
+    )
+    assert "\n7,120,100,0.400000,4.000000\n" in tables_text(statistics, ["swap_ins"], "csv")
+
+
 def test_tables_are_separated_by_an_empty_line_and_all_shown_by_default() -> None:
     text = tables_text(Statistics()).rstrip("\n")
     assert [part.split("\n")[0] for part in text.split("\n\n")] == [
