@@ -347,6 +347,7 @@ def test_the_sample_configuration_has_the_references_classes_and_more() -> None:
         "swap-idle-data": True,
         "track-working-set-size": False,
         "swap-idle-auto": True,
+        "swap-auto": True,
         "demote-idle-to-node1": None,
         "track-only": None,
     }
