@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memtier_engine.config import Spec, parse
 from memtier_engine.config_keys import COMPONENTS, STUBS, Key, Kind
@@ -360,3 +362,31 @@ def test_the_table_of_keys_and_the_tables_of_names_are_of_the_same_components() 
     assert set(COMPONENTS) | set(STUBS) == known | parts
     for component, keys in COMPONENTS.items():
         assert len({key.name for key in keys}) == len(keys), component
+
+
+_SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 70), 1 << 70)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from([".*", "30%", "psi: 1%", "4G", "/sys/fs/cgroup/x", "memtier", "stub", "finder", "multi"])
+)
+_VALUES = st.recursive(
+    _SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.integers(-1, 9) | st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(case=st.sampled_from(CASES), value=_VALUES)
+def test_whatever_stands_at_a_key_is_taken_or_refused_with_its_place(case: tuple[str, Key], value: Any) -> None:
+    """Nothing but ConfigError comes out, and that names file and line in one line of text."""
+    text, _ = document(*case, value)
+    try:
+        parse(text, file=FILE)
+    except ConfigError as error:
+        assert str(error).startswith(FILE), str(error)  # noqa: PT017
+        assert "\n" not in str(error)  # noqa: PT017
