@@ -110,7 +110,7 @@ class ReclaimEngine(Engine):
                 self._stop_all()
             self._cpu_s += time.thread_time() - began_cpu_s
         waits = [wait_s for member in self._members.values() if (wait_s := member.reclaimer.wait_s()) is not None]
-        if self.config.dry_run or not waits:
+        if self.config.dry_run or self.mover.paused or not waits:
             return report, self._next_scan_s
         pause_s = max(self.mover.config.interval_ms / 1000, min(waits))
         return report, min(self._next_scan_s, self.clock.now_s() + pause_s)
