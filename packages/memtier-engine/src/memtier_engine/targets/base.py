@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol, runtime_checkable
 
 from memtier_engine.errors import KernelCallError
@@ -29,6 +29,14 @@ class RestrictingTarget(Protocol):
 
     def restrict(self, process: ProcessId, mapped: Spans) -> Spans:
         """The parts of `mapped` that are meant."""
+
+
+@runtime_checkable
+class SelectiveTarget(Protocol):
+    """A target that can look at some processes without looking at all."""
+
+    def those_of(self, pids: Collection[int]) -> frozenset[ProcessId]:
+        """Those of `pids` that `poll` would name now."""
 
 
 @runtime_checkable

@@ -1,7 +1,8 @@
 """A target that follows another one by process events instead of polling it.
 
-A thread waits for the proc connector. When processes start or exit it asks the source again, and tells a
-listener what changed. A new process is seen within some 20 ms; a machine on which nothing starts costs nothing.
+A thread waits for the proc connector. When processes start or exit it asks the source about these, or where the
+source cannot tell them apart about all, and tells a listener what changed. A new process is seen within some 20 ms; a
+machine on which nothing starts costs nothing.
 Where the connector is not to be had, the source is polled at an interval.
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from loguru import logger
 
 from memtier_engine.errors import KernelCallError, MemtierError, Unavailable
-from memtier_engine.hostfs.proc_events import ProcEventSocket
+from memtier_engine.hostfs.proc_events import ProcEvents, ProcEventSocket
 from memtier_engine.model import ProcessId, Spans
-from memtier_engine.targets.base import RestrictingTarget, Target
+from memtier_engine.targets.base import RestrictingTarget, SelectiveTarget, Target
 
 OnChange = Callable[[frozenset[ProcessId], frozenset[ProcessId]], None]
 """Gets (added, removed)."""
@@ -95,49 +97,68 @@ class EventsTarget:
         """(the source's answer, whether it is another one than before)."""
         with self._lock:
             current = self.source.poll()
-            added, removed = current - self._known, self._known - current
-            self._known, self._asked_s = current, time.monotonic()
-        changed = bool(added or removed)
-        if changed:
+            before, self._known, self._asked_s = self._known, current, time.monotonic()
+        return current, self._told(before, current)
+
+    def _ask_about(self, seen: ProcEvents, source: SelectiveTarget) -> bool:
+        """Take in events, asking only for the processes that started. Returns whether anything changed."""
+        with self._lock:
+            found = source.those_of(seen.started)
+            over = seen.started | seen.exited
+            before = self._known
+            current = self._known = found | {process for process in before if process.pid not in over}
+        return self._told(before, current)
+
+    def _told(self, before: frozenset[ProcessId], current: frozenset[ProcessId]) -> bool:
+        added, removed = current - before, before - current
+        if added or removed:
             self._on_change(added, removed)
-        return current, changed
+        return bool(added or removed)
 
     def _follow(self) -> None:
         due_s = 0.0
         while not self._stop.is_set():
-            now_s = time.monotonic()
-            if now_s >= due_s:
-                self._ask_safely()
-                spent_s = time.monotonic() - now_s
+            if time.monotonic() >= due_s:
+                self._take_time(lambda: self._ask()[1])
                 due_s = time.monotonic() + self._refresh_s
-                self._stop.wait(spent_s / SHARE_OF_TIME)
-            if self._something_happened(due_s - time.monotonic()):
+            seen = self._wait(due_s - time.monotonic())
+            if seen is None or not (seen.lost or seen.started or self._concerns_us(seen.exited)):
+                continue
+            source = self.source
+            if seen.lost or not isinstance(source, SelectiveTarget):
                 due_s = 0.0
+            else:
+                self._take_time(partial(self._ask_about, seen, source))
 
-    def _something_happened(self, timeout_s: float) -> bool:
-        """Wait for processes to start or exit, at most `timeout_s`, and not long after `close`."""
+    def _concerns_us(self, pids: frozenset[int]) -> bool:
+        return not pids.isdisjoint(process.pid for process in self._known)
+
+    def _take_time(self, ask: Callable[[], bool]) -> None:
+        """Ask, tell the listeners what came of it, and rest for so long that asking takes a small share of time."""
+        began_s = time.monotonic()
+        try:
+            changed = ask()
+        except MemtierError as failure:
+            logger.warning("{}", failure)
+            changed = False
+        spent_s = time.monotonic() - began_s
+        if changed:
+            for listener in self._listeners:
+                listener()
+        self._stop.wait(spent_s / SHARE_OF_TIME)
+
+    def _wait(self, timeout_s: float) -> ProcEvents | None:
+        """What happened, if something does within `timeout_s`; None soon after `close` too."""
         if self._events is None:
             self._stop.wait(max(0.0, min(timeout_s, _STOP_CHECK_S)))
-            return False
+            return None
         if not self._events.wait(max(0.0, min(timeout_s, _STOP_CHECK_S))):
-            return False
+            return None
         self._stop.wait(SETTLE_S)
         try:
-            seen = self._events.read()
+            return self._events.read()
         except KernelCallError as failure:
             logger.warning("{}: polling for processes every {:g} s instead", failure, self._refresh_s)
             self._events.close()
             self._events = None
-            return True
-        gone = {process.pid for process in self._known}
-        return seen.lost or bool(seen.started) or bool(seen.exited & gone)
-
-    def _ask_safely(self) -> None:
-        try:
-            _, changed = self._ask()
-        except MemtierError as failure:
-            logger.warning("{}", failure)
-            return
-        if changed:
-            for listener in self._listeners:
-                listener()
+            return ProcEvents(frozenset(), frozenset(), lost=True)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.proc import read_status, smaps_rollup
 from memtier_engine.model import ProcessId
-from memtier_engine.targets.base import Target
+from memtier_engine.targets.base import SelectiveTarget, Target
 
 _DELETED = " (deleted)"
 _KIB = 1024
@@ -70,10 +70,17 @@ class FilterTarget:
 
     def poll(self) -> frozenset[ProcessId]:
         """Those that pass now."""
+        return self._passing(self._source.poll())
+
+    def those_of(self, pids: Collection[int]) -> frozenset[ProcessId]:
+        """See `SelectiveTarget.those_of`."""
+        if isinstance(self._source, SelectiveTarget):
+            return self._passing(self._source.those_of(pids))
+        return self._passing(process for process in self._source.poll() if process.pid in pids)
+
+    def _passing(self, processes: Iterable[ProcessId]) -> frozenset[ProcessId]:
         return frozenset(
-            process
-            for process in self._source.poll()
-            if any(each.passes(self._host, process.pid) for each in self._filters)
+            process for process in processes if any(each.passes(self._host, process.pid) for each in self._filters)
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import ProcessId
@@ -22,7 +23,11 @@ class ProcTarget:
             names = os.listdir(proc)
         except OSError as error:
             raise self._host.error(proc, error) from None
-        return identify(self._host, (int(name) for name in names if name.isdecimal() and self._has_exe(name)))
+        return self.those_of([int(name) for name in names if name.isdecimal()])
+
+    def those_of(self, pids: Collection[int]) -> frozenset[ProcessId]:
+        """See `SelectiveTarget.those_of`."""
+        return identify(self._host, (pid for pid in pids if self._has_exe(str(pid))))
 
     def _has_exe(self, name: str) -> bool:
         try:

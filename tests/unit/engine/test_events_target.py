@@ -1,0 +1,126 @@
+"""EventsTarget with events that the test makes up: what it asks the source, and what it makes of the answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from memtier_engine.hostfs.proc_events import ProcEvents, ProcEventSocket
+from memtier_engine.model import ProcessId
+from memtier_engine.targets.events import EventsTarget
+
+ONE, TWO, THREE = ProcessId(1001, 1), ProcessId(1002, 1), ProcessId(1003, 1)
+
+
+class Events:
+    """Hands out what `happen` is given."""
+
+    def __init__(self) -> None:
+        self._ready = threading.Event()
+        self._lock = threading.Lock()
+        self._seen = ProcEvents(frozenset(), frozenset(), lost=False)
+
+    def happen(self, *, started: tuple[int, ...] = (), exited: tuple[int, ...] = (), lost: bool = False) -> None:
+        with self._lock:
+            self._seen = ProcEvents(frozenset(started), frozenset(exited), lost=lost)
+            self._ready.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        return self._ready.wait(timeout_s)
+
+    def read(self) -> ProcEvents:
+        with self._lock:
+            self._ready.clear()
+            return self._seen
+
+    def close(self) -> None:
+        pass
+
+
+class Source:
+    """A target that counts how it is asked."""
+
+    def __init__(self, *processes: ProcessId) -> None:
+        self.processes = set(processes)
+        self.polls = 0
+        self.asked: list[set[int]] = []
+
+    def poll(self) -> frozenset[ProcessId]:
+        self.polls += 1
+        return frozenset(self.processes)
+
+
+class Selective(Source):
+    def those_of(self, pids: Collection[int]) -> frozenset[ProcessId]:
+        self.asked.append(set(pids))
+        return frozenset(process for process in self.processes if process.pid in pids)
+
+
+@contextmanager
+def following(source: Source) -> Iterator[tuple[EventsTarget, Events]]:
+    events = Events()
+    target = EventsTarget(source, refresh_s=3600, open_events=lambda: cast(ProcEventSocket, events))
+    try:
+        assert until(lambda: target.poll() == source.processes)
+        yield target, events
+    finally:
+        target.close()
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    deadline_s = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_only_the_processes_that_started_are_asked_for() -> None:
+    source = Selective(ONE)
+    with following(source) as (target, events):
+        source.processes |= {TWO}
+        events.happen(started=(TWO.pid, 4444))
+        assert until(lambda: target.poll() == {ONE, TWO})
+        assert source.asked == [{TWO.pid, 4444}]
+        assert source.polls == 1
+
+
+def test_an_exit_is_believed_without_asking_and_a_pid_that_was_taken_anew_is_another_process() -> None:
+    source = Selective(ONE, TWO)
+    with following(source) as (target, events):
+        source.processes = {ONE}
+        events.happen(exited=(TWO.pid,))
+        assert until(lambda: target.poll() == {ONE})
+        later = ProcessId(ONE.pid, 99)
+        source.processes = {later}
+        events.happen(started=(ONE.pid,))
+        assert until(lambda: target.poll() == {later})
+        assert source.polls == 1
+
+
+def test_after_lost_events_and_with_a_source_that_looks_at_all_it_is_asked_anew() -> None:
+    source = Selective(ONE)
+    with following(source) as (target, events):
+        source.processes = {TWO}
+        events.happen(lost=True)
+        assert until(lambda: target.poll() == {TWO})
+        assert source.polls == 2
+    plain = Source(ONE)
+    with following(plain) as (target, events):
+        plain.processes |= {THREE}
+        events.happen(started=(THREE.pid,))
+        assert until(lambda: target.poll() == {ONE, THREE})
+        assert plain.polls == 2
+
+
+def test_listeners_are_told_of_changes_only() -> None:
+    source, told = Selective(ONE), []
+    with following(source) as (target, events):
+        target.listen(lambda: told.append(target.poll()))
+        events.happen(started=(4444,))
+        assert until(lambda: len(source.asked) == 1)
+        source.processes |= {TWO}
+        events.happen(started=(TWO.pid,))
+        assert until(lambda: told == [{ONE, TWO}])
