@@ -39,6 +39,8 @@ SAFE_REFAULTS_PERCENT = 2.0
 PSI_REFAULTS_PERCENT = (0.01, 5.0)
 """With goal `psi` the limit moves between these."""
 PSI_START_PERCENT = 0.2
+RAM_LEAST_PAGES = (4 << 20) // PAGE_BYTES
+"""Refaults are taken as a share of at least this: a handful of pages is no rate."""
 LESS_EVENTS_THAN_THIS = 1.0
 """Added to the touches counted: where little was seen, no touch is no proof."""
 
@@ -177,7 +179,7 @@ class AutoPolicy(BasePolicy):
         window.minutes = minutes
         self._window_begin_s = now_s
         self._history.append(window)
-        in_ram = max(1, int(resident.sum()))
+        in_ram = max(RAM_LEAST_PAGES, int(resident.sum()))
         before_s = self.state.threshold_s or np.inf
         came_back = int(window.touched[before_s <= BIN_S].sum()) if np.isfinite(before_s) else 0
         refaults = 100 * came_back / minutes / in_ram
@@ -228,7 +230,7 @@ class AutoPolicy(BasePolicy):
         going = _from_above(resident)
         wanted = self._wanted_pages(int(resident.sum()), int(out.sum()))
         left = resident.sum() - (going if wanted is None else np.minimum(going, wanted))
-        price = pages / np.maximum(left, 1)
+        price = pages / np.maximum(left, RAM_LEAST_PAGES)
         risked = np.flatnonzero(np.any([window.risked_min > 0 for window in self._history], axis=0))
         if not len(risked):
             return None, 0.0
