@@ -199,6 +199,61 @@ def test_every_sample_configuration_loads(path: Path) -> None:
     assert isinstance(load(path), Spec)
 
 
+ALIASES = """\
+policy:
+  name: age
+  config:
+    pidwatcher: &watcher
+      name: filter
+      config: {CONFIG}
+    tracker: &tracker {name: finder}
+"""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{source: *watcher, filters: [{}]}",
+        "{source: {name: proc}, filters: [&f {not: *f}]}",
+        "{source: {name: proc}, filters: [&f {and: [*f, *f]}]}",
+    ],
+)
+def test_an_alias_of_what_it_stands_in_is_refused(config: str) -> None:
+    error = failure(ALIASES.replace("{CONFIG}", config))
+    assert "nested too deeply" in str(error)
+    assert error.line is not None
+
+
+def test_aliases_do_not_multiply_without_end() -> None:
+    """Twelve lines that stand for ten to the twelfth filters."""
+    lines = ["- &f0 {minvmrsskb: 1}"]
+    lines += [f"- &f{n} {{and: [{', '.join([f'*f{n - 1}'] * 10)}]}}" for n in range(1, 13)]
+    filters = "".join(f"        {line}\n" for line in lines)
+    text = ALIASES.replace(" {CONFIG}", "\n        source: {name: proc}\n        filters:\n" + filters.rstrip("\n"))
+    error = failure(text)
+    assert "more than 10000 mappings" in str(error)
+
+
+def test_merge_keys_give_what_does_not_stand_there_itself() -> None:
+    text = """\
+policy:
+  name: age
+  config:
+    intervalms: 4000
+    pidwatcher: {name: stub}
+    tracker: {name: idlepage, config: {<<: [*near, *far], scanintervalms: 7}}
+"""
+    anchors = "guards:\n  refaults: &near {closeat: 1}\n"
+    with pytest.raises(ConfigError, match="closeat: is not a key here"):
+        parse(anchors + text.replace("[*near, *far]", "*near"))
+    slow = "{pagesinregion: 64, scanintervalms: 9, maxcountperregion: 5}"
+    one, other = "&one {pagesinregion: 32}", f"&other {slow}"
+    found = parse(text.replace("*near, *far", f"{one}, {other}")).tracker
+    assert (found.pages_in_region, found.max_count_per_region, found.scan_interval_ms) == (32, 5, 7)
+    with pytest.raises(ConfigError, match="<<: is no mapping"):
+        parse(text.replace("[*near, *far]", "3"))
+
+
 @given(st.text(max_size=200) | st.text(alphabet="policyname: age\n|config{}[]\"'-#&*!%\t", max_size=200))
 def test_any_text_is_decoded_or_refused_with_a_config_error(text: str) -> None:
     message = ""

@@ -263,7 +263,7 @@ routines:
 def test_wrong_routines_are_refused_before_anything_runs(text: str, path: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_routine("statactions", text)
-    assert caught.value.key_path == f"block.config.{path}"
+    assert caught.value.key_path == f"routine.config.{path}"
 
 
 # Nothing half applied

@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import yaml
 
@@ -33,10 +33,19 @@ _INTEGER = re.compile(r"([-+]?)(?:0b([01]+)|0o?([0-7]+)|0x([0-9a-fA-F]+)|(0|[1-9
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _STRING_OR_TAB = re.compile(r'"(?:\\.|[^"\\])*"|\t')
 """JSON may be indented with tabs, YAML may not."""
+_DEPTH_MOST = 100
+_SECTIONS_MOST = 10_000
 _SHOWN_MOST = 60
 """Longer values are cut in errors."""
 _DIGITS_MOST = 1000
 """Longer integers are read as floats: converting them takes quadratic time."""
+
+
+class Work:
+    """Mappings decoded of one file: aliases can make endlessly many out of a few lines."""
+
+    def __init__(self) -> None:
+        self.sections = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,8 @@ class Place:
     file: str | None
     first_line: int
     """Line of the file on which line 0 of the text being read lies."""
+    work: Work = field(default_factory=Work, compare=False)
+    """Shared by all texts within the file."""
 
     def error(self, node: yaml.Node | None, path: str, message: str, hint: str | None = None) -> ConfigError:
         """An error at `node`."""
@@ -65,14 +76,29 @@ class Section:
         self._keys: dict[str, Key] = {}
         self._values: dict[str, yaml.Node] = {}
         self._written: dict[str, str] = {}
+        if path.count(".") > _DEPTH_MOST:  # an alias of a mapping that it stands in goes on for ever
+            raise place.error(node, _short(path), "is nested too deeply")
+        place.work.sections += 1
+        if place.work.sections > _SECTIONS_MOST:
+            raise place.error(node, path, f"more than {_SECTIONS_MOST} mappings", "use fewer aliases")
+        merged: list[yaml.Node] = []
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise place.error(key_node, path, "a key must be a word")
+            if key_node.tag == f"{_TAG}merge":
+                merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                continue
             key = key_node.value.lower() if any_case else key_node.value
             if key in self._values:
                 raise place.error(key_node, self.at(key_node.value), "the key stands twice", "keep one")
             self._values[key] = value_node
             self._written[key] = key_node.value
+        for other in merged:  # what stands here itself comes first, then the mappings in their order
+            if not isinstance(other, yaml.MappingNode):
+                raise place.error(other, self.at("<<"), "is no mapping", "use an alias of one, or a list of them")
+            base = Section(other, path, place, any_case=any_case)
+            self._values = {**base._values, **self._values}
+            self._written = {**base._written, **self._written}
 
     def at(self, key: str) -> str:
         """Key path of `key` in this section."""
@@ -257,7 +283,7 @@ class Section:
             raise self._wrong(node, path, "text or a mapping", None)
         # A literal block starts on the line after its `|`; of folded and quoted text only the start is known.
         first_line = self.place.first_line + node.start_mark.line + (1 if node.style == "|" else 0)
-        place = Place(self.place.file, first_line)
+        place = Place(self.place.file, first_line, self.place.work)
         text, any_case = str(node.value), False
         try:
             value, end = json.JSONDecoder().raw_decode(text.lstrip())
