@@ -23,7 +23,8 @@ from memtier_engine.targets.pids import PidsTarget
 from memtier_engine.targets.poi import PagesOfInterestTarget
 from memtier_engine.targets.proc import ProcTarget
 from memtier_engine.targets.regexp import compile_re2
-from memtier_engine.trackers.damon import DamonConfig, DamonTracker
+from memtier_engine.trackers.damon import DamonConfig
+from memtier_engine.trackers.damon_shared import SharedDamonTracker
 from memtier_engine.trackers.finder import FinderConfig, FinderTracker
 from memtier_engine.trackers.multi import MultiTracker, check_parts
 from memtier_engine.trackers.registry import create_softdirty_with_reads, create_tracker
@@ -62,7 +63,7 @@ class TrackerSpec:
                 made.pop_all()
                 return tracker
         if isinstance(self.options, DamonConfig):
-            return DamonTracker(host, self.options)
+            return SharedDamonTracker(host, self.options)
         if isinstance(self.options, FinderConfig):
             return FinderTracker(host, self.options)
         if isinstance(self.options, SoftDirtyConfig) and self.options.track_referenced:

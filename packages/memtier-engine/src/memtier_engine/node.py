@@ -15,6 +15,7 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.fair import FairBudget, FairMover
 from memtier_engine.pace import CPU_SHARE, ScanBudget
 from memtier_engine.runner import OnFailure, OnReport, Runner
+from memtier_engine.trackers.damon_shared import SharedDamonTracker
 from memtier_engine.trackers.idlepage import IdlePageTracker, IdleReader
 from memtier_engine.trackers.idlerounds import IdleRounds
 
@@ -70,7 +71,10 @@ class Node:
         now_s, offset_s = self._clock.now_s(), engine.pace.offset_s
         if isinstance(engine.tracker, IdlePageTracker):
             engine.tracker.look_together(self.idle, interval_s)
-            offset_s = (self._epoch_s - now_s) % interval_s  # together, so that one round serves all
+        elif isinstance(engine.tracker, SharedDamonTracker):
+            engine.tracker.look_together(interval_s)
+        if isinstance(engine.tracker, IdlePageTracker | SharedDamonTracker):
+            offset_s = (self._epoch_s - now_s) % interval_s  # together, so that one reading serves all
         engine.first_scan_at(now_s + offset_s)
         return offset_s
 

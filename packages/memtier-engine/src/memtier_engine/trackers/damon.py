@@ -96,6 +96,11 @@ class DamonTracker:
         self._seen = FirstSight()
         self._buffer = np.empty(CHUNK_PAGES, np.uint64)
 
+    @property
+    def snapshot_s(self) -> float | None:
+        """When what is known was read; None: nothing is, the next scan reads."""
+        return None if self._snapshot is None and self._memory is None else self._snapshot_s
+
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`. Also the beginning of a round: what is scanned next is read afresh."""
         if self.physical:

@@ -49,7 +49,7 @@ def _modules() -> Mapping[str, Callable[[Host], Tracker]]:
         "bpf": load("bpf.tracker", "BpfTracker"),
         "bpf-hardware": load("bpf.hardware", "HardwareTracker"),
         "bpf-sampled": load("bpf.sampling", "SampledBpfTracker"),
-        "damon": load("damon", "DamonTracker"),
+        "damon": load("damon_shared", "SharedDamonTracker"),
         "finder": load("finder", "FinderTracker"),
         "idlepage": load("idlepage", "IdlePageTracker"),
         "refs": load("refs", "RefsTracker"),
