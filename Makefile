@@ -13,7 +13,7 @@ SOURCES := packages tests tools
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 export UV_LINK_MODE := copy
 
-.PHONY: help setup fmt check test e2e demo bench bench-saving vm proto bpf images clean
+.PHONY: help setup fmt check test e2e soak demo bench bench-saving vm proto bpf images clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -42,6 +42,11 @@ test: $(STAMP)  ## Run all tests that need no virtual machine
 
 e2e: $(STAMP)  ## Run the end-to-end tests in the test VM (built on first use)
 	$(BIN)/pytest tests/e2e $(PYTEST_ARGS)
+
+SOAK_MINUTES ?= 60
+
+soak: $(STAMP)  ## An hour of churn under nri-memtierd: memory flat, nothing left behind (root; SOAK_MINUTES=60)
+	PYTHONPATH=tests $(BIN)/python -m soak $(SOAK_MINUTES)
 
 demo: $(STAMP)  ## Page out the idle memory of a real process and show it (root)
 	$(BIN)/memtier demo $(DEMO_ARGS)
