@@ -85,7 +85,7 @@ def test_the_processes_of_all_are_watched_and_those_of_who_leaves_are_not(scene:
     (core,) = scene.cores
     assert core.watched[-1] == {A, B}
     second.close()
-    assert (core.watched[-1], core.closed) == ({A}, 0)
+    assert (core.watched[-1], core.closed) == (frozenset({A}), 0)
     first.close()
     assert core.closed == 1
 
