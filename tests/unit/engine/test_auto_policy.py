@@ -103,6 +103,13 @@ def test_refaults_are_under_the_goal_also_as_a_share_of_the_memory_that_is_left_
     assert simulated.out_share < 0.9
 
 
+def test_a_small_working_set_does_not_keep_the_rest_in_ram() -> None:
+    """100 pages of 20 000 are in use: 0.2 % of that is less than a page, which no measurement can exclude."""
+    simulated = simulation(shares((0.005, HOT_S)))
+    assert max(windows(simulated, 10)) == 0
+    assert simulated.out_share == pytest.approx(0.995, abs=0.001)
+
+
 def test_after_a_phase_change_refaults_are_under_the_goal_within_three_windows_and_savings_come_back() -> None:
     """The hot set moves to memory that is out: it has to come back once, and only once."""
     simulated = simulation(shares((0.2, HOT_S)))
