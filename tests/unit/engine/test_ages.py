@@ -17,7 +17,7 @@ from memtier_engine.ages import (
     ProcessPages,
     true_runs,
 )
-from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, Spans
+from memtier_engine.model import CHUNK_PAGES, NOWHERE, PAGE_BYTES, Spans
 from support.fakes import BASE, PROCESS, chunk, pages_of, spans
 
 
@@ -173,3 +173,16 @@ def test_true_runs_are_maximal_and_complete(mask: list[bool]) -> None:
         assert last == len(mask) or not mask[last]
         rebuilt[first:last] = [True] * (last - first)
     assert rebuilt == mask
+
+
+def test_a_page_that_a_move_left_behind_is_asked_for_again() -> None:
+    """What is known to be on the node is not; where the node was full, or a page busy, nothing is known."""
+    pages = ProcessPages(PROCESS, places=True)
+    pages.set_spans(spans((0, 10)))
+    clock = AgeClock()
+    for second in range(3):
+        scan(pages, clock, second, [0] * 10)
+    pages.set_place(spans((0, 8)), 2)
+    assert pages_of(pages.select(age_from=1, not_on_node=2)) == [(8, 10)]
+    pages.set_place(spans((3, 5)), NOWHERE)
+    assert pages_of(pages.select(age_from=1, not_on_node=2)) == [(3, 5), (8, 10)]

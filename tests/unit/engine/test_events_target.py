@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
 
+import pytest
+
+from memtier_engine.config import parse_target
+from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.proc_events import ProcEvents, ProcEventSocket
 from memtier_engine.model import ProcessId
+from memtier_engine.targets.base import innermost
 from memtier_engine.targets.events import EventsTarget
+from memtier_engine.targets.pids import PidsTarget
 
 ONE, TWO, THREE = ProcessId(1001, 1), ProcessId(1002, 1), ProcessId(1003, 1)
 
@@ -124,3 +132,34 @@ def test_listeners_are_told_of_changes_only() -> None:
         source.processes |= {TWO}
         events.happen(started=(TWO.pid,))
         assert until(lambda: told == [{ONE, TWO}])
+
+
+@pytest.mark.parametrize(
+    ("watcher", "seconds"),
+    [
+        ('{"name": "cgroups", "config": "intervalms: 700\\ncgroups: [/sys/fs/cgroup/none]"}', 0.7),
+        ('{"name": "proc", "config": "intervalms: 900"}', 0.9),
+        (
+            '{"name": "filter", "config": "source: {name: proc, config: \'intervalms: 800\'}\\n'
+            'filters: [{minvmsizekb: 1}]"}',
+            0.8,
+        ),
+    ],
+)
+def test_a_watcher_by_events_still_looks_at_its_interval(watcher: str, seconds: float, tmp_path: Path) -> None:
+    block = json.loads(watcher)
+    spec = parse_target(block["name"], block["config"])
+    (tmp_path / "proc").mkdir()
+    target = spec.build(Host(tmp_path), events=True)
+    try:
+        assert isinstance(target, EventsTarget)
+        assert target.refresh_s == seconds
+        assert not isinstance(innermost(target), EventsTarget)
+    finally:
+        if isinstance(target, EventsTarget):
+            target.close()
+    assert not isinstance(spec.build(Host(tmp_path)), EventsTarget)
+
+
+def test_a_list_of_pids_needs_no_events(tmp_path: Path) -> None:
+    assert isinstance(parse_target("pidlist", "pids: [1]").build(Host(tmp_path), events=True), PidsTarget)

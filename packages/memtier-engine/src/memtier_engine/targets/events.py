@@ -50,7 +50,7 @@ class EventsTarget:
             open_events: how to get the events.
         """
         self.source = source
-        self._refresh_s = refresh_s
+        self.refresh_s = refresh_s
         self._on_change = on_change or (lambda added, removed: None)
         self._listeners: tuple[Callable[[], None], ...] = ()
         self._lock = threading.Lock()
@@ -73,7 +73,7 @@ class EventsTarget:
     def poll(self) -> frozenset[ProcessId]:
         """What is known: at once, and at most `refresh_s` old."""
         with self._lock:
-            if self._asked_s is not None and time.monotonic() - self._asked_s < self._refresh_s:
+            if self._asked_s is not None and time.monotonic() - self._asked_s < self.refresh_s:
                 return self._known
         return self._ask()[0]
 
@@ -120,7 +120,7 @@ class EventsTarget:
         while not self._stop.is_set():
             if time.monotonic() >= due_s:
                 self._take_time(lambda: self._ask()[1])
-                due_s = time.monotonic() + self._refresh_s
+                due_s = time.monotonic() + self.refresh_s
             seen = self._wait(due_s - time.monotonic())
             if seen is None or not (seen.lost or seen.started or self._concerns_us(seen.exited)):
                 continue
@@ -158,7 +158,7 @@ class EventsTarget:
         try:
             return self._events.read()
         except KernelCallError as failure:
-            logger.warning("{}: polling for processes every {:g} s instead", failure, self._refresh_s)
+            logger.warning("{}: polling for processes every {:g} s instead", failure, self.refresh_s)
             self._events.close()
             self._events = None
             return ProcEvents(frozenset(), frozenset(), lost=True)
