@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -13,6 +16,7 @@ from loguru import logger
 
 from memtier_engine.errors import MemtierError
 
+_PATIENCE_S = 0.05
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -52,6 +56,9 @@ class SessionSignals:
 
     A signal raises `Ended` in the main thread, while it waits (`wait`) ends the wait, and at a terminal
     (`interrupting`) SIGINT raises KeyboardInterrupt instead. Only the first signal counts: what it began is finished.
+
+    The interpreter runs handlers between two steps of its own. A signal that comes just before a system call that
+    waits, such as readline's for the next key, would wait with it: a thread sends it again until it was handled.
     """
 
     def __init__(self) -> None:
@@ -60,11 +67,17 @@ class SessionSignals:
         self._event = threading.Event()
         self._waiting = self._interactive = self._ending = False
         self._before: dict[int, object] = {}
+        self._handled = 0
+        self._arrived, self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __enter__(self) -> Self:
         for number in _STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._handle)
+        os.set_blocking(self._arrived, True)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._insist, name="memtier-signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -72,6 +85,10 @@ class SessionSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal gave
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._wakeup)
+        self._thread.join()
+        os.close(self._arrived)
 
     @contextmanager
     def interrupting(self, interactive: bool) -> Iterator[None]:
@@ -93,7 +110,19 @@ class SessionSignals:
         self.failure = failure
         self._event.set()
 
+    def _insist(self) -> None:
+        handled = 0
+        main = threading.main_thread().ident
+        assert main is not None
+        while arrived := os.read(self._arrived, 64):  # a byte per signal; empty: the other end is closed
+            time.sleep(_PATIENCE_S)
+            known, handled = handled, self._handled
+            if known == handled and arrived[-1] in self._before:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pthread_kill(main, arrived[-1])  # and its byte comes here
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._handled += 1
         if number == signal.SIGINT and self._interactive:
             raise KeyboardInterrupt
         if self._ending:

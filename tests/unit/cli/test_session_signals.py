@@ -1,0 +1,84 @@
+"""Signals while the main thread runs commands: none is lost, whatever it waits in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from memtier_cli.signals import Ended, SessionSignals
+
+
+def kill(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def waits(work: Callable[[], object]) -> None:
+    """The main thread waits, and `work` is done meanwhile."""
+    threading.Timer(0.1, work).start()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_what_runs(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with SessionSignals(), pytest.raises(Ended):
+        waits(lambda: kill(number))
+    assert signal.getsignal(number) == before
+
+
+def test_at_a_terminal_sigint_is_for_the_command_and_sigterm_ends_it_still() -> None:
+    with SessionSignals() as signals, signals.interrupting(True):
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                waits(lambda: kill(signal.SIGINT))
+        with pytest.raises(Ended):
+            waits(lambda: kill(signal.SIGTERM))
+
+
+def test_while_it_waits_a_signal_or_a_failure_ends_the_wait() -> None:
+    with SessionSignals() as signals:
+        threading.Timer(0.1, lambda: kill(signal.SIGTERM)).start()
+        signals.wait()
+        assert signals.failure is None
+    with SessionSignals() as signals:
+        failure = ValueError("broken")
+        threading.Timer(0.1, lambda: signals.fail(failure)).start()
+        signals.wait()
+        assert signals.failure is failure
+
+
+def test_only_the_first_signal_counts() -> None:
+    """What it began, such as closing everything, is finished."""
+    with SessionSignals():
+        with pytest.raises(Ended):
+            waits(lambda: kill(signal.SIGTERM))
+        kill(signal.SIGTERM)
+        time.sleep(0.2)
+
+
+def test_a_signal_that_does_not_interrupt_the_main_thread_is_sent_again() -> None:
+    """Taken by another thread, or just before the main one went to sleep: no system call is interrupted by it."""
+    read_end, write_end = os.pipe()
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    assert other.ident is not None
+    gave_up: list[int] = []
+    give_up = threading.Timer(20, lambda: gave_up.append(os.write(write_end, b"x")))
+    give_up.start()
+    threading.Timer(0.1, signal.pthread_kill, (other.ident, signal.SIGTERM)).start()
+    try:
+        with SessionSignals(), pytest.raises(Ended):
+            os.read(read_end, 1)
+        assert not gave_up
+    finally:
+        give_up.cancel()
+        done.set()
+        other.join()
+        os.close(read_end)
+        os.close(write_end)
