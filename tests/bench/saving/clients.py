@@ -2,7 +2,7 @@
 
 kv   one key in 128 is popular, by rank ** -0.8 among these, spread all over the key space; each 2000th request is
      for any key
-web  five pages in turn, and each 200th request one of any
+web  five pages in turn, and each 1000th request one of any
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POPULAR_SHARE = 1 / 128
 SKEW = 0.8
 ANY_KEY_EVERY = 2000
 PAGES_WANTED = 5
-ANY_PAGE_EVERY = 200
+ANY_PAGE_EVERY = 1000
 
 
 def skewed_keys(keys: int, source: random.Random) -> Iterator[int]:
