@@ -49,6 +49,10 @@ class Handling:
     answered: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[Any] | None = None
 
+    def finished(self, _: asyncio.Task[Any]) -> None:
+        """Let go of the task: its context refers to us, and a cycle would wait for the garbage collector."""
+        self.task = None
+
 
 handling: contextvars.ContextVar[Handling | None] = contextvars.ContextVar("handling", default=None)
 """What the code that runs was called for, also in tasks that it started."""
@@ -245,6 +249,7 @@ class Dispatcher:
         task = current.task = asyncio.ensure_future(self._invoke(method, arguments, current))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        task.add_done_callback(current.finished)
         wait_s = None if limit_s is None else max(0.0, limit_s - max(MARGIN_LEAST_S, MARGIN_SHARE * limit_s))
         began_s = time.monotonic()
         try:
