@@ -86,7 +86,7 @@ TRACKERS: Mapping[str, tuple[Need, ...]] = {
     "bpf": (_WRITE, _MAPS, _FRAMES, _LOAD, _LOOK),
     "bpf-hardware": (_READ, _MAPS, _LOAD, _LOOK),
     "bpf-sampled": (_READ, _MAPS, _FRAMES, _ADVISE, _LOAD, _LOOK),
-    "damon": (_MAPS,),
+    "damon": (_READ, _MAPS),
     "finder": (_READ, _MAPS),
     "idlepage": (_READ, _MAPS, _FRAMES),
     "mglru": (),
