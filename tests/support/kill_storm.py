@@ -96,7 +96,7 @@ class _Scene:
 
     async def life(self, rng: random.Random, start_s: float) -> float:
         """Start it, kill it; returns how long the start took, or `start_s` if it was not to get that far."""
-        phase = rng.choice(("starting", "working"))
+        phase = "starting" if self.found.kills.total() % 3 else "working"
         log_before = len(self.nri.log)
         began_s = time.monotonic()
         self.nri.start(f"--engine={self.engine}")
@@ -107,7 +107,7 @@ class _Scene:
             connection = await self.adopted(log_before)
             took_s = time.monotonic() - began_s
             worker = asyncio.ensure_future(self.churn(connection, rng))
-            await asyncio.sleep(rng.uniform(0, 0.8))
+            await asyncio.sleep(rng.uniform(0, 0.5))
             worker.cancel()
             await asyncio.wait({worker})
             return took_s
@@ -173,7 +173,7 @@ class _Scene:
         return found
 
     async def end(self) -> None:
-        """One more start, adoption, and the containers stop."""
+        """One more start, adoption, engines at work, and the containers stop."""
         log_before = len(self.nri.log)
         self.nri.start(f"--engine={self.engine}")
         connection = await self.adopted(log_before)
@@ -181,6 +181,7 @@ class _Scene:
             await self.nri.until(lambda: len(self.nri.children()) == len(CONTAINERS))
         elif self.nri.children():
             self.complain("an engine in a process of its own")
+        await self.nri.until(lambda: any(_swapped(keeper.pid) for keeper in self.keepers.values()))
         names = {Path(name).parts[2] for name in self.nri.files()}
         if names != set(CONTAINERS):
             self.complain(f"the run directory has files of {sorted(names)}")
