@@ -232,7 +232,7 @@ class SwapInWatch:
         try:
             return self._make(self._host)
         except TrackerUnavailable as failure:
-            no_bpf = failure
+            no_bpf = str(failure)  # kept itself, it would be a reference cycle with this frame
         try:
             return self._make_delays(self._host)
         except Unavailable as failure:
