@@ -72,7 +72,7 @@ def draw(groups: Groups, title: str, folder: Path, prefix: str) -> list[Path]:
     def save(figure: Any, name: str) -> Path:
         path = folder / f"{prefix}-{name}.svg"
         figure.suptitle(title, fontsize=9)
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.05, 1, 1))
         figure.savefig(path, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
         # Blanks at the ends of lines would only make differences.
@@ -83,9 +83,10 @@ def draw(groups: Groups, title: str, folder: Path, prefix: str) -> list[Path]:
 
 
 def _bars(groups: Groups, pyplot: Any) -> Any:
+    plain_s = {name: middle(group, lambda cell: cell.p99_s) for (name, way), group in groups.items() if way == "none"}
     panels: tuple[tuple[str, Callable[[Cell], float]], ...] = (
         ("saved MiB, net of compressed size", lambda cell: cell.saved_bytes / MIB),
-        ("p99 of the workload, ms", lambda cell: 1e3 * cell.p99_s),
+        ("p99 of the workload, to no engine", lambda cell: cell.p99_s / plain_s.get(cell.workload, cell.p99_s)),
         ("refaults per minute", lambda cell: cell.refaults_per_min),
         ("CPU of the way, % of one core", lambda cell: cell.variant_cpu_percent),
     )
@@ -109,7 +110,8 @@ def _bars(groups: Groups, pyplot: Any) -> Any:
             )
         axis.set_xticks(range(len(workloads)), [LOADS[name].title for name in workloads])
         axis.set_ylabel(label)
-    axes.flat[0].legend(fontsize=7)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=len(variants), fontsize=7)
+    figure.subplots_adjust(bottom=0.1)
     return figure
 
 
@@ -125,7 +127,7 @@ def _courses(groups: Groups, pyplot: Any) -> Any:
         axis.set_title(LOADS[name].title, fontsize=8)
         axis.set_xlabel("seconds since the way began")
         axis.set_ylabel("MiB out")
-    axes.flat[0].legend(fontsize=6)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower center", ncols=len(variants), fontsize=6)
     return figure
 
 
