@@ -17,6 +17,7 @@ from typing import Protocol
 
 from loguru import logger
 
+from memtier_cli import allocator
 from memtier_cli.classify import ContainerRefused, OnUnknownClass, classify
 from memtier_cli.container_cgroup import CgroupNotFound, ContainerCgroup, find_container_cgroup
 from memtier_cli.events import ContainerInfo, Ended, Event, Listed, Reconfigured, Started, Stopped
@@ -306,6 +307,7 @@ class Fleet:
                     self._retry(managed, now_s, f"engine ended: {why}")
         if now_s >= self._housekeeping_s:
             self._housekeeping_s = now_s + HOUSEKEEPING_S
+            allocator.release()
             for container_id, managed in list(self._managed.items()):
                 if not managed.job.cgroup.is_there():
                     logger.info("{}: its cgroup is gone", managed.container)

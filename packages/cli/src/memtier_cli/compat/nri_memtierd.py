@@ -105,6 +105,7 @@ def _serve(flags: Parsed, index: str, name: str) -> int:
 
     from loguru import logger
 
+    from memtier_cli import allocator
     from memtier_cli.fleet import Fleet
     from memtier_cli.inprocess import check_template
     from memtier_cli.logs import configure
@@ -120,6 +121,7 @@ def _serve(flags: Parsed, index: str, name: str) -> int:
     run_directory.lock()
     _warn_without_swap(config)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    allocator.settle()
     on_unknown_class = "ignore" if flags.text("on-unknown-class") == "ignore" else "fail"
     fleet = Fleet(
         config,
