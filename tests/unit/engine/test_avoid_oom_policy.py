@@ -91,6 +91,23 @@ def test_memory_moves_from_the_full_to_the_roomy_node_until_stop_is_reached() ->
     assert decide(facts) == ("pressure on some nodes", [(1001, 110, 1)])
 
 
+def test_moving_that_takes_several_rounds_goes_on_until_stop_is_reached() -> None:
+    """What was not moved by the next decision is forgotten by the mover, so it is asked for again."""
+    facts = Facts({0: 50, 1: 500}, [bound(0, 1), bound(0, pids=[])], [candidate(A, 0, 400)])
+    policy = AvoidOomPolicy(AvoidOomPolicyConfig(), facts)
+
+    def asked_mib() -> int:
+        return sum(task.spans.total_bytes for task in policy.decide({}, AgeClock(), None)) // MIB
+
+    assert asked_mib() == 110
+    facts.available = {0: 120, 1: 430}  # above start, below stop
+    assert asked_mib() == 40
+    facts.available = {0: 160, 1: 390}
+    assert asked_mib() == 0
+    facts.available = {0: 120, 1: 430}  # a new round begins below start only
+    assert asked_mib() == 0
+
+
 def test_thresholds_may_be_sizes() -> None:
     facts = Facts({0: FULL, 1: ROOMY}, [bound(0), bound(0, 1)], [candidate(A, 0, 300)])
     assert decide(facts, start_freeing_memory="60M", stop_freeing_memory="80M")[1] == [(1001, 30, 1)]

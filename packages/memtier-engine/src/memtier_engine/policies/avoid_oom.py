@@ -112,6 +112,7 @@ class AvoidOomPolicy(BasePolicy):
         """What the last decision found, in the reference's words; "" before the first."""
         self.evaluated: tuple[Candidate, ...] = ()
         """The candidates of the last set that was looked at, best first."""
+        self._freeing: frozenset[frozenset[int]] = frozenset()
         self._facts = facts
         self._on_event = on_event or (lambda name: None)
 
@@ -125,7 +126,8 @@ class AvoidOomPolicy(BasePolicy):
     ) -> list[MoveTask]:
         """See `Policy.decide`; `pages` are not looked at."""
         nodes = {each.node: each for each in self._facts.nodes()}
-        plan = _Plan(self.config, nodes, self._facts.node_sets())
+        plan = _Plan(self.config, nodes, self._facts.node_sets(), self._freeing)
+        self._freeing = plan.freeing
         self.status = plan.status
         self._on_event(f"PolicyAvoidOom.balance: {plan.status}")
         tasks: list[MoveTask] = []
@@ -149,8 +151,14 @@ class _Plan:
     """What is short of memory, what has room, and how much of both is left."""
 
     def __init__(
-        self, config: AvoidOomPolicyConfig, nodes: Mapping[int, NodeMemory], node_sets: Sequence[NodeSet]
+        self,
+        config: AvoidOomPolicyConfig,
+        nodes: Mapping[int, NodeMemory],
+        node_sets: Sequence[NodeSet],
+        freeing: frozenset[frozenset[int]],
     ) -> None:
+        """`freeing`: sets that were below `start` and have not come up to `stop` since: moving takes its time."""
+
         def threshold(text: str) -> dict[int, int]:
             return {number: parse_share(text, node.total_bytes) for number, node in nodes.items()}
 
@@ -160,13 +168,17 @@ class _Plan:
         self._available = {number: node.available_bytes for number, node in nodes.items()}
         high: set[int] = set()
         medium: set[int] = set()
+        still: set[frozenset[int]] = set()
         for each in (NodeSet(everything), *sets):
             available = sum(self._available[node] for node in each.nodes)
-            if available < sum(start[node] for node in each.nodes):
+            limit = stop if each.nodes in freeing else start
+            if available < sum(limit[node] for node in each.nodes):
+                still.add(each.nodes)
                 high |= each.nodes
             elif available < sum(stop[node] for node in each.nodes):
                 medium |= each.nodes
         self.high = frozenset(high)
+        self.freeing = frozenset(still)
         self._none = everything - high - medium
         self._medium = frozenset(medium) - self.high
         self._sets = sets
