@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 WARM_UP_SHARE = 0.25
 """Of the time: caches fill, the allocator's arenas grow to what the churn needs at once."""
+WARM_UP_LEAST_S = 75.0
+"""Until 20 engines of all classes have come and gone once: from 34 to 40 MiB where it was measured."""
 SLOPE_MIB_PER_HOUR_MAX = 1.0
 SLOPE_FROM_HOURS = 0.5
 """After the warm-up. In less time the slope is that of the noise: then what counts is the growth in all."""
@@ -53,11 +55,11 @@ def judge(samples: Sequence[Sample], idle: tuple[Sample, Sample]) -> Verdict:
     """Judge a run.
 
     Args:
-        samples: under churn, ascending in time, ten or more.
+        samples: under churn, ascending in time, over 90 s or more.
         idle: the process without any container, before the churn and after it: then fds and threads are the same.
     """
     times_s = np.array([each.at_s for each in samples])
-    after = times_s >= times_s[0] + WARM_UP_SHARE * (times_s[-1] - times_s[0])
+    after = times_s >= times_s[0] + max(WARM_UP_LEAST_S, WARM_UP_SHARE * (times_s[-1] - times_s[0]))
     hours = (times_s[after] - times_s[after][0]) / 3600
     memory_mib = np.array([each.memory_bytes for each in samples])[after] / 2**20
     slope = theil_sen(hours, memory_mib)
