@@ -150,8 +150,8 @@ def test_avoid_oom_frees_a_node_that_runs_full_before_the_kernel_kills(tools: Sc
     assert found["pressed"] < 0.25, found
     assert found["pressed_again"] < 0.25, found
     assert found["relieved_s"] is not None, found
-    assert found["relieved"][1] >= 0.33
+    assert found["relieved"][1] >= 0.32
     assert found["again_s"] is not None, found
-    assert found["again"][1] >= 0.33
+    assert found["again"][1] >= 0.32
     assert found["kills"] == 0
     assert found["alive"] == [True, True]
