@@ -117,7 +117,7 @@ def heat() -> None:
         together(
             {
                 "heat-move-idlepage": lambda: moving("heat", HEAT_MOVE, "idlepage", OFTEN, write=False, huge=True),
-                "heat-move-softdirty": lambda: moving("heat", HEAT_MOVE, "softdirty", OFTEN, write=True, huge=True),
+                "heat-move-softdirty": lambda: moving("heat", HEAT_MOVE, "softdirty", OFTEN, write=True),
                 "heat-swap-idlepage": lambda: swapping("heat", HEAT_SWAP, "idlepage", OFTEN, write=False),
                 "heat-swap-softdirty": lambda: swapping("heat", HEAT_SWAP, "softdirty", OFTEN, write=True),
             }
