@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -26,6 +27,11 @@ class Stop(threading.Event):
     number: int | None = None
 
 
+def set_from_handler(event: threading.Event) -> None:
+    """Set `event` soon. A handler may interrupt the main thread in `wait`, holding the lock that `set` waits for."""
+    _thread.start_new_thread(event.set, ())
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
     """An event that SIGINT, SIGTERM and SIGHUP set; the handlers before are put back at the end.
@@ -36,7 +42,7 @@ def stop_on_signals() -> Iterator[Stop]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.number = number
-        stop.set()
+        set_from_handler(stop)
 
     numbers = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in numbers}
@@ -129,6 +135,6 @@ class SessionSignals:
             return
         self._ending = True
         if self._waiting:
-            self._event.set()
+            set_from_handler(self._event)
         else:
             raise Ended
