@@ -73,7 +73,7 @@ def test_a_run_on_a_cgroup_pages_out_what_is_idle_and_says_so() -> None:
             "memtier", "run", "--cgroup", cgroup, "--idle-after", "1s", "--bandwidth", "200MiB/s", "--duration", "5s"
         )
         assert done.returncode == 0, done.stderr
-        assert load.swapped_share(load.cold) >= 0.95
+        assert load.swapped_share(load.cold) >= 0.95, done.stdout
         assert load.swapped_share(load.hot) <= 0.02
         last_line = done.stdout.splitlines()[-1]
         moved = re.search(r"moved ([0-9.]+) MiB", last_line)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from memtier_engine.guards.base import GuardState
+from memtier_engine.guards.base import GuardState, Thresholds
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import Context, GuardSet, Verdict, first_bytes
 from memtier_engine.guards.processes import FactsReader
-from memtier_engine.guards.readers import IN_RAM, NodeReader
+from memtier_engine.guards.readers import IN_RAM, NodeReader, PressureReader
 from memtier_engine.guards.skip import ProcessFacts, SkipRules
+from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, MoveTask
 from support.fakes import PROCESS, pages_of, spans
 from support.hostfolder import HostFolder
@@ -312,3 +313,25 @@ def test_a_process_keeps_its_minimum(machine: HostFolder) -> None:
 )
 def test_the_first_bytes_of_spans_are_whole_pages(limit_pages: int, expected: list[tuple[int, int]]) -> None:
     assert pages_of(first_bytes(spans((0, 2), (5, 7)), limit_pages * PAGE_BYTES + 7)) == expected
+
+
+def test_what_a_new_trigger_says_of_the_time_before_it_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FiringTrigger:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def wait(self, timeout_s: float) -> bool:
+            return True
+
+        def close(self) -> None: ...
+
+    path = tmp_path / "memory.pressure"
+    path.write_text("")  # no size, as a kernel's file
+    monkeypatch.setattr("memtier_engine.guards.readers.PsiTrigger", FiringTrigger)
+    monkeypatch.setattr("memtier_engine.guards.readers.read_pressure", lambda host, path: None)
+    reader = PressureReader(Host(tmp_path), path, Thresholds(close_at=10, open_at=5), trigger=True)
+    reader.read(100.0)
+    assert reader.has_trigger
+    assert [reader.poll(now_s) for now_s in (100.1, 101.9, 102.1)] == [False, False, True]
+    reader.close()

@@ -49,6 +49,7 @@ class PressureReader:
         self._inode: int | None = None
         self._base: tuple[float, int] | None = None  # (time, total_us)
         self._fired_s: float | None = None
+        self._trusted_from_s = 0.0
 
     @property
     def has_trigger(self) -> bool:
@@ -57,7 +58,7 @@ class PressureReader:
 
     def poll(self, now_s: float) -> bool:
         """Whether the trigger fired since the last call."""
-        if self._trigger is None or not self._trigger.wait(0):
+        if self._trigger is None or not self._trigger.wait(0) or now_s < self._trusted_from_s:
             return False
         self._fired_s = now_s
         return True
@@ -67,7 +68,7 @@ class PressureReader:
         if self._limits is None:
             return Reading(missing="switched off")
         try:
-            self._follow_inode()
+            self._follow_inode(now_s)
             pressure = read_pressure(self._host, self._path)
         except (KernelCallError, ValueError) as error:
             return Reading(missing=str(error))
@@ -89,7 +90,7 @@ class PressureReader:
             self._trigger = None
         self._wants_trigger = False
 
-    def _follow_inode(self) -> None:
+    def _follow_inode(self, now_s: float) -> None:
         """A cgroup that was removed and made anew under the same name needs a new trigger and new totals."""
         inode: int | None = None
         is_kernel_file = False
@@ -106,6 +107,8 @@ class PressureReader:
             self._trigger = None
         if is_kernel_file and self._wants_trigger:
             self._trigger = self._register()
+            # In its first window a trigger counts stalls from before it was there (seen on 6.18); the totals do not.
+            self._trusted_from_s = now_s + TRIGGER_WINDOWS_US[-1] / 1e6
 
     def _register(self) -> PsiTrigger | None:
         assert self._limits is not None
