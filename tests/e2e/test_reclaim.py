@@ -46,8 +46,9 @@ def test_without_ages_little_goes_and_what_comes_back_stops_it(vm: VmSession) ->
 
 
 def test_what_memory_min_guarantees_stays(vm: VmSession) -> None:
+    """60 MiB are guaranteed, of which the kernel's own memory for the cgroup takes some."""
     found = scenario(vm, "protected")
-    assert found["resident"] >= 58 * MIB
+    assert found["resident"] >= 56 * MIB
     assert found["moved"] > 0
 
 
