@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
+from memtier_cli.compat.goflags import Parsed
 from memtier_cli.prompt.gotext import go_json
 from memtier_cli.prompt.state import CommandError
 from memtier_engine.config_keys import COMPONENTS, Key, Kind
 from memtier_engine.config_reader import Place, Section, compose
-from memtier_engine.errors import ConfigError
+from memtier_engine.errors import ConfigError, MemtierError
 from memtier_engine.mover.mover import MoverConfig
 
 _FILE_BYTES_MAX = 16 << 20
@@ -38,6 +39,37 @@ def read_config_file(path: str) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise CommandError(f'reading file "{path}" failed: no UTF-8 text') from None
+
+
+class Part(Protocol):
+    """What commands configure and start."""
+
+    def configure(self, text: str, file: str | None = None) -> None:
+        """Take a configuration. Raises MemtierError."""
+
+    def start(self) -> None:
+        """Begin to work. Raises MemtierError."""
+
+
+def configure_as_told(part: Part, flags: Parsed) -> None:
+    """Do what `-config-file` and `-config` say. Raises CommandError."""
+    try:
+        if "config-file" in flags.texts:
+            path = flags.text("config-file")
+            part.configure(read_config_file(path), path)
+        if "config" in flags.texts:
+            part.configure(flags.text("config"))
+    except MemtierError as failure:
+        raise CommandError(f"config failed: {failure}") from None
+
+
+def start_as_told(part: Part, flags: Parsed) -> None:
+    """Do what `-start` says. Raises CommandError."""
+    if flags.boolean("start"):
+        try:
+            part.start()
+        except MemtierError as failure:
+            raise CommandError(f"start failed: {failure}") from None
 
 
 def file_blocks(path: str) -> tuple[Block, list[Block]]:

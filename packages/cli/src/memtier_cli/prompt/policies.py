@@ -8,7 +8,6 @@ from memtier_cli.prompt.policy_dumps import dump
 from memtier_cli.prompt.policy_part import PolicyPart
 from memtier_cli.prompt.state import Command, CommandError, Prompt
 from memtier_engine.config_policies import POLICIES
-from memtier_engine.errors import MemtierError
 
 _NONE = "no policy, create one with -create NAME"
 
@@ -24,17 +23,9 @@ def _policy(prompt: Prompt, flags: Parsed) -> None:
         if flags.boolean("ls"):
             return
         raise CommandError(_NONE)
-    if "config-file" in flags.texts:
-        path = flags.text("config-file")
-        _configure(policy, configs.read_config_file(path), path)
-    if "config" in flags.texts:
-        _configure(policy, flags.text("config"), None)
+    configs.configure_as_told(policy, flags)
     prompt.attach(policy)
-    if flags.boolean("start"):
-        try:
-            policy.start()
-        except MemtierError as failure:
-            raise CommandError(f"start failed: {failure}") from None
+    configs.start_as_told(policy, flags)
     if flags.boolean("config-dump"):
         prompt.say(configs.dump("policy", policy.name, policy.config_text))
     if flags.boolean("stop"):
@@ -42,13 +33,6 @@ def _policy(prompt: Prompt, flags: Parsed) -> None:
         prompt.say("policy stopped")
     if flags.boolean("dump"):
         prompt.write(dump(prompt, policy, flags.rest) + "\n")
-
-
-def _configure(policy: PolicyPart, text: str, file: str | None) -> None:
-    try:
-        policy.configure(text, file)
-    except MemtierError as failure:
-        raise CommandError(f"config failed: {failure}") from None
 
 
 POLICY = Command(

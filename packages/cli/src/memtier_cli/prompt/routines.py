@@ -7,7 +7,6 @@ from memtier_cli.prompt import configs
 from memtier_cli.prompt.routine_part import RoutinePart
 from memtier_cli.prompt.state import Command, CommandError, Prompt
 from memtier_engine.config_routines import ROUTINES
-from memtier_engine.errors import MemtierError
 
 _NONE = "no routines, create one with -create NAME"
 
@@ -29,16 +28,8 @@ def _routines(prompt: Prompt, flags: Parsed) -> None:
             raise CommandError(f"invalid routine {wanted}, the last one is {last}")
         prompt.routine_index = wanted
     routine = prompt.routines[prompt.routine_index]
-    if "config-file" in flags.texts:
-        path = flags.text("config-file")
-        _configure(routine, configs.read_config_file(path), path)
-    if "config" in flags.texts:
-        _configure(routine, flags.text("config"), None)
-    if flags.boolean("start"):
-        try:
-            routine.start()
-        except MemtierError as failure:
-            raise CommandError(f"start failed: {failure}") from None
+    configs.configure_as_told(routine, flags)
+    configs.start_as_told(routine, flags)
     if flags.boolean("config-dump"):
         prompt.say(configs.dump("routine", routine.name, routine.config_text))
     if flags.boolean("stop"):
@@ -46,13 +37,6 @@ def _routines(prompt: Prompt, flags: Parsed) -> None:
         prompt.say(f"routine {prompt.routine_index} stopped")
     if flags.boolean("dump"):
         prompt.say(routine.dump())
-
-
-def _configure(routine: RoutinePart, text: str, file: str | None) -> None:
-    try:
-        routine.configure(text, file)
-    except MemtierError as failure:
-        raise CommandError(f"config failed: {failure}") from None
 
 
 ROUTINES_COMMAND = Command(

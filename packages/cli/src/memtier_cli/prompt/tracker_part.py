@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from memtier_cli.prompt.owned import PolicyOwned
 from memtier_cli.prompt.state import CommandError, Prompt
 from memtier_engine.config import parse_tracker
 from memtier_engine.config_parts import TRACKERS, TrackerSpec
@@ -26,9 +27,6 @@ from memtier_engine.targets.chosen import ChosenTarget
 from memtier_engine.trackers.finder import FinderConfig, FinderTracker
 from memtier_engine.trackers.registry import TRACKERS as ONE_BY_ONE
 from memtier_engine.trackers.registry import why_not
-
-if TYPE_CHECKING:
-    from memtier_cli.prompt.policy_part import PolicyPart
 
 _SCAN_INTERVAL_MS = 5000
 NO_GUARDS = GuardsConfig(
@@ -209,12 +207,10 @@ def found_now(host: Host, options: FinderConfig, target: ChosenTarget) -> dict[P
     return found
 
 
-class PolicyTracker:
+class PolicyTracker(PolicyOwned):
     """The tracker of the current policy: it can be asked, and is steered by its policy."""
 
-    def __init__(self, policy: PolicyPart) -> None:
-        self._policy = policy
-        self.config_text: str | None = None
+    kind = "tracker"
 
     @property
     def name(self) -> str:
@@ -222,20 +218,9 @@ class PolicyTracker:
         spec = self._policy.spec
         return "stub" if spec is None else spec.tracker.name
 
-    def configure(self, text: str, file: str | None = None) -> None:
-        """Refused."""
-        raise self._refusal("policy -config")
-
     def start(self, pids: Iterable[int]) -> None:
         """Refused."""
-        raise self._refusal("policy -start")
-
-    def stop(self) -> None:
-        """Refused."""
-        raise self._refusal("policy -stop")
-
-    def _refusal(self, instead: str) -> CommandError:
-        return CommandError(f'the tracker belongs to policy "{self._policy.name}", use {instead}')
+        raise self._refusal("use policy -start")
 
     def tables(self) -> Mapping[ProcessId, Counters]:
         """See `AnyTracker.tables`."""
@@ -253,9 +238,6 @@ class PolicyTracker:
     def finders(self) -> list[tuple[int, Mapping[ProcessId, Spans]]]:
         """None: the policy's statistics tell what is tracked."""
         return []
-
-    def close(self) -> None:
-        """Nothing: the policy closes it."""
 
 
 def regions_of(spec: TrackerSpec | None) -> RegionCounters:

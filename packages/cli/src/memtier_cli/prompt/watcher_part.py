@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from memtier_cli.prompt.owned import PolicyOwned
 from memtier_cli.prompt.state import CommandError, Prompt
 from memtier_engine.config import parse_target
 from memtier_engine.config_parts import TARGETS, TargetSpec
 from memtier_engine.model import ProcessId
 from memtier_engine.targets.base import Target
 from memtier_engine.targets.events import EventsTarget
-
-if TYPE_CHECKING:
-    from memtier_cli.prompt.policy_part import PolicyPart
 
 OnPids = Callable[[list[int], list[int]], None]
 """Gets pids that appeared and pids that vanished."""
@@ -139,12 +137,10 @@ def _pids(processes: Iterable[ProcessId]) -> list[int]:
     return sorted(process.pid for process in processes)
 
 
-class PolicyWatcher:
+class PolicyWatcher(PolicyOwned):
     """The watcher of the current policy: it can be asked, and is steered by its policy."""
 
-    def __init__(self, policy: PolicyPart) -> None:
-        self._policy = policy
-        self.config_text: str | None = None
+    kind = "pidwatcher"
 
     @property
     def name(self) -> str:
@@ -152,33 +148,19 @@ class PolicyWatcher:
         spec = self._policy.spec
         return "stub" if spec is None else spec.target.name
 
-    def configure(self, text: str, file: str | None = None) -> None:
-        """Refused."""
-        raise self._refusal("policy -config")
-
     def listen(self, listener: OnPids) -> None:
         """Refused."""
-        raise CommandError(f'the pidwatcher belongs to policy "{self._policy.name}", which listens to it')
+        raise self._refusal("which listens to it")
 
     def start(self) -> None:
         """Refused."""
-        raise self._refusal("policy -start")
-
-    def stop(self) -> None:
-        """Refused."""
-        raise self._refusal("policy -stop")
+        raise self._refusal("use policy -start")
 
     def poll(self) -> None:
         """Refused."""
-        raise CommandError(f'the pidwatcher belongs to policy "{self._policy.name}", which polls it at each scan')
+        raise self._refusal("which polls it at each scan")
 
     def dump(self) -> str:
         """The processes that the policy follows now."""
         pids = " ".join(f"{pid}:{{}}" for pid in self._policy.pids())
         return f"PidWatcher{self.name.capitalize()}{{pidsReported:map[{pids}]}}"
-
-    def close(self) -> None:
-        """Nothing: the policy closes it."""
-
-    def _refusal(self, instead: str) -> CommandError:
-        return CommandError(f'the pidwatcher belongs to policy "{self._policy.name}", use {instead}')
