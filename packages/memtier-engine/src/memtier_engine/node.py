@@ -12,6 +12,7 @@ from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import GuardSet
 from memtier_engine.guards.readers import NodeReader
 from memtier_engine.hostfs.host import Host
+from memtier_engine.model import Tracker
 from memtier_engine.mover.fair import FairBudget, FairMover
 from memtier_engine.pace import CPU_SHARE, ScanBudget
 from memtier_engine.runner import OnFailure, OnReport, Runner
@@ -69,14 +70,20 @@ class Node:
             engine.pace.close()
         engine.pace = self.scans.join(interval_s)
         now_s, offset_s = self._clock.now_s(), engine.pace.offset_s
-        if isinstance(engine.tracker, IdlePageTracker):
-            engine.tracker.look_together(self.idle, interval_s)
-        elif isinstance(engine.tracker, SharedDamonTracker):
-            engine.tracker.look_together(interval_s)
-        if isinstance(engine.tracker, IdlePageTracker | SharedDamonTracker):
-            offset_s = (self._epoch_s - now_s) % interval_s  # together, so that one reading serves all
+        if self._looks_together(engine.tracker, interval_s):
+            offset_s = (self._epoch_s - now_s) % interval_s  # so that one reading serves all
         engine.first_scan_at(now_s + offset_s)
         return offset_s
+
+    def _looks_together(self, tracker: Tracker, interval_s: float) -> bool:
+        """Whether the tracker scans at the same time as others of its kind, and then made ready for it."""
+        if isinstance(tracker, IdlePageTracker):
+            tracker.look_together(self.idle, interval_s)
+        elif isinstance(tracker, SharedDamonTracker):
+            tracker.look_together(interval_s)
+        else:
+            return False
+        return True
 
     def run(
         self,
