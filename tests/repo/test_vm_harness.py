@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from support.vm import VmResult, VmSession
-from vm.harness import accel, cpio, disks, images, kernel, layer, rootfs
+from vm.harness import accel, cpio, disks, distribution, images, kernel, layer, rootfs
 from vm.harness.build import Parts
 from vm.harness.cache import Cache, digest, digest_files
 from vm.harness.errors import VmError, VmTimeout
@@ -286,6 +286,25 @@ def test_the_swap_area_is_one_for_other_tools_too(tmp_path: Path) -> None:
     assert "TYPE=swap" in told.stdout
     assert (tmp_path / "swap").stat().st_size == 64 << 20
     assert (tmp_path / "swap").stat().st_blocks * 512 < 1 << 20  # sparse
+
+
+DEPENDENCIES = """\
+kernel/fs/9p/9p.ko.xz: kernel/net/9p/9pnet.ko.xz kernel/fs/netfs/netfs.ko.xz
+kernel/net/9p/9pnet.ko.xz: kernel/fs/netfs/netfs.ko.xz
+kernel/fs/netfs/netfs.ko.xz:
+kernel/drivers/block/virtio-blk.ko.xz:
+"""
+
+
+def test_modules_are_loaded_after_what_they_need_and_once() -> None:
+    """modules.dep names the nearest first; those that are built in have no file."""
+    order = distribution.load_order(DEPENDENCIES, ["kernel/fs/ext4/ext4.ko"], ["virtio_blk", "9p", "9pnet", "ext4"])
+    assert [distribution.module_name(path) for path in order] == ["virtio_blk", "netfs", "9pnet", "9p"]
+
+
+def test_a_module_that_the_kernel_does_not_have_is_named() -> None:
+    with pytest.raises(VmError, match="no module overlay"):
+        distribution.load_order(DEPENDENCIES, [], ["overlay"])
 
 
 def test_the_initramfs_is_a_cpio_archive_for_other_tools_too(tmp_path: Path) -> None:

@@ -17,16 +17,27 @@ from memtier_engine.hostfs.maps import process_id
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans, Tracker
 
 KINDS = ("anonymous", "huge", "shared", "file-private", "file-shared")
+"""On every machine. "high": anonymous, above 128 TiB, where only five levels of page tables reach. "gigantic": pages of
+1 GiB, of which the machine must have set some aside."""
 
 _PROGRAM = """
 import ctypes, mmap, os, signal, sys
 kind, pages, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 size, block = pages * 4096, 2 << 20
-libc = ctypes.CDLL(None)
+libc = ctypes.CDLL(None, use_errno=True)
 if kind == "huge":
     area = mmap.mmap(-1, size + block, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     skip = -ctypes.addressof(ctypes.c_char.from_buffer(area)) % block
     area.madvise(mmap.MADV_HUGEPAGE, skip, size)
+elif kind in ("high", "gigantic"):
+    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_long] * 4
+    # MAP_HUGETLB | MAP_HUGE_1GB; an address above 128 TiB is given to those who ask for it.
+    hint, flags = (1 << 52, 0) if kind == "high" else (None, 0x40000 | 30 << 26)
+    flags |= mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    address = libc.mmap(hint, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    assert address != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+    libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_NOHUGEPAGE)  # refused for hugetlb
+    area, skip = memoryview((ctypes.c_char * size).from_address(address)).cast("B"), 0
 elif kind == "anonymous":
     area, skip = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
 elif kind == "shared":
@@ -38,7 +49,7 @@ else:
     os.fsync(file.fileno())
     flags = mmap.MAP_PRIVATE if kind == "file-private" else mmap.MAP_SHARED
     area, skip = mmap.mmap(file.fileno(), size, flags=flags), 0
-if kind != "huge":
+if kind not in ("huge", "high", "gigantic"):
     area.madvise(mmap.MADV_NOHUGEPAGE)  # some file systems map 2 MiB of a file at once
 address = ctypes.addressof(ctypes.c_char.from_buffer(area)) + skip
 print(address, flush=True)
@@ -108,7 +119,9 @@ def toucher(kind: str, pages: int, folder: Path, *, command: Sequence[str] = ())
     assert popen.stdin is not None
     assert popen.stdout is not None
     try:
-        address = int(popen.stdout.readline())
+        first = popen.stdout.readline()
+        assert first, f"no {kind} memory to be had"
+        address = int(first)
         yield Toucher(popen, process_id(Host(), popen.pid), address, pages)
     finally:
         popen.kill()

@@ -92,6 +92,7 @@ class VmSession:
         smp: int = 2,
         swap_mib: int = 1024,
         append: str = "",
+        distribution: bool = False,
         env: Mapping[str, str] | None = None,
         fresh: bool = False,
     ) -> VmResult:
@@ -101,12 +102,13 @@ class VmSession:
             timeout_s: host seconds for the command; a boot has a time limit of its own.
             nodes: NUMA nodes as "MIB:CPUS ..."; None: 1024:0 512:1 and two of 512 without CPUs.
             append: more kernel arguments.
+            distribution: boot the kernel that Debian ships instead of ours.
             env: more environment variables.
             fresh: boot a new guest even if one of this shape is up.
         Raises:
             VmError: the guest could not be built or booted, or it died; the message has its last words.
         """
-        options = Options(smp=smp, nodes=nodes, swap_mib=swap_mib, append=append)
+        options = Options(smp=smp, nodes=nodes, swap_mib=swap_mib, append=append, distribution=distribution)
         vm = self._booted(options, fresh)
         started = time.monotonic()
         try:
@@ -129,6 +131,7 @@ class VmSession:
         smp: int = 2,
         swap_mib: int = 1024,
         append: str = "",
+        distribution: bool = False,
         fresh: bool = False,
     ) -> VmResult:
         """Run tests/e2e/guest/NAME in the guest's Python; it prints a JSON object per result line.
@@ -142,6 +145,7 @@ class VmSession:
             smp=smp,
             swap_mib=swap_mib,
             append=append,
+            distribution=distribution,
             env={"PYTHONPATH": "/host/tests", "PYTHONDONTWRITEBYTECODE": "1"},
             fresh=fresh,
         )

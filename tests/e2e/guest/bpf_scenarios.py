@@ -94,6 +94,39 @@ def huge() -> None:
     )
 
 
+def high() -> None:
+    """Memory that only five levels of page tables reach."""
+    tracker = BpfTracker(Host())
+    with toucher("high", PAGES, FOLDER) as load:
+        wrong = rounds(load, tracker, 6)
+    say(kind="high", wrong=wrong, address=load.address)
+
+
+def gigantic() -> None:
+    """A page of 1 GiB: all its 262 144 parts are resident and in use, since `clear_refs` passes over hugetlb pages."""
+    tracker = BpfTracker(Host())
+    pages = (1 << 30) // PAGE_BYTES
+    with toucher("gigantic", pages, FOLDER) as load:
+        before = scan(tracker, load)
+        load.write([40_000])
+        windows = [scan(tracker, load) for _ in range(3)]
+        with Pagemap(Host(), load.process.pid) as pagemap:
+            block = np.array([load.address], np.uint64)
+            state = int(SharedWalker(Host()).walker.walk(pagemap.fileno(), block).states[0]) & 255
+    say(
+        kind="gigantic",
+        resident_before=len(before.resident),
+        wrong=sum(2 * pages - len(seen.accessed) - len(seen.resident) for seen in windows),
+        one_entry=state == paging.STATE_HUGE_PUD,
+    )
+
+
+def memory_map() -> None:
+    """Where this kernel maps physical memory, and by how many levels."""
+    walker = SharedWalker(Host()).walker
+    say(kind="memory-map", base=walker.base, levels=5 if Path("/proc/cpuinfo").read_text().find(" la57") > 0 else 4)
+
+
 def forked() -> None:
     """Parent and child share the frames of copy-on-write memory; each has accessed bits of its own."""
     tracker = BpfTracker(Host())
@@ -332,9 +365,9 @@ def best_cpu_s(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def swap() -> None:
-    """Cold out and hot kept by the daemon with tracker bpf; then frozen: all out; then thawed: hot back."""
-    with meme(64, 20, write=True) as load, memtierd("bpf", pids=[load.pid]):
+def swap(tracker: str = "bpf") -> None:
+    """Cold out and hot kept by the daemon; then frozen: all out; then thawed: hot back."""
+    with meme(64, 20, write=True) as load, memtierd(tracker, pids=[load.pid]):
         took_s = wait_for(lambda: load.cold_out() >= 0.95, 60)
         worst = 0.0
         for _ in range(8):
@@ -366,6 +399,9 @@ main(
     {
         "exact": exact,
         "huge": huge,
+        "high": high,
+        "gigantic": gigantic,
+        "memory-map": memory_map,
         "forked": forked,
         "swapped": swapped,
         "migrating": migrating,
@@ -376,6 +412,7 @@ main(
         "faults": faults,
         "cost": cost,
         "swap": swap,
+        "swap-auto": partial(swap, "auto"),
         "demo": demo,
     }
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vm.harness import accel, host, kernel, layer, rootfs
 from vm.harness.cache import Cache, default_root
 from vm.harness.disks import ensure_root_image, ensure_scratch
+from vm.harness.distribution import ensure_distribution
 from vm.harness.errors import VmError
 
 REPO = Path(__file__).resolve().parents[3]
@@ -63,3 +64,15 @@ def prepare(repo: Path = REPO, cache: Cache | None = None, seed: Path | None = N
         qemu=qemu,
         accelerator=accel.choose(cache, qemu, image, over / "initramfs"),
     )
+
+
+def with_distribution_kernel(parts: Parts, into: Path, cache: Cache | None = None) -> Parts:
+    """The same machine with Debian's own kernel; its initramfs is written into the folder `into`.
+
+    Raises: VmError.
+    """
+    found = ensure_distribution(cache or Cache(default_root()))
+    initramfs = into / "initramfs"
+    # The kernel unpacks one archive after the other; each is a multiple of four bytes long.
+    initramfs.write_bytes(parts.initramfs.read_bytes() + found.modules.read_bytes())
+    return replace(parts, kernel=found.kernel, initramfs=initramfs)

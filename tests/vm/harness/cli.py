@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vm.harness import host, kernel, rootfs
+from vm.harness import distribution, host, kernel, rootfs
 from vm.harness.build import REPO, prepare
 from vm.harness.cache import Cache, default_root
 from vm.harness.errors import VmError, VmTimeout
@@ -32,6 +32,7 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smp", type=int, default=2, metavar="N", help="number of CPUs, default 2")
     parser.add_argument("--swap", type=int, default=1024, metavar="MIB", help="size of the swap disk, 0 for none")
     parser.add_argument("--append", default="", metavar="ARGS", help="more kernel arguments")
+    parser.add_argument("--distribution", action="store_true", help="boot the kernel that Debian ships instead of ours")
     parser.add_argument("--out", type=Path, metavar="DIR", help="host folder that the guest sees writable as /out")
     parser.add_argument("--shell", action="store_true", help="an interactive shell instead of a command")
     parser.add_argument("--verbose", action="store_true", help="say how long the boot and the command took")
@@ -48,6 +49,7 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
         nodes=given.nodes,
         swap_mib=given.swap,
         append=given.append,
+        distribution=given.distribution,
         out=given.out,
         scratch=True,
     )
@@ -94,7 +96,7 @@ def build_main(arguments: Sequence[str] | None = None) -> int:
         description="Builds what the cache lacks of the test VM: kernel, root filesystem, our packages.",
         epilog="The cache is $MEMTIER_VM_CACHE, else ~/.cache/memtier/vm.",
     )
-    parser.add_argument("--fresh", action="store_true", help="rebuild the root filesystem from today's packages")
+    parser.add_argument("--fresh", action="store_true", help="take today's packages of Debian")
     parser.add_argument("--no-seed", action="store_true", help="compile the kernel even if a ready one is at hand")
     given = parser.parse_args(arguments)
     exit_on_signals()
@@ -103,6 +105,7 @@ def build_main(arguments: Sequence[str] | None = None) -> int:
         if given.fresh:
             for kind in ("rootimage", "rootfs"):
                 cache.drop(kind, rootfs.rootfs_key())
+            cache.drop("distribution", distribution.distribution_key())
         if given.no_seed:
             fragment = REPO / "tests/vm/kernel.config"
             cache.drop("kernel", kernel.options_key(kernel.parse_fragment(fragment.read_text())))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vm.harness import host
 from vm.harness.cache import Cache, digest
+from vm.harness.debian import Archive
 from vm.harness.errors import VmError
 
 SERIES = "6.12"
@@ -18,10 +19,6 @@ SERIES = "6.12"
 
 RECIPE = "1"
 """Counts changes of how the kernel is built, beyond its options."""
-
-MIRROR = "http://deb.debian.org/debian"
-SECURITY_MIRROR = "http://deb.debian.org/debian-security"
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 BUILD_PROGRAMS = {
     "gcc": "gcc",
@@ -98,44 +95,9 @@ def ensure_kernel(cache: Cache, fragment: Path, seed: Path | None) -> Path:
 
 
 def fetch_source(into: Path, log: Path) -> Path:
-    """Download Debian's linux-source package and unpack it. Returns the root of the source tree.
-
-    Uses apt with a configuration of its own, so that it works on every release of Debian and Ubuntu and
-    touches nothing of the host's package state; signatures are checked against the Debian archive keyring.
-    """
-    if not KEYRING.exists():
-        host.apt_install(["debian-archive-keyring"])
-    for folder in ("lists/partial", "archives/partial", "parts"):
-        (into / "apt" / folder).mkdir(parents=True)
-    (into / "apt/status").touch()
-    signed = f"[signed-by={KEYRING}]"
-    (into / "apt/sources.list").write_text(
-        f"deb {signed} {MIRROR} trixie main\n"
-        f"deb {signed} {MIRROR} trixie-updates main\n"
-        f"deb {signed} {SECURITY_MIRROR} trixie-security main\n"
-    )
-    options = {
-        "Dir::Etc::SourceList": into / "apt/sources.list",
-        "Dir::Etc::SourceParts": into / "apt/parts",
-        "Dir::State": into / "apt",
-        "Dir::State::Lists": into / "apt/lists",
-        "Dir::State::status": into / "apt/status",
-        "Dir::Cache": into / "apt",
-        "Dir::Cache::pkgcache": "",
-        "Dir::Cache::srcpkgcache": "",
-        "APT::Sandbox::User": "root",  # the cache folder may be closed to the user _apt
-        "APT::Architecture": "amd64",
-        "APT::Architectures": "amd64",
-        "Acquire::Languages": "none",
-    }
-    words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-    host.run(["apt-get", *words, "update"], log=log, cwd=into)
-    host.run(["apt-get", *words, "download", f"linux-source-{SERIES}"], log=log, cwd=into)
-    packages = list(into.glob("linux-source-*.deb"))
-    if len(packages) != 1:
-        raise VmError(f"apt-get downloaded {len(packages)} packages instead of linux-source-{SERIES}")
-    host.run(["dpkg-deb", "-x", packages[0], into / "deb"], log=log)
-    packages[0].unlink()
+    """Download Debian's linux-source package and unpack it. Returns the root of the source tree."""
+    (into / "deb").mkdir()
+    Archive(into / "apt", log).unpack(f"linux-source-{SERIES}", into / "deb")
     host.run(["tar", "-xf", into / f"deb/usr/src/linux-source-{SERIES}.tar.xz", "-C", into], log=log)
     return into / f"linux-source-{SERIES}"
 

@@ -24,10 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from vm.harness.build import Parts
+from vm.harness.build import Parts, with_distribution_kernel
 from vm.harness.disks import make_swap
 from vm.harness.errors import VmError, VmTimeout
-from vm.harness.qemu import Machine, Writes, default_nodes, parse_nodes
+from vm.harness.qemu import (
+    DISTRIBUTION_ARGUMENTS,
+    KERNEL_ARGUMENTS,
+    Machine,
+    Writes,
+    default_nodes,
+    parse_nodes,
+)
 
 BOOT_TIMEOUT_S = 180.0
 """A boot takes 5 s under emulation on an idle machine; this is for one that is busy with something else."""
@@ -61,6 +68,8 @@ class Options:
     """A disk for containerd's state under /var/lib/containerd, thrown away afterwards."""
     append: str = ""
     """More kernel arguments."""
+    distribution: bool = False
+    """Boot the kernel that Debian ships, as it comes: randomized addresses and all. Ours: fixed addresses."""
     out: Path | None = None
     """A host folder that the guest sees, writable, as /out; None: /out is in the guest's memory."""
 
@@ -108,6 +117,8 @@ class Vm:
         options, parts = self._options, self._parts
         nodes = parse_nodes(options.nodes or default_nodes(options.smp), options.smp)
         self._folder = self._make_run_folder()
+        if options.distribution:
+            parts = with_distribution_kernel(parts, self._folder)
         shares = {"host": (parts.repo, False)}
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -132,6 +143,7 @@ class Vm:
             output_fd=output_end.fileno(),
             shares=shares,
             disks=disks,
+            arguments=DISTRIBUTION_ARGUMENTS if options.distribution else KERNEL_ARGUMENTS,
             append=options.append,
             terminal=self._terminal,
         )

@@ -15,6 +15,7 @@ SLOW_DISTANCE = 40
 """ACPI SLIT distances: nodes with CPUs from each other, nodes without (slow memory) from all others."""
 
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable psi=1"
+DISTRIBUTION_ARGUMENTS = "console=ttyS0 quiet panic=-1 psi=1"
 
 ACCELERATORS = {
     # cx16 off: SLUB uses 16-byte compare-and-exchange where the CPU has it, for which TCG may have to stop all vCPUs.
@@ -102,6 +103,7 @@ class Machine:
     """By the name under which the guest mounts it: folder, and whether the guest may write to it."""
     disks: dict[str, tuple[Path, Writes]] = field(default_factory=dict)
     """By serial number: image, and what becomes of writes."""
+    arguments: str = KERNEL_ARGUMENTS
     append: str = ""
     terminal: bool = False
     """Put the guest's hvc0 on QEMU's own standard input and output."""
@@ -120,7 +122,7 @@ class Machine:
             str(self.initramfs),
         ]
         shares_out = " memtier.out" if "out" in self.shares else ""
-        words += ["-append", f"{KERNEL_ARGUMENTS}{shares_out} {self.append}".strip()]
+        words += ["-append", f"{self.arguments}{shares_out} {self.append}".strip()]
         words += ["-device", "virtio-serial"]
         for name, fd in (("ctl", self.control_fd), ("out", self.output_fd)):
             words += ["-chardev", f"socket,id={name},fd={fd}"]

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from vm.harness import host
 from vm.harness.cache import Cache, digest
+from vm.harness.debian import KEYRING, MIRROR, SUITE
 from vm.harness.errors import VmError
 
-SUITE = "trixie"
-MIRROR = "http://deb.debian.org/debian"
 RECIPE = "1"
 
 TOOLS = ("busybox-static", "iproute2", "kmod", "procps", "util-linux", "xz-utils")
@@ -61,7 +60,7 @@ def _build(into: Path) -> None:
     if os.geteuid() != 0:
         raise VmError("the root filesystem of the test VM is built by root", hint="run the same command with sudo")
     host.require({"mmdebstrap": "mmdebstrap"})
-    if not Path("/usr/share/keyrings/debian-archive-keyring.gpg").exists():
+    if not KEYRING.exists():
         host.apt_install(["debian-archive-keyring"])
     host.say(f"making the root filesystem from Debian {SUITE}: one to two minutes")
     log = into / "build.log"
