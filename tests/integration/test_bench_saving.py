@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from bench.saving import senpai
-from bench.saving.__main__ import insert
+from bench.saving.__main__ import how, insert
 from bench.saving.cell import Cell, Times, measure, percentile
 from bench.saving.report import grouped, table
 from bench.saving.servers import RECORD_BYTES, records
-from bench.saving.variants import VARIANTS, engine_config, has_memory_controller
+from bench.saving.variants import VARIANTS, biggest_memory, engine_config, has_memory_controller
 from memtier_engine.config import parse
 from support.swap import calm_down
 
@@ -41,6 +41,21 @@ def test_savings_are_net_of_what_the_compressed_pages_take_and_rows_are_medians_
     row = [column.strip() for column in text[3].split("|")[1:-1]]
     assert row[:8] == ["key-value server", VARIANTS["age"].title, "60", "40", "40 %", "1", "5", "2.00"]
     assert [line.count("|") for line in text] == [12] * 4
+
+
+def test_results_say_how_many_rounds_there_were_and_how_long_they_took() -> None:
+    times = Times(60.0, 45.0)
+    assert how(grouped([cell()]), times) == "one round; windows of 45 s, after 60 s"
+    assert how(grouped([cell(), cell()]), times).startswith("median of 2 rounds; ")
+    assert how(grouped([cell(), cell(), cell("web")]), times).startswith("1 to 2 rounds; ")
+
+
+def test_damon_watches_the_largest_piece_of_memory_whole() -> None:
+    iomem = (
+        "00000000-00000fff : Reserved\n00001000-0009fbff : System RAM\n00100000-7ffd3fff : System RAM\n"
+        "  01000000-019fffff : Kernel code\n100000000-13fffffff : System RAM\n"
+    )
+    assert biggest_memory(iomem) == (0x100000, 0x7FFD4000)
 
 
 def test_percentiles_are_values_that_were_measured() -> None:
@@ -122,4 +137,4 @@ def test_the_command_names_its_ways_and_refuses_others() -> None:
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": tests}, check=False
     )
     assert result.returncode == 2
-    assert re.search(r"invalid choice: 'magic'.*none.*age.*auto.*reclaim.*senpai.*damon-reclaim", result.stderr, re.S)
+    assert re.search(r"invalid choice: 'magic'.*none.*age.*auto.*reclaim.*senpai.*damon", result.stderr, re.S)

@@ -16,11 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.saving.cell import LOADS, Cell, Times, measure
-from bench.saving.report import draw, grouped, table
+from bench.saving.report import Groups, draw, grouped, table
 from bench.saving.variants import VARIANTS
 
+ROUNDS, VM_ROUNDS = 3, 1
 VM_SCALE = 0.25
 VM_NODES = "2048:0-1"
+VM_TIMES = Times(45.0, 20.0)
+"""Shorter: 18 cells take 25 minutes."""
 BEGIN, END = "<!-- {} begins -->", "<!-- {} ends -->"
 
 
@@ -65,11 +68,15 @@ def cells(workloads: Sequence[str], variants: Sequence[str], rounds: int, times:
                 yield cell
 
 
-def cells_in_vm(workloads: Sequence[str], variants: Sequence[str], rounds: int, times: Times) -> tuple[str, list[Cell]]:
-    """(the machine, the cells) measured in the test VM; a guest per workload and round."""
+def cells_in_vm(
+    workloads: Sequence[str], variants: Sequence[str], rounds: int, times: Times
+) -> Iterator[tuple[str, list[Cell]]]:
+    """(the machine, its cells) measured in the test VM, for each round and workload: each has a guest of its own.
+
+    What a guest measured before it failed counts; the failure is printed.
+    """
     from support.vm import VmSession
 
-    title, found = "", []
     for number in range(rounds):
         turn = [*variants[number % len(variants) :], *variants[: number % len(variants)]]
         for workload in workloads:
@@ -81,17 +88,22 @@ def cells_in_vm(workloads: Sequence[str], variants: Sequence[str], rounds: int, 
                 ]
                 environment = {"PYTHONPATH": "/host/tests", "PYTHONDONTWRITEBYTECODE": "1"}
                 limit_s = 60 + len(turn) * (60 + 3 * (times.settle_s + times.window_s))
-                result = session.run(command, timeout_s=limit_s, nodes=VM_NODES, swap_mib=0, env=environment).check()
+                result = session.run(command, timeout_s=limit_s, nodes=VM_NODES, swap_mib=0, env=environment)
             for line in result.output.splitlines():
                 if not line.startswith("{"):
                     print(f"VM: {line}", flush=True)
-            title = str(result.record("machine")["title"])
-            found += [
-                Cell(**{name: value for name, value in record.items() if name != "kind"})
-                for record in result.records()
-                if record["kind"] == "cell"
-            ]
-    return title, found
+            if result.status != 0:
+                print(f"round {number + 1}, {workload}: the guest ended with status {result.status}", flush=True)
+            records = result.records()
+            titles = [str(record["title"]) for record in records if record["kind"] == "machine"]
+            yield (
+                titles[0] if titles else "Test VM",
+                [
+                    Cell(**{name: value for name, value in record.items() if name != "kind"})
+                    for record in records
+                    if record["kind"] == "cell"
+                ],
+            )
 
 
 def insert(page: Path, part: str, text: str) -> None:
@@ -108,14 +120,20 @@ def insert(page: Path, part: str, text: str) -> None:
     page.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
 
 
-def write(found: Sequence[Cell], title: str, out: Path, part: str, page: Path | None) -> None:
+def how(groups: Groups, times: Times) -> str:
+    """How often and for how long was measured, in words."""
+    least, most = (pick(map(len, groups.values())) for pick in (min, max))
+    rounds = "one round" if most == 1 else f"median of {most} rounds" if least == most else f"{least} to {most} rounds"
+    return f"{rounds}; windows of {times.window_s:g} s, after {times.settle_s:g} s"
+
+
+def write(found: Sequence[Cell], title: str, times: Times, out: Path, part: str, page: Path | None) -> None:
     """Table, drawings and raw numbers of one machine."""
     if not found:
         raise RuntimeError("nothing was measured")
     groups = grouped(found)
-    rounds = max(map(len, groups.values()))
-    text = f"{title}; median of {rounds} rounds.\n\n{table(groups)}"
-    (out / f"{part}.json").write_text(json.dumps([asdict(cell) for cell in found]) + "\n")
+    text = f"{title}; {how(groups, times)}.\n\n{table(groups)}"
+    keep(found, out, part)
     pictures = draw(groups, title, out, part)
     if page is not None:
         shown = "\n".join(f"![{part}]({os.path.relpath(path, page.parent)})" for path in pictures)
@@ -124,14 +142,26 @@ def write(found: Sequence[Cell], title: str, out: Path, part: str, page: Path | 
     print(f"\n{text}", flush=True)
 
 
+def keep(found: Sequence[Cell], out: Path, part: str) -> None:
+    """The raw numbers of what was measured so far."""
+    (out / f"{part}.json").write_text(json.dumps([asdict(cell) for cell in found]) + "\n")
+
+
+def _times(options: argparse.Namespace, usual: Times) -> Times:
+    return Times(
+        usual.settle_s if options.settle is None else options.settle,
+        usual.window_s if options.window is None else options.window,
+    )
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench.saving", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/saving"), help="folder for the results")
     parser.add_argument("--page", type=Path, help="a page with marks to put the results into, too")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--settle", type=float, default=Times().settle_s, help="seconds before the measurement")
-    parser.add_argument("--window", type=float, default=Times().window_s, help="seconds of the measurement")
+    parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}; in the test VM {VM_ROUNDS}")
+    parser.add_argument("--settle", type=float, help="seconds before the measurement")
+    parser.add_argument("--window", type=float, help="seconds of the measurement")
     parser.add_argument("--scale", type=float, default=1.0, help="of the workloads' memory and rate")
     parser.add_argument("--workloads", nargs="+", choices=list(LOADS), default=list(LOADS))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
@@ -142,23 +172,27 @@ def main() -> int:
     if os.geteuid() != 0 and not (options.vm and not options.here):
         print("bench.saving needs root: it makes a swap device and a cgroup", file=sys.stderr)
         return 2
-    times = Times(options.settle, options.window)
     out: Path = options.out
     if not options.json:
         out.mkdir(parents=True, exist_ok=True)
     if options.here or not options.vm:
-        found = []
-        for cell in cells(options.workloads, options.variants, options.rounds, times, options.scale):
+        rounds, times, found = options.rounds or ROUNDS, _times(options, Times()), []
+        if options.json:
+            print(json.dumps({"kind": "machine", "title": machine()}), flush=True)
+        for cell in cells(options.workloads, options.variants, rounds, times, options.scale):
             found.append(cell)
             if options.json:
                 print(json.dumps({"kind": "cell", **asdict(cell)}), flush=True)
-        if options.json:
-            print(json.dumps({"kind": "machine", "title": machine()}), flush=True)
-        else:
-            write(found, machine(), out, "host", options.page)
+        if not options.json:
+            write(found, machine(), times, out, "host", options.page)
     if options.vm or not options.here:
-        title, in_vm = cells_in_vm(options.workloads, options.variants, options.rounds, times)
-        write(in_vm, f"Test VM: {title}", out, "vm", options.page)
+        rounds, times, found = options.rounds or VM_ROUNDS, _times(options, VM_TIMES), []
+        title = ""
+        for named, in_guest in cells_in_vm(options.workloads, options.variants, rounds, times):
+            title = named
+            found += in_guest
+            keep(found, out, "vm")
+        write(found, f"Test VM: {title}", times, out, "vm", options.page)
     return 0
 
 

@@ -47,7 +47,7 @@ LOADS: Mapping[str, Load] = {
 class Times:
     """Seconds."""
 
-    settle_s: float = 75.0
+    settle_s: float = 60.0
     """Not measured: the way finds out what is idle, and takes it."""
     window_s: float = 45.0
 

@@ -6,20 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from memtier_engine.errors import TrackerUnavailable
+from memtier_engine.hostfs.damon import KDAMONDS, DamonAttributes, Kdamond
 from memtier_engine.hostfs.host import Host
 
 HERE = Path(__file__).parent
 IDLE_S = 10
-"""Age policy and DAMON_RECLAIM take what was idle for so long. All times here are a tenth of usual ones."""
+"""Age policy and DAMON take what was idle for so long. All times here are a tenth of usual ones."""
 REFAULT_GOAL = "2%/min"
 """A tenth of the time means ten times the rate: 0.2 %/min is the default."""
-DAMON = Path("/sys/module/damon_reclaim/parameters")
+DAMON_RECLAIM = Path("/sys/module/damon_reclaim/parameters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,18 @@ def _needs_controller() -> str | None:
     return "the memory controller is not on cgroup v2 here, so there is no memory.reclaim"
 
 
-def _needs_damon_reclaim() -> str | None:
-    return None if DAMON.exists() else "the kernel is built without CONFIG_DAMON_RECLAIM"
+def _needs_damon() -> str | None:
+    """Of the module only whether it is there: a kernel without it is not set up to let DAMON take memory."""
+    if not DAMON_RECLAIM.exists():
+        return "the kernel is built without CONFIG_DAMON_RECLAIM"
+    try:
+        kdamond = Kdamond(Host())
+    except TrackerUnavailable as unavailable:
+        return str(unavailable)
+    try:
+        return None if "paddr" in kdamond.operations() else "the kernel is built without CONFIG_DAMON_PADDR"
+    finally:
+        kdamond.close()
 
 
 @contextmanager
@@ -124,39 +135,55 @@ def _senpai(scene: Scene) -> Iterator[CpuSeconds]:
 
 
 @contextmanager
-def _damon_reclaim(scene: Scene) -> Iterator[CpuSeconds]:
-    """It knows no cgroups: it works on the whole machine, whatever the free memory."""
-    values = {
-        "min_age": IDLE_S * 1_000_000,
-        "quota_ms": 100,
-        "quota_sz": 100 << 20,
-        "quota_reset_interval_ms": 1000,
-        "wmarks_interval": 1_000_000,
-        "wmarks_high": 1000,
-        "wmarks_mid": 999,
-        "wmarks_low": 0,
-        "sample_interval": 5000,
-        "aggr_interval": 100_000,
-        "min_nr_regions": 100,
-        "max_nr_regions": 1000,
+def _damon_pageout(scene: Scene) -> Iterator[CpuSeconds]:
+    """What DAMON_RECLAIM does, set up by DAMON's own files. It knows no cgroups: it works on the whole machine.
+
+    Not the module itself: in Linux 6.12 it never has a scheme. `damon_reclaim_apply_parameters()` in
+    mm/damon/reclaim.c puts the scheme into the context that is going to run, and then commits a second context
+    without schemes over it, which removes it.
+    """
+    host = Host()
+    kdamond = Kdamond(host)
+    base = host.path(KDAMONDS) / str(kdamond.number)
+    attributes = DamonAttributes(regions_min=100)
+    start, end = biggest_memory(Path("/proc/iomem").read_text())
+    ages = IDLE_S * 1_000_000 // attributes.aggregation_us
+    values: dict[str, object] = {
+        "targets/nr_targets": 1,
+        "targets/0/regions/nr_regions": 1,
+        "targets/0/regions/0/start": start,
+        "targets/0/regions/0/end": end,
+        "schemes/nr_schemes": 1,
+        # From here as in damon_reclaim_new_scheme(), but for the age, and without watermarks: always active.
+        "schemes/0/action": "pageout",
+        "schemes/0/access_pattern/sz/min": 4096,
+        "schemes/0/access_pattern/sz/max": 2**64 - 1,
+        "schemes/0/access_pattern/nr_accesses/min": 0,
+        "schemes/0/access_pattern/nr_accesses/max": 0,
+        "schemes/0/access_pattern/age/min": ages,
+        "schemes/0/access_pattern/age/max": 2**32 - 1,
+        "schemes/0/quotas/ms": 100,
+        "schemes/0/quotas/bytes": 100 << 20,
+        "schemes/0/quotas/reset_interval_ms": 1000,
+        "schemes/0/quotas/weights/age_permil": 1,
     }
-    for name, value in values.items():
-        (DAMON / name).write_text(str(value))
-    (DAMON / "enabled").write_text("Y")
     try:
-        thread = _wait_for_thread()
+        kdamond.configure(attributes, "paddr")
+        for name, value in values.items():
+            (base / "contexts/0" / name).write_text(str(value))
+        (base / "state").write_text("on")
+        thread = int((base / "pid").read_text())
         yield lambda: process_cpu_s(thread)
+        if not kdamond.running():
+            raise RuntimeError("the kernel ended the kdamond")
     finally:
-        (DAMON / "enabled").write_text("N")
+        kdamond.close()
 
 
-def _wait_for_thread() -> int:
-    for _ in range(100):
-        pid = int((DAMON / "kdamond_pid").read_text())
-        if pid > 0:
-            return pid
-        time.sleep(0.05)
-    raise RuntimeError("DAMON_RECLAIM did not start")
+def biggest_memory(iomem: str) -> tuple[int, int]:
+    """(start, end) of the largest System RAM in the text of /proc/iomem, which DAMON_RECLAIM watches, too."""
+    found = [line.split(" : ")[0].split("-") for line in iomem.splitlines() if line.endswith(" : System RAM")]
+    return max(((int(start, 16), int(end, 16) + 1) for start, end in found), key=lambda span: span[1] - span[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,5 +212,5 @@ VARIANTS: Mapping[str, Variant] = {
         _needs_controller,
     ),
     "senpai": Variant("senpai loop", _senpai, _needs_controller),
-    "damon-reclaim": Variant("DAMON_RECLAIM", _damon_reclaim, _needs_damon_reclaim),
+    "damon": Variant(f"DAMON pageout, {IDLE_S} s", _damon_pageout, _needs_damon),
 }
