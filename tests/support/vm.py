@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -93,6 +94,7 @@ class VmSession:
         swap_mib: int = 1024,
         append: str = "",
         distribution: bool = False,
+        out: Path | None = None,
         env: Mapping[str, str] | None = None,
         fresh: bool = False,
     ) -> VmResult:
@@ -103,12 +105,13 @@ class VmSession:
             nodes: NUMA nodes as "MIB:CPUS ..."; None: 1024:0 512:1 and two of 512 without CPUs.
             append: more kernel arguments.
             distribution: boot the kernel that Debian ships instead of ours.
+            out: a folder of this machine that the guest sees, writable, as /out.
             env: more environment variables.
             fresh: boot a new guest even if one of this shape is up.
         Raises:
             VmError: the guest could not be built or booted, or it died; the message has its last words.
         """
-        options = Options(smp=smp, nodes=nodes, swap_mib=swap_mib, append=append, distribution=distribution)
+        options = Options(smp=smp, nodes=nodes, swap_mib=swap_mib, append=append, distribution=distribution, out=out)
         vm = self._booted(options, fresh)
         started = time.monotonic()
         try:
