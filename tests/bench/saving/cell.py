@@ -20,6 +20,8 @@ from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.hostfs.host import Host
 
 SAMPLE_S = 1.0
+PLAIN_SETTLE_S = 15.0
+"""Without an engine there is nothing to wait for but caches."""
 SWAP_FLAG_PREFER = 0x8000
 SWAP_PRIORITY = 100
 _CONTROL = Path("/sys/class/zram-control")
@@ -47,7 +49,7 @@ LOADS: Mapping[str, Load] = {
 class Times:
     """Seconds."""
 
-    settle_s: float = 60.0
+    settle_s: float = 75.0
     """Not measured: the way finds out what is idle, and takes it."""
     window_s: float = 45.0
 
@@ -209,6 +211,8 @@ def measure(workload: str, variant: str, times: Times, *, scale: float = 1.0) ->
         OSError: no zram, no cgroup v2, or not root.
     """
     load = LOADS[workload]
+    if variant == "none":
+        times = Times(min(PLAIN_SETTLE_S, times.settle_s), times.window_s)
     mib = max(8, int(load.mib * scale))
     total_s = times.settle_s + times.window_s
     with (

@@ -162,8 +162,9 @@ def _damon_pageout(scene: Scene) -> Iterator[CpuSeconds]:
         "schemes/0/access_pattern/nr_accesses/max": 0,
         "schemes/0/access_pattern/age/min": ages,
         "schemes/0/access_pattern/age/max": 2**32 - 1,
+        # Ten times the module's, as times here are a tenth. All memory that is tried counts, free memory, too.
         "schemes/0/quotas/ms": 100,
-        "schemes/0/quotas/bytes": 100 << 20,
+        "schemes/0/quotas/bytes": 1280 << 20,
         "schemes/0/quotas/reset_interval_ms": 1000,
         "schemes/0/quotas/weights/age_permil": 1,
     }
