@@ -138,7 +138,8 @@ def write(found: Sequence[Cell], title: str, times: Times, out: Path, part: str,
     if page is not None:
         shown = "\n".join(f"![{part}]({os.path.relpath(path, page.parent)})" for path in pictures)
         insert(page, part, f"{text}\n{shown}")
-    (out / f"{part}.md").write_text(text)
+    else:
+        (out / f"{part}.md").write_text(text)
     print(f"\n{text}", flush=True)
 
 
