@@ -94,6 +94,25 @@ def test_where_every_age_is_touched_again_the_goal_still_holds() -> None:
     assert simulated.out_share > 0.02
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_requests_for_popular_keys_end_the_wait_once_their_gaps_are_known(seed: int) -> None:
+    """A key-value server: a page in 40 is popular, wanted each second to each 140 s; the others are each some weeks.
+
+    Out go all others, within half an hour, and what comes back stays under the goal on average.
+    """
+    source = np.random.default_rng(seed)
+    rate_per_s = np.full(PAGES, 2e-7)
+    popular = source.choice(PAGES, PAGES // 40, replace=False)
+    rate_per_s[popular] = (INDEX[: len(popular)] + 1.0) ** -0.8
+    ledger = RefaultLedger(remember_s=7200, gaps=True)
+    simulated = Simulation(PAGES, lambda begin_s, end_s: source.random(PAGES) < rate_per_s * (end_s - begin_s), ledger)
+    simulated.policy = AutoPolicy(AutoPolicyConfig(), ledger)
+    assert windows(simulated, 3) == [0, 0, 0]
+    windows(simulated, 27)
+    assert simulated.out_share == pytest.approx(0.97, abs=0.01)
+    assert np.mean(windows(simulated, 30)) <= 0.2
+
+
 def test_refaults_are_under_the_goal_also_as_a_share_of_the_memory_that_is_left_in_ram() -> None:
     """Of the memory now in RAM 0.17 % per minute would come back; of what is left without it, far more."""
     simulated = simulation(shares((0.1, HOT_S), (0.5, 18_000.0)))
