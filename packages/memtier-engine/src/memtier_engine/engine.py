@@ -32,6 +32,7 @@ from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.pace import Pace
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import Policy
+from memtier_engine.probing import Probing
 from memtier_engine.refaults import RefaultLedger, RefaultStats
 from memtier_engine.stats.observer import Observer, event_prefix
 from memtier_engine.targets.base import RestrictingTarget, Target, TellingTarget, innermost
@@ -164,6 +165,7 @@ class Engine:
         self.pages: dict[ProcessId, ProcessPages] = {}
         self.age_clock = AgeClock()
         self._asleep = AsleepWatch(self.tracker)
+        self._probing = Probing(self.tracker)
         self._next_scan_s = now_s
         self._next_decision_s = now_s
         self._candidate_bytes = 0
@@ -286,7 +288,7 @@ class Engine:
         if tasks or not rested or self.mover.wait_s() is not None:  # else there is nothing to guard
             self.guards.check(now_s, Context(int(ages[: AGE_MAX + 1].sum()) * PAGE_BYTES, self._refault_bytes))
         if tasks is not None and not self.config.dry_run:
-            self.mover.replace(self.guards.admit(tasks, self.guards.verdict, now_s))
+            self.mover.replace(self.guards.admit(self._probing.limit(tasks), self.guards.verdict, now_s))
         self._cpu_s += time.thread_time() - began_cpu_s
         return self._report(now_s, scan_seconds, ages)
 
@@ -354,7 +356,7 @@ class Engine:
 
     def _may_rest(self, processes: list[ProcessId]) -> bool:
         """Whether the processes are known and have not run since the last scan, so that this one can be left out."""
-        asleep = self._asleep.asleep(innermost(self.target))
+        asleep = self._asleep.asleep(innermost(self.target)) and not self._probing.waits
         return asleep and self.pages.keys() == set(processes) and not any(each.every_scan for each in self.observers)
 
     def _scan(self, process: ProcessId, table: NDArray[np.uint8]) -> None:
@@ -378,12 +380,14 @@ class Engine:
             self.policy.observe(process, chunk)
             for observer in self.observers:
                 observer.chunk(process, chunk)
+        self._probing.scanned(process)
         for observer in self.observers:
             observer.scan_ended(process, time.monotonic() - began_s)
 
     def _forget(self, process: ProcessId) -> None:
         self.pages.pop(process, None)
         self.refaults.forget(process)
+        self._probing.forget(process)
         self.mover.drop(process)
         for observer in self.observers:
             observer.forgotten(process)
@@ -413,6 +417,7 @@ class Engine:
     def _account(self, outcome: MoveOutcome) -> None:
         self._requested_bytes += outcome.requested_bytes
         self._moved_bytes += outcome.moved_bytes
+        self._probing.moved(outcome)
         if outcome.error and outcome.requested_bytes:
             self._note(outcome.error)
         own = self.pages.get(outcome.process)

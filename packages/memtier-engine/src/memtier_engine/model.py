@@ -106,6 +106,7 @@ class Tracker(Protocol):
     page_exact: bool
     """False: `accessed` says "this mapping", not "this page"."""
     # May have `own_accesses_only = True`: of a process that does not run, it never reports an access.
+    # May have `stale_tlb = True`: it does not flush TLBs, so pages that stay in one can look idle. See `probing`.
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """The whole set to observe from now on; call again when it changes."""

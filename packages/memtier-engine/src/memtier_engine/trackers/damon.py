@@ -72,6 +72,7 @@ class DamonTracker:
 
     name = "damon"
     page_exact = False
+    stale_tlb = True
 
     def __init__(self, host: Host, config: DamonConfig | None = None, *, clock: Clock | None = None) -> None:
         """Raises TrackerUnavailable without DAMON, or if all kdamonds are in use."""

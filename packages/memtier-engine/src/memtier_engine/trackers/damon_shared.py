@@ -54,6 +54,7 @@ class SharedDamonTracker:
 
     name = "damon"
     page_exact = False
+    stale_tlb = True
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class IdlePageTracker:
     name = "idlepage"
     page_exact = True
     own_accesses_only = True
+    stale_tlb = True
 
     def __init__(self, host: Host) -> None:
         """Raises TrackerUnavailable if there is no bitmap, AccessDenied without the rights for it."""

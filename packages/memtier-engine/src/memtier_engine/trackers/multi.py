@@ -40,6 +40,7 @@ class MultiTracker:
         check_parts([part.name for part in parts])
         self.parts = tuple(parts)
         self.page_exact = all(part.page_exact for part in parts)
+        self.stale_tlb = any(getattr(part, "stale_tlb", False) for part in parts)
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`."""

@@ -23,6 +23,7 @@ class RefsTracker:
     name = "refs"
     page_exact = False
     own_accesses_only = True
+    stale_tlb = True
 
     def __init__(self, host: Host) -> None:
         self._host = host

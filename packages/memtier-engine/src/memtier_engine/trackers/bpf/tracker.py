@@ -46,6 +46,11 @@ class BpfTracker:
         self._warned: set[ProcessId] = set()
         self._buffer = np.empty((MAX_BLOCKS, paging.BLOCK_PAGES), np.uint64)
 
+    @property
+    def stale_tlb(self) -> bool:
+        """See `memtier_engine.probing`."""
+        return not self.flushes
+
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`."""
         self._seen.keep(processes)

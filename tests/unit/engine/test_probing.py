@@ -1,0 +1,167 @@
+"""A few pages first, the rest after a scan, where a busy process can look idle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memtier_engine.clock import FakeClock
+from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.hostfs.host import Host
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, PageChunk, ProcessId, Spans
+from memtier_engine.mover.backends import BatchResult, ProcessHandle
+from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.policies.age import AgePolicyConfig
+from memtier_engine.probing import GROWTH, PROBE_BYTES, Probing
+from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of, spans
+
+OTHER = ProcessId(4243, 9)
+PROBE = PROBE_BYTES // PAGE_BYTES
+
+
+class Stale:
+    stale_tlb = True
+
+
+def task(process: ProcessId = PROCESS, pages: int = 10_000, to_node: int = SWAP_NODE) -> MoveTask:
+    return MoveTask(process, spans((0, pages)), to_node, "idle")
+
+
+def outcome(process: ProcessId = PROCESS, moved: int = PROBE, to_node: int = SWAP_NODE) -> MoveOutcome:
+    return MoveOutcome(process, spans((0, PROBE)), to_node, PROBE_BYTES, moved * PAGE_BYTES, 0.0)
+
+
+def sizes(tasks: list[MoveTask]) -> list[int]:
+    return [task.spans.total_bytes // PAGE_BYTES for task in tasks]
+
+
+def test_a_tracker_that_flushes_needs_no_probe() -> None:
+    probing = Probing(object())
+    assert sizes(probing.limit([task()])) == [10_000]
+    probing.moved(outcome())
+    assert not probing.waits
+
+
+def test_all_goes_once_something_went_out_and_a_scan_followed() -> None:
+    probing = Probing(Stale())
+    assert sizes(probing.limit([task()])) == [PROBE]
+    probing.moved(outcome())
+    assert probing.waits
+    assert probing.limit([task()]) == [], "between probe and scan nothing is known yet"
+    probing.scanned(PROCESS)
+    assert not probing.waits
+    assert sizes(probing.limit([task()])) == [10_000]
+
+
+def test_what_moves_makes_the_next_decision_a_sure_one_too() -> None:
+    """So a process that stays idle goes out at full speed."""
+    probing = Probing(Stale())
+    probing.moved(outcome())
+    for _ in range(3):
+        probing.scanned(PROCESS)
+        assert sizes(probing.limit([task()])) == [10_000]
+        probing.moved(outcome())
+
+
+def test_a_scan_holds_for_the_next_decision_and_no_longer() -> None:
+    """Scans between two decisions change nothing; without page-outs, pages hide again."""
+    probing = Probing(Stale())
+    probing.moved(outcome())
+    for _ in range(5):
+        probing.scanned(PROCESS)
+    assert sizes(probing.limit([task()])) == [10_000]
+    probing.scanned(PROCESS)
+    assert sizes(probing.limit([task()])) == [PROBE]
+
+
+def test_each_process_is_probed_by_itself_and_once_a_decision() -> None:
+    probing = Probing(Stale())
+    probing.moved(outcome(OTHER))
+    probing.scanned(OTHER)
+    assert sizes(probing.limit([task(), task(), task(OTHER)])) == [PROBE, 10_000]
+
+
+def test_a_probe_of_which_nothing_went_out_is_followed_by_a_larger_one() -> None:
+    probing = Probing(Stale())
+    probing.moved(outcome(moved=0))
+    assert not probing.waits
+    assert sizes(probing.limit([task()])) == [PROBE * GROWTH]
+    probing.moved(outcome())
+    probing.forget(PROCESS)
+    assert sizes(probing.limit([task()])) == [PROBE]
+
+
+def test_moves_between_nodes_are_not_held_up_and_prove_nothing() -> None:
+    probing = Probing(Stale())
+    assert sizes(probing.limit([task(to_node=1)])) == [10_000]
+    probing.moved(outcome(to_node=1))
+    assert not probing.waits
+
+
+class HidingTracker(FakeTracker):
+    """Pages in use stay in a TLB: they show no access until the kernel flushes it to page something out."""
+
+    stale_tlb = True
+    own_accesses_only = True
+
+    def __init__(self, pages: int) -> None:
+        super().__init__()
+        self.busy = set(range(pages))
+        self.flushed = True
+
+    def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
+        self.touched = set(self.busy) if self.flushed else set()
+        self.flushed = False
+        yield from super().scan(process, spans)
+
+
+@pytest.mark.parametrize(("scan_ms", "decide_ms"), [(1000, 1000), (1000, 4000)])
+def test_a_busy_process_that_looks_idle_loses_a_probe_and_no_more(
+    scan_ms: int, decide_ms: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its 2000 pages are in use; then it falls asleep, and all go out."""
+    pages = 2000
+    folder = tmp_path / "proc" / str(PROCESS.pid)
+    folder.mkdir(parents=True)
+    (folder / "maps").write_text(f"{BASE:x}-{BASE + pages * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n")
+    monkeypatch.setattr("memtier_engine.mover.mover.ProcessHandle", _NoHandle)
+    clock, host, tracker, gone = FakeClock(), Host(tmp_path), HidingTracker(pages), []
+
+    def page_out(handle: ProcessHandle, part: Spans, node: int) -> BatchResult:
+        tracker.flushed = True
+        gone.append(part.total_bytes)
+        tracker.absent |= {page for first, last in pages_of(part) for page in range(first, last)} - tracker.busy
+        return BatchResult(moved_bytes=part.total_bytes)
+
+    config = EngineConfig(
+        scan_interval_ms=scan_ms,
+        policy=AgePolicyConfig(interval_ms=decide_ms, swap_out_ms=6000),
+        mover=MoverConfig(interval_ms=10, bandwidth_mib_per_s=None),
+        count_swap_ins=False,
+    )
+    mover = Mover(config.mover, host, now_s=0.0, backend=page_out)
+    engine = Engine(FakeTarget(PROCESS), config, host=host, clock=clock, tracker=tracker, mover=mover)
+
+    def run(seconds: float) -> None:
+        end_s = clock.now_s() + seconds
+        while clock.now_s() < end_s:
+            _, due_s = engine.advance(clock.now_s())
+            clock.advance(max(0.001, due_s - clock.now_s()))
+
+    run(120)
+    assert gone, "it looked idle"
+    assert max(gone) <= PROBE_BYTES
+    assert len(gone) <= 120 / 6
+    tracker.busy = set()
+    run(60)
+    assert tracker.absent == set(range(pages))
+
+
+class _NoHandle:
+    def __init__(self, host: Host, process: ProcessId) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
