@@ -144,3 +144,15 @@ def test_the_report_tells_how_right_the_decisions_were(scene: Scene) -> None:
     assert report.refaults.early_bytes == len(back) * PAGE_BYTES
     assert report.refaults.precision is not None
     assert report.refaults.precision < 1.0
+
+
+@pytest.mark.parametrize(("left_kib", "counted"), [(0, False), (4096, True)])
+def test_what_comes_back_because_swap_was_taken_away_is_no_refault(scene: Scene, left_kib: int, counted: bool) -> None:
+    scene.machine.write("proc/meminfo", "MemTotal: 8192 kB\nSwapTotal: 4096 kB\n")
+    scene.run(8)
+    back = len(scene.tracker.absent)
+    assert back
+    scene.machine.write("proc/meminfo", f"MemTotal: 8192 kB\nSwapTotal: {left_kib} kB\n")
+    scene.tracker.absent.clear()
+    report = scene.run(1.5)
+    assert report.refault_bytes_total == back * PAGE_BYTES * counted

@@ -62,6 +62,22 @@ def test_what_comes_back_within_the_time_counts_against_the_decision() -> None:
     assert stats.precision == stats.recent_precision == 0.9
 
 
+def test_what_comes_back_as_swap_is_taken_away_is_neither_right_nor_wrong() -> None:
+    scene = Scene()
+    scene.ledger.begin_scan(swap_bytes=2 << 30)
+    scene.scan()
+    scene.page_out(0, 40)
+    scene.come_back(*range(30))
+    scene.ledger.begin_scan(swap_bytes=1 << 30)
+    scene.scan()
+    stats = scene.ledger.stats(scene.now_s)
+    assert (stats.early_bytes, stats.pending_bytes, stats.precision) == (0, pages(10), 1.0)
+    scene.come_back(30)
+    scene.ledger.begin_scan(swap_bytes=1 << 30)
+    scene.scan()
+    assert scene.ledger.stats(scene.now_s).early_bytes == pages(1)
+
+
 def test_what_comes_back_later_was_a_right_decision() -> None:
     scene = Scene()
     scene.scan()

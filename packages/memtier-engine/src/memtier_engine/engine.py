@@ -27,6 +27,7 @@ from memtier_engine.guards.guardset import Context, GuardSet
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_mappings
 from memtier_engine.hostfs.privileges import TRACKERS, named
+from memtier_engine.hostfs.proc import meminfo
 from memtier_engine.model import NOWHERE, PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans, Tracker
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.pace import Pace
@@ -262,6 +263,7 @@ class Engine:
         processes = list(self.following.wanted)
         self.age_clock.begin_scan(now_s)
         table = self.age_clock.step_table()
+        self.refaults.begin_scan(self._swap_bytes())
         rested = self._may_rest(processes)
         if rested:
             for own in self.pages.values():
@@ -359,6 +361,12 @@ class Engine:
         asleep = self._asleep.asleep(innermost(self.target)) and not self._probing.waits
         return asleep and self.pages.keys() == set(processes) and not any(each.every_scan for each in self.observers)
 
+    def _swap_bytes(self) -> int | None:
+        try:
+            return meminfo(self.host).get("SwapTotal")
+        except (KernelCallError, ValueError):
+            return None
+
     def _scan(self, process: ProcessId, table: NDArray[np.uint8]) -> None:
         began_s = time.monotonic()
         spans = read_mappings(self.host, process.pid).tierable()
@@ -376,7 +384,9 @@ class Engine:
         idle_s, now_s = self.age_clock.idle_s(), self.age_clock.now_s
         for chunk in self.tracker.scan(process, spans):
             self.refaults.observe(process, own, chunk, idle_s, now_s)
-            self._refault_bytes += own.update(chunk, table) * PAGE_BYTES
+            back = own.update(chunk, table)
+            if not self.refaults.swap_shrank:
+                self._refault_bytes += back * PAGE_BYTES
             self.policy.observe(process, chunk)
             for observer in self.observers:
                 observer.chunk(process, chunk)

@@ -194,6 +194,17 @@ class RefaultLedger:
         self._generations: deque[_Generation] = deque()
         self._early = self._late = self._kept = 0
         self._swap_ins: tuple[int, int, float] | None = None
+        self._swap_bytes: int | None = None
+        self.swap_shrank = False
+        """Whether swap was taken away since the scan before: what comes back now was not asked for."""
+
+    def begin_scan(self, swap_bytes: int | None) -> None:
+        """A scan begins, of a node with so much swap in all (None: not known).
+
+        swapoff(2) takes what it has brought back off the total as it goes on (si_swapinfo() in mm/swapfile.c).
+        """
+        before, self._swap_bytes = self._swap_bytes, swap_bytes
+        self.swap_shrank = before is not None and swap_bytes is not None and swap_bytes < before
 
     def paged_out(self, process: ProcessId, moved: Spans, stuck: Spans, idle_s: float, now_s: float) -> None:
         """`moved` without `stuck` went out at `now_s`, after having been idle for `idle_s`."""
@@ -227,7 +238,9 @@ class RefaultLedger:
         first = own.index_of(chunk.start)
         ages = own.ages[first : first + len(chunk.accessed)]
         back = np.flatnonzero((ages == PAGED_OUT) & chunk.resident)
-        if len(back):
+        if len(back) and self.swap_shrank:
+            self._brought_back(process, own.page_numbers(first + back))
+        elif len(back):
             self._came_back(process, own.page_numbers(first + back), now_s)
         if self.gaps is not None:
             touched = np.bincount(ages[chunk.accessed], minlength=256)[1 : AGE_MAX + 1]
@@ -289,6 +302,15 @@ class RefaultLedger:
                 counts[int(bins_of(np.array([idle_s]))[0])] += max(0, part.moved - part.back)
         counts[int(bins_of(np.array([self.remember_s]))[0])] += max(0, total - int(counts.sum()))
         return counts
+
+    def _brought_back(self, process: ProcessId, pages: U64) -> None:
+        """Neither right nor wrong: as if they had not gone out."""
+        for generation in reversed(self._generations):
+            part = generation.parts.get(process)
+            if part is not None and len(pages):
+                here = part.pages.contains(pages)
+                part.moved -= int(np.count_nonzero(here))
+                pages = pages[~here]
 
     def _came_back(self, process: ProcessId, pages: U64, now_s: float) -> None:
         self._expire(now_s)
