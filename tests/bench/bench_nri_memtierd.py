@@ -21,7 +21,7 @@ from memtier_engine.hostfs.host import Host
 from nri_core import Container, Pod
 from nri_core.testing import FakeRuntime, PluginConnection
 from support.cgroups import temporary_cgroup
-from support.nri_program import NriMemtierd
+from support.nri_program import NriMemtierd, swap_class
 
 CALLS = 300
 MANAGED = (0, 50, 500)
@@ -30,20 +30,7 @@ RSS_LIMIT_MIB = 80
 CPU_LIMIT = 0.02
 CPU_WINDOW_S = 30.0
 HOOK_LIMIT_MS = 100.0
-CONFIG = """
-classes:
-- name: swap
-  allowswap: true
-  memtierdconfig:
-    policy:
-      name: age
-      config:
-        intervalms: 10000
-        swapoutms: 60000000
-        pidwatcher: {name: cgroups, config: {cgroups: [$CGROUP2_ABS_PATH]}}
-        tracker: {name: auto, config: {scanintervalms: 10000}}
-        mover: {intervalms: 20, bandwidth: 50}
-"""
+CONFIG = swap_class(interval_ms=10_000, swap_out_ms=60_000_000, mover_interval_ms=20, bandwidth=50)
 POD = Pod("p1", "pod", "default", annotations={"class.memtierd.nri.io": "swap"})
 
 

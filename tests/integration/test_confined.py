@@ -20,7 +20,7 @@ from nri_core import Container, Pod
 from nri_core.testing import FakeRuntime, PluginConnection
 from support.cgroups import temporary_cgroup
 from support.confine import seccomp_is_here
-from support.nri_program import PROGRAM, NriMemtierd
+from support.nri_program import PROGRAM, NriMemtierd, swap_class
 from support.swap import temporary_zram_swap
 from support.workload import Workload, workload
 
@@ -31,20 +31,7 @@ pytestmark = [
 
 REPO = Path(__file__).resolve().parents[2]
 PROFILE = REPO / "deploy/seccomp/nri-memtierd.json"
-CONFIG = """
-classes:
-- name: swap
-  allowswap: true
-  memtierdconfig:
-    policy:
-      name: age
-      config:
-        intervalms: 300
-        swapoutms: 1200
-        pidwatcher: {name: cgroups, config: {cgroups: [$CGROUP2_ABS_PATH]}}
-        tracker: {name: auto, config: {scanintervalms: 300}}
-        mover: {intervalms: 10, bandwidth: 400}
-"""
+CONFIG = swap_class(interval_ms=300, swap_out_ms=1200, bandwidth=400)
 POD = Pod("p1", "pod", "default", annotations={"class.memtierd.nri.io": "swap"})
 _NO_PROGRAMS = """
 import json, sys

@@ -21,26 +21,16 @@ from memtier_engine.hostfs.host import Host
 from nri_core import Container, ContainerState, Pod
 from nri_core.testing import FakeRuntime, PluginConnection
 from support.cgroups import temporary_cgroup
-from support.nri_program import PROGRAM, NriMemtierd
+from support.nri_program import PROGRAM, NriMemtierd, swap_class
 from support.swap import temporary_zram_swap
 from support.workload import workload
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
 
 CLASS = "class.memtierd.nri.io"
-CONFIG = """
-classes:
-- name: swap
-  allowswap: true
-  memtierdconfig: &fast
-    policy:
-      name: age
-      config:
-        intervalms: 300
-        swapoutms: 1200
-        pidwatcher: {name: cgroups, config: {cgroups: [$CGROUP2_ABS_PATH]}}
-        tracker: {name: auto, config: {scanintervalms: 300}}
-        mover: {intervalms: 10, bandwidth: 400}
+CONFIG = (
+    swap_class(interval_ms=300, swap_out_ms=1200, bandwidth=400, anchor="fast")
+    + """\
     guards: {psimemorynode: null, psiionode: null}  # what else the machine does is not the matter
 - name: track
   allowswap: false
@@ -58,6 +48,7 @@ classes:
         intervalcommand: [policy, -dump, accessed, "0,1s,1m,0"]
         intervalcommandrunner: memtier
 """
+)
 POD = Pod("p1", "pod", "default", annotations={CLASS: "swap", f"{CLASS}/c1": "track", f"{CLASS}/c2": ""})
 
 

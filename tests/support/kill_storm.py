@@ -21,29 +21,20 @@ from pathlib import Path
 from memtier_engine.hostfs.host import Host
 from nri_core import Container, ContainerState, NriError, Pod
 from nri_core.testing import FakeRuntime, PluginConnection
-from support.nri_program import NriMemtierd
+from support.nri_program import NriMemtierd, swap_class
 
 CONTAINERS = ("c0", "c1", "c2")
 SWAP_MAX = {"c0": "max", "c1": "max", "c2": "0"}
 """As the classes say: what the runtime sets when the plugin asks for it."""
-CONFIG = """
-classes:
-- name: swap
-  allowswap: true
-  memtierdconfig: &engine
-    policy:
-      name: age
-      config:
-        intervalms: 100
-        swapoutms: 300
-        pidwatcher: {name: cgroups, config: {cgroups: [$CGROUP2_ABS_PATH]}}
-        tracker: {name: auto, config: {scanintervalms: 100}}
-        mover: {intervalms: 10, bandwidth: 20}
+CONFIG = (
+    swap_class(interval_ms=100, swap_out_ms=300, bandwidth=20, anchor="engine")
+    + """\
     guards: {psimemorynode: null, psiionode: null, startgracems: 0, refaults: null, skip: {rssleast: 1M}}
 - name: kept
   allowswap: false
   memtierdconfig: *engine
 """
+)
 _CLASS = "class.memtierd.nri.io"
 POD = Pod("p1", "pod", "default", annotations={_CLASS: "swap", f"{_CLASS}/c2": "kept"})
 _KEEPER = """

@@ -14,6 +14,29 @@ from pathlib import Path
 PROGRAM = (sys.executable, "-c", "import sys; from memtier_cli.compat.nri_memtierd import main; sys.exit(main())")
 
 
+def swap_class(
+    *, interval_ms: int, swap_out_ms: int, mover_interval_ms: int = 10, bandwidth: int, anchor: str = ""
+) -> str:
+    """A configuration's first class, `swap`: policy age pages out after `swap_out_ms`, at `bandwidth` MiB/s.
+
+    `anchor` names what the class sets, for other classes to use. More lines may follow, of the class or of others.
+    """
+    return f"""
+classes:
+- name: swap
+  allowswap: true
+  memtierdconfig:{anchor and f" &{anchor}"}
+    policy:
+      name: age
+      config:
+        intervalms: {interval_ms}
+        swapoutms: {swap_out_ms}
+        pidwatcher: {{name: cgroups, config: {{cgroups: [$CGROUP2_ABS_PATH]}}}}
+        tracker: {{name: auto, config: {{scanintervalms: {interval_ms}}}}}
+        mover: {{intervalms: {mover_interval_ms}, bandwidth: {bandwidth}}}
+"""
+
+
 class NriMemtierd:
     """One run of the program. Its log is `log`."""
 
