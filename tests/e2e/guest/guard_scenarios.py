@@ -455,11 +455,11 @@ def clock_jumps() -> None:
         )
 
 
-STOPPED_S = 8
+STOPPED_S = 60
 
 
 def stopped() -> None:
-    """SIGSTOP for many scan intervals, SIGCONT: the daemon takes up its work, and what was in use then stays."""
+    """SIGSTOP for a minute, SIGCONT: the daemon takes up its work, and what was in use then stays."""
     with (
         cgroup("stopped") as path,
         meme(48, 16, write=True, cgroup=path) as load,

@@ -123,6 +123,20 @@ def test_a_meter_never_misses_what_was_observed_in_the_window() -> None:
     assert all(600 <= amount <= 700 for amount in amounts[70:])
 
 
+def test_a_meter_that_begins_late_counts_what_was_before_as_spread_evenly() -> None:
+    """Two windows of 600 each: one of them counts, and leaves the window as time goes on."""
+    meter = WindowMeter(60, slots=6)
+    meter.begin(1200, since_s=120, now_s=1000)
+    assert [meter.add(1200, now_s) for now_s in (1000, 1030, 1060)] == [600, 300, 0]
+    assert meter.add(1250, 1061) == 50
+
+
+def test_a_meter_that_begins_with_a_young_counter_counts_all_of_it() -> None:
+    meter = WindowMeter(60, slots=6)
+    meter.begin(900, since_s=30, now_s=0)
+    assert [meter.add(900, now_s) for now_s in (0, 29, 60)] == [900, 900, 0]
+
+
 def test_a_counter_that_starts_anew_counts_from_zero() -> None:
     """A device that was removed and came back."""
     meter = WindowMeter(60)

@@ -168,6 +168,15 @@ def test_the_days_budget_of_swap_writes_counts_what_the_device_wrote(machine: Ho
     assert guard_set.check(34 * 3600).move_allowed
 
 
+def test_a_program_that_starts_anew_counts_what_was_written_since_boot(machine: HostFolder) -> None:
+    """Else one that is restarted every hour would have no limit. Up for two days: half of it was today's."""
+    machine.write("sys/class/block/vdb/stat", block_stat(4 * 2048))
+    machine.write("proc/uptime", f"{2 * 24 * 3600}.00 1000.00\n")
+    guard_set = guards(machine, swap_writes_bytes_per_day=2 * MIB)
+    assert closed(guard_set.check(0)) == ["swap-writes"]
+    assert guard_set.check(12 * 3600).move_allowed
+
+
 def test_swap_files_are_counted_by_the_kernels_own_counter(machine: HostFolder) -> None:
     machine.write("proc/swaps", swaps(("/swapfile", "file", 1000, 0)))
     machine.write("proc/vmstat", "nr_free_pages 5\npswpin 3\npswpout 100\n")
@@ -191,6 +200,16 @@ def test_a_little_in_zram_says_nothing(machine: HostFolder) -> None:
     verdict = guards(machine).check(0)
     assert verdict.move_allowed
     assert "too little to tell" in state(verdict, "compression").reason
+
+
+def test_the_worst_of_all_that_compress_counts(machine: HostFolder) -> None:
+    """Ten to one in zswap does not hide what grows in zram."""
+    machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1 << 20, 10)))
+    machine.write("sys/block/zram0/mm_stat", f"{100 * MIB} {95 * MIB} {100 * MIB} 0 0 0 0 0 0\n")
+    machine.write("proc/meminfo", f"MemTotal: 1 kB\nZswap: {100 << 10} kB\nZswapped: {1000 << 10} kB\n")
+    verdict = guards(machine).check(0)
+    assert closed(verdict) == ["compression"]
+    assert "zram0" in state(verdict, "compression").reason
 
 
 def test_zswap_counts_by_meminfo(machine: HostFolder) -> None:

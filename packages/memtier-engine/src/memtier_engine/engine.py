@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from memtier_engine.asleep import AsleepWatch
 from memtier_engine.clock import Clock, SystemClock
 from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
 from memtier_engine.following import Following
-from memtier_engine.guards.base import GuardState
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import Context, GuardSet
 from memtier_engine.hostfs.host import Host
@@ -34,7 +33,8 @@ from memtier_engine.pace import Pace
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import Policy
 from memtier_engine.probing import Probing
-from memtier_engine.refaults import RefaultLedger, RefaultStats
+from memtier_engine.refaults import RefaultLedger
+from memtier_engine.report import StepReport
 from memtier_engine.stats.observer import Observer, event_prefix
 from memtier_engine.targets.base import RestrictingTarget, Target, TellingTarget, innermost
 from memtier_engine.targets.cgroups import CgroupsTarget
@@ -70,55 +70,6 @@ class EngineConfig:
                 key_path="tracker.scanintervalms",
                 hint="use 1 or more; default 5000",
             )
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """The state after a scan and the decision on it. Totals count from the engine's start."""
-
-    time_s: float
-    scans: int
-    tracker: str
-    processes: int
-    tracked_bytes: int
-    """Address space that is looked at."""
-    resident_bytes: int
-    paged_out_bytes: int
-    """Out because of us, now."""
-    candidate_bytes: int
-    """What the policy wants to move now, of any reason; in a dry run all there is."""
-    requested_bytes_total: int
-    moved_bytes_total: int
-    refault_bytes_total: int
-    """What we paged out and the processes wanted back."""
-    scan_seconds: float
-    """Time this scan took."""
-    cpu_seconds_total: float
-    age_pages: NDArray[np.int64]
-    """int64[256]: pages of each age, see `memtier_engine.ages`."""
-    idle_s: NDArray[np.float64]
-    """float64[AGE_MAX + 1]: seconds that each age stands for."""
-    errors: tuple[str, ...]
-    """Since the report before."""
-    guards: tuple[GuardState, ...] = ()
-    """What each guard said at this scan."""
-    skipped: Mapping[int, str] = field(default_factory=dict)
-    """Processes that memory was wanted of and that are left alone, by pid, and why."""
-    refaults: RefaultStats = field(default_factory=RefaultStats)
-    """How right the decisions to page out were."""
-    scan_interval_s: float = 0.0
-    """Time until the next scan; longer than configured where scans would take too much CPU time."""
-
-    @property
-    def held_back_by(self) -> tuple[str, ...]:
-        """Why what should move does not: what each closed guard says, as far as there is anything to move."""
-        if not self.candidate_bytes:
-            return ()
-        return tuple(f"{state.name}: {state.reason}" for state in self.guards if not state.open)
-
-    def idle_bytes(self, idle_s: float) -> int:
-        """Resident memory not touched for at least `idle_s`."""
-        return int(self.age_pages[: AGE_MAX + 1][self.idle_s >= idle_s].sum()) * PAGE_BYTES
 
 
 class Engine:

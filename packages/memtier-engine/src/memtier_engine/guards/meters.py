@@ -19,6 +19,18 @@ class WindowMeter:
         self._last: int | None = None
         self._grown = 0
 
+    def begin(self, total: int, since_s: float, now_s: float) -> None:
+        """Before the first reading: the counter grew from 0 to `total` in the last `since_s`, evenly for all we know.
+
+        So that a program that starts anew does not forget what it did before.
+        """
+        seen_s = min(since_s, self.window_s)
+        if seen_s <= 0:
+            return
+        self._last, self._grown = total, int(total * seen_s / since_s)
+        steps = max(1, round(seen_s / self._slot_s))
+        self._points.extend((now_s - seen_s * (1 - n / steps), self._grown * n // steps) for n in range(steps + 1))
+
     def add(self, total: int, now_s: float) -> int:
         """Take a reading; returns the growth within the window. A counter that starts anew loses nothing."""
         if self._last is not None:

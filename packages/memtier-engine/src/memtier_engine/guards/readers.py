@@ -196,10 +196,19 @@ class NodeReader:
             del self._writes[path]
         if not known:
             return Reading(missing=f"nothing counts what is written to {', '.join(totals)}")
-        written = sum(
-            self._writes.setdefault(path, WindowMeter(DAY_S)).add(total, now_s) for path, total in known.items()
-        )
+        for path in known.keys() - self._writes.keys():
+            self._writes[path] = WindowMeter(DAY_S)
+            if (uptime_s := self._uptime_s()) is not None:
+                self._writes[path].begin(known[path], uptime_s, now_s)
+        written = sum(self._writes[path].add(total, now_s) for path, total in known.items())
         return Reading(float(written), note="last 24 h, " + ", ".join(known))
+
+    def _uptime_s(self) -> float | None:
+        """Since when the kernel's counters count. None: not known."""
+        try:
+            return float(self._host.read_text(self._host.path("proc/uptime")).split()[0])
+        except (KernelCallError, ValueError, IndexError):
+            return None
 
     def _written_bytes(self, area: SwapArea) -> int | None:
         """Bytes ever written: of a partition's device, else of all swap together. None: not known."""
@@ -214,28 +223,27 @@ class NodeReader:
             return None
 
     def _compression(self, areas: Sequence[SwapArea]) -> Reading:
-        original = stored = 0
-        names = []
+        found: list[tuple[str, int, int]] = []  # name, original and stored bytes
         try:
             for area in filter(is_zram, areas):
                 path = self._host.path("sys/block", Path(area.path).name, "mm_stat")
                 fields = self._host.read_text(path).split()
                 # orig_data_size compr_data_size mem_used_total ... Source: admin-guide/blockdev/zram.rst
-                original += int(fields[0])
-                stored += int(fields[2])
-                names.append(Path(area.path).name)
+                found.append((Path(area.path).name, int(fields[0]), int(fields[2])))
             memory = meminfo(self._host)
         except (KernelCallError, ValueError, IndexError) as error:
             return Reading(missing=str(error))
         if memory.get("Zswapped"):  # Linux 5.19 and newer
-            original += memory["Zswapped"]
-            stored += memory.get("Zswap", 0)
-            names.append("zswap")
-        if not names:
+            found.append(("zswap", memory["Zswapped"], memory.get("Zswap", 0)))
+        if not found:
             return Reading(missing="neither zram nor zswap is in use")
-        if original < COMPRESSION_LEAST_BYTES or not stored:
-            return Reading(missing=f"{original / MIB:.3g} MiB in {', '.join(names)}: too little to tell")
-        return Reading(original / stored, note=", ".join(names))
+        telling = [each for each in found if each[1] >= COMPRESSION_LEAST_BYTES and each[2]]
+        if not telling:
+            inside = ", ".join(f"{original / MIB:.3g} MiB in {name}" for name, original, _ in found)
+            return Reading(missing=f"{inside}: too little to tell")
+        # What compresses well in one must not hide what does not in another.
+        name, original, stored = min(telling, key=lambda each: each[1] / each[2])
+        return Reading(original / stored, note=name)
 
 
 class CgroupReader:
