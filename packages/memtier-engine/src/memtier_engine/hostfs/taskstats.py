@@ -1,7 +1,7 @@
 """Taskstats: how long a process has waited for pages from swap, as the kernel's delay accounting counts it.
 
-Generic netlink, spoken here: a question takes some 15 us. pyroute2 has it too, but takes 1 ms for a question, 1.5 s
-and 27 MiB to import, and reads the version of the record that one series of kernels had.
+Generic netlink, spoken here: a question takes some 15 us. pyroute2 has it too, but takes 1 ms for a question, 27 MiB
+and 0.4 to 1.5 s to import, and reads the version of the record that one series of kernels had.
 
 What is counted is the reading of a page from swap by the one who faults, since Linux 5.18. That is all of the wait
 with swap in RAM; of swap on a disk it is what starting the read took. Pages found in the swap cache are not in it.
