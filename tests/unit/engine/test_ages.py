@@ -186,3 +186,25 @@ def test_a_page_that_a_move_left_behind_is_asked_for_again() -> None:
     assert pages_of(pages.select(age_from=1, not_on_node=2)) == [(8, 10)]
     pages.set_place(spans((3, 5)), NOWHERE)
     assert pages_of(pages.select(age_from=1, not_on_node=2)) == [(3, 5), (8, 10)]
+
+
+def test_a_share_of_the_pages_is_drawn_from_all_over_them_and_always_the_same() -> None:
+    """In pieces of 32 pages; a larger share holds all of a smaller one."""
+    pages = ProcessPages(PROCESS)
+    pages.set_spans(spans((0, 200_000), (300_000, 400_000)))
+    pages.ages[:] = 9
+    drawn: list[set[int]] = []
+    for share in (0.1, 0.3, 0.3, 1.0):
+        found = pages.select(age_from=5, share=share)
+        drawn.append({page for first, last in pages_of(found) for page in range(first, last)})
+        assert len(drawn[-1]) == pytest.approx(share * 300_000, rel=0.1)
+    assert drawn[0] < drawn[1] == drawn[2] < drawn[3]
+    for first in range(0, 200_000, 20_000):
+        assert len([page for page in drawn[1] if first <= page < first + 20_000]) == pytest.approx(6000, rel=0.2)
+
+
+def test_of_a_share_as_many_pages_are_taken_as_are_wanted() -> None:
+    pages = ProcessPages(PROCESS)
+    pages.set_spans(spans((0, 10_000)))
+    pages.ages[:5000] = 9
+    assert int(pages.select(age_from=5, share=0.5, limit_pages=100).pages.sum()) == 100

@@ -79,7 +79,7 @@ def test_memory_that_is_used_every_few_minutes_is_not_taken_for_cold() -> None:
     simulated = simulation(shares((0.2, HOT_S), (0.1, 300.0)))
     assert max(windows(simulated, 30)) <= 0.2
     assert simulated.policy.state.threshold_s is not None
-    assert 300 <= simulated.policy.state.threshold_s <= 340
+    assert 300 <= simulated.policy.state.threshold_s <= 400
     assert simulated.out_share == pytest.approx(0.7, abs=0.001)
 
 
@@ -89,7 +89,7 @@ def test_where_every_age_is_touched_again_the_goal_still_holds() -> None:
     simulated = simulation(periods)
     rates = windows(simulated, 120)
     ten = np.convolve(rates, np.full(10, 0.1), "valid")  # a window is ten pages, more or less
-    assert ten.max() <= 0.3
+    assert ten.max() <= 0.2
     assert np.mean(rates[60:]) <= 0.2
     assert simulated.out_share > 0.02
 
@@ -98,7 +98,7 @@ def test_where_every_age_is_touched_again_the_goal_still_holds() -> None:
 def test_random_requests_for_popular_keys_end_the_wait_once_their_gaps_are_known(seed: int) -> None:
     """A key-value server: a page in 40 is popular, wanted each second to each 140 s; the others are each some weeks.
 
-    Out go all others, within half an hour, and what comes back stays under the goal on average.
+    Out go a tenth of all at once, all others within half an hour, and what comes back stays under the goal on average.
     """
     source = np.random.default_rng(seed)
     rate_per_s = np.full(PAGES, 2e-7)
@@ -107,8 +107,9 @@ def test_random_requests_for_popular_keys_end_the_wait_once_their_gaps_are_known
     ledger = RefaultLedger(remember_s=7200, gaps=True)
     simulated = Simulation(PAGES, lambda begin_s, end_s: source.random(PAGES) < rate_per_s * (end_s - begin_s), ledger)
     simulated.policy = AutoPolicy(AutoPolicyConfig(), ledger)
-    assert windows(simulated, 3) == [0, 0, 0]
-    windows(simulated, 27)
+    assert max(windows(simulated, 4)) <= 0.2
+    assert simulated.out_share > 0.1
+    windows(simulated, 26)
     assert simulated.out_share == pytest.approx(0.97, abs=0.01)
     assert np.mean(windows(simulated, 30)) <= 0.2
 
@@ -118,8 +119,29 @@ def test_refaults_are_under_the_goal_also_as_a_share_of_the_memory_that_is_left_
     simulated = simulation(shares((0.1, HOT_S), (0.5, 18_000.0)))
     rates = windows(simulated, 60)
     ten = np.convolve(rates, np.full(10, 0.1), "valid")
-    assert ten.max() <= 0.3
-    assert simulated.out_share < 0.9
+    assert ten.max() <= 0.2
+    assert 0.3 < simulated.out_share < 0.9
+
+
+def test_of_memory_that_is_wanted_now_and_then_as_much_goes_out_as_the_goal_allows() -> None:
+    """Each page is wanted at random, from each 3 s to twice a day: whole ages are too dear, parts of them are not."""
+    source = np.random.default_rng(5)
+    rate_per_s = 1 / np.exp(source.uniform(np.log(3), np.log(50_000), PAGES))
+    ledger = RefaultLedger(remember_s=7200, gaps=True)
+    simulated = Simulation(
+        PAGES, lambda begin_s, end_s: source.random(PAGES) < 1 - np.exp(-rate_per_s * (end_s - begin_s)), ledger
+    )
+    simulated.policy = AutoPolicy(AutoPolicyConfig(), ledger)
+    rates: list[float] = []
+    parts = []
+    for _ in range(60):
+        rates += windows(simulated, 1)
+        if simulated.policy.state.share < 1:
+            parts.append(simulated.policy.state)
+    assert "of it goes" in parts[0].reason
+    assert max(rates) <= 0.5
+    assert np.mean(rates) <= 0.2
+    assert simulated.out_share > 0.15
 
 
 def test_a_small_working_set_does_not_keep_the_rest_in_ram() -> None:

@@ -92,6 +92,11 @@ class AgeClock:
         return index if index <= AGE_MAX and np.isfinite(idle[index]) else None
 
 
+_PIECE_SHIFT = 5
+_GOLDEN = np.uint64(0x9E37_79B9_7F4A_7C15)
+"""2**64 by the golden ratio: multiplied by it, neighbours are far apart (Fibonacci hashing)."""
+
+
 class ProcessPages:
     """The pages of one process: where they are, how old each is, and what is known of its place."""
 
@@ -204,8 +209,13 @@ class ProcessPages:
         streak_from: int = 0,
         not_on_node: int | None = None,
         limit_pages: int | None = None,
+        share: float = 1.0,
     ) -> Spans:
-        """Runs of resident pages with `age_from <= age <= age_to`, in address order, up to `limit_pages`."""
+        """Runs of resident pages with `age_from <= age <= age_to`, in address order, up to `limit_pages`.
+
+        `share`: only so much of the address space, in pieces of 128 KiB all over it. Each time the same ones, and those
+        of a smaller share are among those of a larger one.
+        """
         starts: list[NDArray[np.uint64]] = []
         ends: list[NDArray[np.uint64]] = []
         left = limit_pages
@@ -217,6 +227,9 @@ class ProcessPages:
                 wanted &= self.streaks[first:last] >= streak_from
             if not_on_node is not None and self.places is not None:
                 wanted &= self.places[first:last] != not_on_node + 1
+            if share < 1:
+                candidates = np.flatnonzero(wanted)
+                wanted[candidates[~in_share(self.page_numbers(candidates + first), share)]] = False
             if not wanted.any():
                 continue
             low, high = np.searchsorted(self.offsets, (first, last), side="right").tolist()
@@ -255,6 +268,13 @@ class ProcessPages:
         own = np.concatenate(([0], np.cumsum(spans.pages)))
         for _, target, length in _overlaps(spans, own, self.spans, self.offsets):
             yield target, target + length
+
+
+def in_share(pages: U64, share: float) -> NDArray[np.bool_]:
+    """bool[n]: whether the piece that each page number lies in is of the share, by a hash of its number."""
+    pieces = pages >> np.uint64(_PIECE_SHIFT)
+    hashed: U64 = (pieces * _GOLDEN) >> np.uint64(40)
+    return hashed < np.uint64(round(share * (1 << 24)))
 
 
 def true_runs(mask: NDArray[np.bool_], borders: NDArray[np.int64] | None = None) -> NDArray[np.int64]:

@@ -2,13 +2,17 @@
 
 How often pages of each age are touched again is measured all the time, on pages in RAM (their age when they
 are touched) and on pages that came back. From that follows, for any threshold, how many pages per minute would
-be wanted back if all older ones were out; the smallest threshold whose price is within the limit is used.
+be wanted back if all older ones were out; the smallest threshold whose price is within the limit is used. Where the
+price of each is too high, as of memory of which a little is wanted now and then, a part of it goes out: pieces of
+128 KiB from all over it, which cost their share of the price.
 
 What makes this hold on real programs:
 
 - Pages older than anything measured so far are expected to be touched as often as the oldest measured ones:
   programs touch pages less often the longer they were idle, so this errs on the careful side, and the threshold
-  cannot fall below what was seen.
+  cannot fall below what was seen. Nor is a lower rate believed before enough was seen to tell.
+- Memory that was last touched at one time reaches a threshold at one time: what will get there before the next
+  window ends is in the price.
 - A bad window (a phase change) counts in full for the next window, and with its share of the history after
   that. Where more came back than the goal allows, nothing is paged out during the next window.
 
@@ -24,14 +28,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from memtier_engine.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
 from memtier_engine.policies.base import BasePolicy
 from memtier_engine.policies.goals import Goal
-from memtier_engine.refaults import BIN_S, BINS, BINS_PER_DOUBLING, bins_of
+from memtier_engine.policies.touches import I64, Window, by_bin, coming_of_age, from_above, hazard_of, measured_from
+from memtier_engine.refaults import BIN_S
 
 HISTORY_WINDOWS = 20
 SAFE_REFAULTS_PERCENT = 2.0
@@ -41,11 +45,10 @@ PSI_REFAULTS_PERCENT = (0.01, 5.0)
 PSI_START_PERCENT = 0.2
 RAM_LEAST_PAGES = (4 << 20) // PAGE_BYTES
 """Refaults are taken as a share of at least this: a handful of pages is no rate."""
-LESS_EVENTS_THAN_THIS = 1.0
-"""Added to the touches counted: where little was seen, no touch is no proof."""
-
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+PART_OF_LIMIT = 0.5
+"""Of the limit, used where only a part of the pages of an age goes."""
+LEAST_SHARE = 0.02
+"""Less of a group than this is not worth a move."""
 
 
 class GapSource(Protocol):
@@ -97,6 +100,8 @@ class AutoState:
 
     threshold_s: float | None = None
     """Pages idle for at least so long go out. None: none do."""
+    share: float = 1.0
+    """Of them, this share goes out."""
     limit_percent_per_min: float = 0.0
     """Refaults it allows itself, as a share of the memory in RAM."""
     refaults_percent_per_min: float | None = None
@@ -104,15 +109,12 @@ class AutoState:
     reason: str = "nothing is measured yet"
 
 
-@dataclass(slots=True)
-class _Window:
-    """What one window saw, by bin."""
-
-    touched: I64
-    """Pages touched again after so long."""
-    risked_min: F64
-    """Minutes that pages spent being idle for so long."""
-    minutes: float = 0.0
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    threshold_s: float | None
+    share: float
+    price_per_min: float
+    """Of all pages so old, as a share of the memory in RAM."""
 
 
 class AutoPolicy(BasePolicy):
@@ -128,8 +130,8 @@ class AutoPolicy(BasePolicy):
         self.state = AutoState()
         self._gaps = gaps
         self._gauges = gauges
-        self._history: deque[_Window] = deque(maxlen=HISTORY_WINDOWS)
-        self._open = _empty_window()
+        self._history: deque[Window] = deque(maxlen=HISTORY_WINDOWS)
+        self._open = Window()
         self._window_begin_s: float | None = None
         self._last_s: float | None = None
         self._psi_limit_percent = PSI_START_PERCENT
@@ -147,7 +149,7 @@ class AutoPolicy(BasePolicy):
         ages: I64 = sum((own.histogram() for own in pages.values()), np.zeros(256, np.int64))
         idle_s = clock.idle_s()
         out_total = int(ages[PAGED_OUT])
-        resident = _by_bin(ages[: AGE_MAX + 1], idle_s)
+        resident = by_bin(ages[: AGE_MAX + 1], idle_s)
         out = self._gaps.out_pages(now_s, out_total)
         self._measure(resident + out, now_s)
         if self._window_begin_s is None:
@@ -163,7 +165,7 @@ class AutoPolicy(BasePolicy):
         if budget_bytes is not None:
             budget = max(1, budget_bytes // PAGE_BYTES)
             wanted = budget if wanted is None else min(wanted, budget)
-        return _oldest(pages, ages, max(1, least), wanted)
+        return _oldest(pages, ages, max(1, least), wanted, self.state.share)
 
     def _measure(self, at_risk: I64, now_s: float) -> None:
         """Take over what was touched since the last decision, and who could have been."""
@@ -175,25 +177,34 @@ class AutoPolicy(BasePolicy):
     def _close_window(self, resident: I64, out: I64, now_s: float) -> None:
         assert self._window_begin_s is not None
         minutes = (now_s - self._window_begin_s) / 60
-        window, self._open = self._open, _empty_window()
+        window, self._open = self._open, Window()
         window.minutes = minutes
         self._window_begin_s = now_s
         self._history.append(window)
         in_ram = max(RAM_LEAST_PAGES, int(resident.sum()))
         before_s = self.state.threshold_s or np.inf
-        came_back = int(window.touched[before_s <= BIN_S].sum()) if np.isfinite(before_s) else 0
+        # Of pages so old, a share was out; the others were touched in RAM.
+        came_back = self.state.share * int(window.touched[before_s <= BIN_S].sum()) if np.isfinite(before_s) else 0
         refaults = 100 * came_back / minutes / in_ram
         limit, pause = self._limit(refaults, now_s)
-        threshold_s, share = self._threshold(resident, out, limit / 100)
-        reason = f"{self.config.goal}: about {100 * share:.2g} % of the memory in RAM would come back per minute"
+        choice = self._choose(resident, out, limit / 100)
+        expected = f"{100 * choice.price_per_min:.2g} % of the memory in RAM"
+        threshold_s, share = choice.threshold_s, choice.share
         if pause is not None:
-            threshold_s, reason = None, pause
+            threshold_s, share, reason = None, 1.0, pause
         elif threshold_s is None:
             reason = (
-                f"{self.config.goal}: whatever the threshold, {100 * share:.2g} % of the memory in RAM are "
-                f"expected back per minute, {limit:.2g} % are allowed"
+                f"{self.config.goal}: whatever the threshold, {expected} are expected back per minute, "
+                f"{limit:.2g} % are allowed"
             )
-        self.state = AutoState(threshold_s, limit, refaults, reason)
+        elif share < 1:
+            reason = (
+                f"{self.config.goal}: {expected} would come back per minute if all went out that is so old, "
+                f"{limit:.2g} % are allowed: {100 * share:.2g} % of it goes"
+            )
+        else:
+            reason = f"{self.config.goal}: about {expected} would come back per minute"
+        self.state = AutoState(threshold_s, share, limit, refaults, reason)
 
     def _limit(self, refaults_percent: float, now_s: float) -> tuple[float, str | None]:
         """(refaults to allow in percent per minute, why nothing may go out in the next window)."""
@@ -219,27 +230,46 @@ class AutoPolicy(BasePolicy):
             )
         return limit, pause
 
-    def _threshold(self, resident: I64, out: I64, allowed_per_min: float) -> tuple[float | None, float]:
-        """(the smallest threshold within the price, that price per minute), both as shares of the memory in RAM."""
-        hazard = _hazard(self._history)
-        already = float((out * hazard).sum())
-        # price[b]: of having all pages out that are idle for at least BIN_S[b]. Two ways to tell, and the dearer
-        # counts: what all pages of that age are expected to do, and what pages did that were idle for so long.
-        pages = np.maximum(already + _from_above(resident * hazard), _measured(self._history))
-        # What goes out is not in RAM any more when the price is due.
-        going = _from_above(resident)
-        wanted = self._wanted_pages(int(resident.sum()), int(out.sum()))
-        left = resident.sum() - (going if wanted is None else np.minimum(going, wanted))
-        price = pages / np.maximum(left, RAM_LEAST_PAGES)
+    def _choose(self, resident: I64, out: I64, allowed_per_min: float) -> _Choice:
+        """What should be out, that what comes back is at most `allowed_per_min` of the memory in RAM.
+
+        All pages from the smallest age on that is within that price. Where no age is, a part of the pages of the age
+        that saves the most, at half the price and that of the worst window: it is drawn, and draws differ.
+        """
+        hazard = hazard_of(self._history)
         risked = np.flatnonzero(np.any([window.risked_min > 0 for window in self._history], axis=0))
         if not len(risked):
-            return None, 0.0
+            return _Choice(None, 1.0, 0.0)
         oldest_s = float(BIN_S[risked[-1]])  # beyond that, nothing has been measured
         usable = (np.float64(self.config.idle_least_s) <= BIN_S) & (np.float64(oldest_s) >= BIN_S)
+        coming = coming_of_age(resident, hazard, self.config.window_ms / 1000)
+        measured, worst = measured_from(self._history)
+        in_ram = int(resident.sum())
+        # price[b]: of having all pages out that are idle for at least BIN_S[b]. Two ways to tell, and the dearer
+        # counts: what all pages of that age are expected to do, and what pages did that were idle for so long.
+        already = float((out * hazard).sum())
+        pages = np.maximum(already + from_above(resident * hazard) + coming * hazard, measured)
+        # What goes out is not in RAM any more when the price is due.
+        going = from_above(resident) + coming
+        wanted = self._wanted_pages(in_ram, int(out.sum()))
+        left = in_ram - (going if wanted is None else np.minimum(going, wanted))
+        price = pages / np.maximum(left, RAM_LEAST_PAGES)
         fits = np.flatnonzero((price <= allowed_per_min) & usable)
-        if not len(fits):
-            return None, float(price[risked[-1]])
-        return float(BIN_S[fits[0]]), float(price[fits[0]])
+        if len(fits):
+            return _Choice(float(BIN_S[fits[0]]), 1.0, float(price[fits[0]]))
+        # share * cost + younger <= allowed * (in RAM now + out_of_age - share * of_age), which is in RAM then.
+        allowed = PART_OF_LIMIT * allowed_per_min
+        of_age, out_of_age = from_above(resident + out) + coming, from_above(out)
+        cost = np.maximum(from_above((resident + out) * hazard) + coming * hazard, worst)
+        younger = already - from_above(out * hazard)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = (allowed * (in_ram + out_of_age) - younger) / (cost + allowed * of_age)
+        shares = np.clip(np.where(np.isfinite(shares), shares, 0.0), 0.0, 1.0)
+        gain = np.where(usable & (shares >= LEAST_SHARE), shares * of_age - out_of_age, 0.0)
+        best = int(np.argmax(gain))
+        if gain[best] < 1:
+            return _Choice(None, 1.0, float(price[risked[-1]]))
+        return _Choice(float(BIN_S[best]), float(shares[best]), float(price[best]))
 
     def _wanted_pages(self, resident: int, out: int) -> int | None:
         """How many more pages the goal asks for; None: as many as the threshold gives."""
@@ -253,63 +283,12 @@ class AutoPolicy(BasePolicy):
         return None
 
 
-def _empty_window() -> _Window:
-    return _Window(np.zeros(BINS, np.int64), np.zeros(BINS, np.float64))
-
-
-def _by_bin(age_pages: I64, idle_s: F64) -> I64:
-    """int64[BINS]: pages by how long they are idle, from pages by age."""
-    counts = np.zeros(BINS, np.int64)
-    np.add.at(counts, bins_of(idle_s), age_pages)
-    return counts
-
-
-def _hazard(history: deque[_Window]) -> F64:
-    """float64[BINS]: touches per minute to expect of a page that is idle for so long.
-
-    Per doubling of idleness: the worse of the last window and the whole history. Doublings in which nothing has
-    been yet get what the one before has.
-    """
-    touched = np.array([_per_doubling(window.touched) for window in history], np.float64)
-    risked = np.array([_per_doubling(window.risked_min) for window in history])
-    pooled = _rate(touched.sum(axis=0), risked.sum(axis=0))
-    last = _rate(touched[-1], risked[-1])
-    rate = np.fmax(pooled, last)
-    known = np.flatnonzero(np.isfinite(rate))
-    if not len(known):
-        return np.full(BINS, np.inf)
-    filled = rate[known[np.maximum(np.searchsorted(known, np.arange(len(rate)), side="right") - 1, 0)]]
-    return np.repeat(filled, BINS_PER_DOUBLING)[:BINS]
-
-
-def _measured(history: deque[_Window]) -> F64:
-    """float64[BINS]: pages touched per minute after at least so long: on average, or in the last window."""
-    total = np.sum([window.touched for window in history], axis=0) / sum(window.minutes for window in history)
-    last = history[-1].touched / history[-1].minutes
-    return np.maximum(_from_above(total), _from_above(last))
-
-
-def _from_above(by_bin: NDArray[np.int64] | F64) -> F64:
-    """Sums of each bin and all above it."""
-    return np.cumsum(by_bin[::-1], dtype=np.float64)[::-1]
-
-
-def _per_doubling(by_bin: NDArray[np.int64] | F64) -> F64:
-    padded = np.zeros(-(-BINS // BINS_PER_DOUBLING) * BINS_PER_DOUBLING)
-    padded[:BINS] = by_bin
-    summed: F64 = padded.reshape(-1, BINS_PER_DOUBLING).sum(axis=1)
-    return summed
-
-
-def _rate(touched: F64, risked_min: F64) -> F64:
-    """Touches per page and minute; nan where nobody was at risk."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(risked_min > 0, (touched + LESS_EVENTS_THAN_THIS) / risked_min, np.nan)
-
-
-def _oldest(pages: Mapping[ProcessId, ProcessPages], ages: I64, least: int, wanted: int | None) -> list[MoveTask]:
-    """Tasks for all pages of at least age `least`, or for the `wanted` oldest of them."""
-    older = np.cumsum(ages[: AGE_MAX + 1][::-1])[::-1]  # pages of at least each age
+def _oldest(
+    pages: Mapping[ProcessId, ProcessPages], ages: I64, least: int, wanted: int | None, share: float
+) -> list[MoveTask]:
+    """Tasks for a share of the pages of at least age `least`, or for the `wanted` oldest of these."""
+    # Pages of at least each age; with a share about so many, the draw decides.
+    older = share * np.cumsum(ages[: AGE_MAX + 1][::-1])[::-1]
     cut, rest = least, None
     if wanted is not None and older[least] > wanted:
         # All pages older than the cut, and of the cut's age as many as are still wanted.
@@ -319,13 +298,13 @@ def _oldest(pages: Mapping[ProcessId, ProcessPages], ages: I64, least: int, want
     if rest is None or cut < AGE_MAX:
         first = cut if rest is None else cut + 1
         for process, own in pages.items():
-            spans = own.select(age_from=first)
+            spans = own.select(age_from=first, share=share)
             if len(spans):
                 tasks.append(MoveTask(process, spans, SWAP_NODE, "auto"))
     for process, own in pages.items():
         if not rest:
             break
-        spans = own.select(age_from=cut, age_to=cut, limit_pages=rest)
+        spans = own.select(age_from=cut, age_to=cut, limit_pages=rest, share=share)
         if len(spans):
             rest -= int(spans.pages.sum())
             tasks.append(MoveTask(process, spans, SWAP_NODE, "auto"))
