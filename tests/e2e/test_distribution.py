@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from support.scenarios import expect_swapped
 from support.vm import VmSession
 
 pytestmark = pytest.mark.timeout(900)
@@ -67,15 +68,6 @@ def test_the_demo_and_the_swap_scenario_take_bpf_there(node: VmSession) -> None:
     assert found["demo"]["status"] == 0, found["demo"]
     assert found["demo"]["verdict"]["tracker"] == "bpf"
     expect_swapped(found["swap"])
-
-
-def expect_swapped(found: dict[str, Any]) -> None:
-    """Cold out and hot kept; a stopped process goes out whole; its hot part comes back."""
-    assert found["cold_out_s"] is not None
-    assert found["cold_out"] >= 0.95
-    assert found["hot_out_worst"] <= 0.02
-    assert found["all_out_after_stop_s"] is not None
-    assert found["hot_back_after_cont_s"] is not None
 
 
 def test_bpf_is_exact_with_four_levels_under_lockdown_integrity(node: VmSession) -> None:

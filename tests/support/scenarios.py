@@ -32,6 +32,15 @@ class ScenarioGroups:
         return found[0]
 
 
+def expect_swapped(found: dict[str, Any]) -> None:
+    """Cold out and hot kept; a stopped process goes out whole; its hot part comes back."""
+    assert found["cold_out_s"] is not None
+    assert found["cold_out"] >= 0.95
+    assert found["hot_out_worst"] <= 0.02
+    assert found["all_out_after_stop_s"] is not None
+    assert found["hot_back_after_cont_s"] is not None
+
+
 def share(places: dict[str, float], node: int) -> float:
     """Of memory that is spread over `places`, the part on `node`; -1 is swap."""
     return places.get(str(node), 0.0)
