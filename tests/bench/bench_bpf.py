@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from bench.go_memtierd import daemon_cpu_per_gib_s, go_memtierd
+from bench.go_memtierd import daemon_cpu_per_gib_s, go_memtierd, memtierd
 from bench.measure import holder, ratio_line
 from bench.slowdown import workload
 from memtier_engine.errors import MemtierError
@@ -227,7 +227,7 @@ def against_go() -> bool:
     if program is None or why_not("idlepage", Host()) is not None:
         print("against Go's memtierd: needs its binary on PATH and an idle page bitmap, which benchmark vm has")
         return True
-    ours = Path(sys.executable).with_name("memtierd")
+    ours = memtierd()
     with holder(GIB // 4) as (pid, _):
         theirs_s = daemon_cpu_per_gib_s(program, "idlepage", pid, GIB // 4)
         results = []

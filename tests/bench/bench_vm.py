@@ -35,7 +35,7 @@ def run() -> bool:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             shutil.copy(program, out / "memtierd")
         result = session.run(
-            ["env", "PATH=/out:/usr/local/bin:/usr/bin:/bin:/usr/sbin", "python3", "-u", "-c", _PROGRAM],
+            ["env", "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/out", "python3", "-u", "-c", _PROGRAM],
             timeout_s=LIMIT_S,
             nodes=NODES,
             env={"PYTHONPATH": "/host/tests", "PYTHONDONTWRITEBYTECODE": "1"},

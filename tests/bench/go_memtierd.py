@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +35,15 @@ START_S = 6.0
 """Time to start, and for the first scan, which sets up what the others use."""
 
 
+def memtierd() -> str:
+    """Ours, beside this Python or on the path."""
+    beside = Path(sys.executable).with_name("memtierd")
+    found = str(beside) if beside.exists() else shutil.which("memtierd")
+    if found is None:
+        raise FileNotFoundError("memtierd is not installed; run `make setup`")
+    return found
+
+
 def go_memtierd() -> Path | None:
     """The Go daemon on PATH: a program of that name that is no script, as ours is. None: there is none."""
     for folder in os.get_exec_path():
@@ -44,7 +55,7 @@ def go_memtierd() -> Path | None:
     return None
 
 
-def daemon_cpu_per_gib_s(program: Path, tracker: str, pid: int, size_bytes: int) -> float:
+def daemon_cpu_per_gib_s(program: str | Path, tracker: str, pid: int, size_bytes: int) -> float:
     """CPU seconds per GiB and scan that the daemon takes to track `size_bytes` of `pid`.
 
     Raises:

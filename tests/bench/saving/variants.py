@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.go_memtierd import memtierd
 from memtier_engine.errors import TrackerUnavailable
 from memtier_engine.hostfs.damon import KDAMONDS, DamonAttributes, Kdamond
 from memtier_engine.hostfs.host import Host
@@ -117,15 +117,6 @@ def _engine(policy: str, own: str) -> Open:
             yield cpu
 
     return variant
-
-
-def memtierd() -> str:
-    """The program, beside this Python or on the path."""
-    beside = Path(sys.executable).with_name("memtierd")
-    found = str(beside) if beside.exists() else shutil.which("memtierd")
-    if found is None:
-        raise FileNotFoundError("memtierd is not installed; run `make setup`")
-    return found
 
 
 @contextmanager
