@@ -247,8 +247,8 @@ class AutoPolicy(BasePolicy):
         in_ram = int(resident.sum())
         # price[b]: of having all pages out that are idle for at least BIN_S[b]. Two ways to tell, and the dearer
         # counts: what all pages of that age are expected to do, and what pages did that were idle for so long.
-        already = float((out * hazard).sum())
-        pages = np.maximum(already + from_above(resident * hazard) + coming * hazard, measured)
+        in_ram_cost, out_cost = from_above(resident * hazard) + coming * hazard, from_above(out * hazard)
+        pages = np.maximum(out_cost[0] + in_ram_cost, measured)
         # What goes out is not in RAM any more when the price is due.
         going = from_above(resident) + coming
         wanted = self._wanted_pages(in_ram, int(out.sum()))
@@ -259,12 +259,11 @@ class AutoPolicy(BasePolicy):
             return _Choice(float(BIN_S[fits[0]]), 1.0, float(price[fits[0]]))
         # share * cost + younger <= allowed * (in RAM now + out_of_age - share * of_age), which is in RAM then.
         allowed = PART_OF_LIMIT * allowed_per_min
-        of_age, out_of_age = from_above(resident + out) + coming, from_above(out)
-        cost = np.maximum(from_above((resident + out) * hazard) + coming * hazard, worst)
-        younger = already - from_above(out * hazard)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares = (allowed * (in_ram + out_of_age) - younger) / (cost + allowed * of_age)
-        shares = np.clip(np.where(np.isfinite(shares), shares, 0.0), 0.0, 1.0)
+        out_of_age = from_above(out)
+        of_age = going + out_of_age
+        cost, younger = np.maximum(in_ram_cost + out_cost, worst), out_cost[0] - out_cost
+        room = allowed * (in_ram + out_of_age) - younger
+        shares = np.clip(room / np.maximum(cost + allowed * of_age, 1e-9), 0.0, 1.0)  # 0 / 0 where there are no pages
         gain = np.where(usable & (shares >= LEAST_SHARE), shares * of_age - out_of_age, 0.0)
         best = int(np.argmax(gain))
         if gain[best] < 1:

@@ -76,8 +76,6 @@ def coming_of_age(resident: I64, hazard: F64, window_s: float) -> F64:
 
     Pages that were last touched at one time, as those from before the start, come of age together.
     """
-    if not np.isfinite(hazard).all():
-        return np.zeros(BINS)
     ends_s = np.append(BIN_S[1:], np.inf)
     survived = np.concatenate(([0.0], np.cumsum(hazard[:-1] * np.diff(BIN_S) / 60)))  # minus its logarithm
     chance = np.exp(np.minimum(0.0, survived[:, None] - survived[None, :]))  # of a page in bin i to get to bin j
