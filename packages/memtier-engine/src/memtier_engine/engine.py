@@ -214,12 +214,13 @@ class Engine:
         processes = list(self.following.wanted)
         self.age_clock.begin_scan(now_s)
         table = self.age_clock.step_table()
-        self.refaults.begin_scan(self._swap_bytes())
         rested = self._may_rest(processes)
         if rested:
             for own in self.pages.values():
                 own.rest(table)
             processes = []
+        else:
+            self.refaults.begin_scan(self._swap_bytes())
         for process in processes:
             try:
                 self._scan(process, table)
