@@ -93,6 +93,19 @@ def test_a_probe_of_which_nothing_went_out_is_followed_by_a_larger_one() -> None
     assert sizes(probing.limit([task()])) == [PROBE]
 
 
+def test_where_nothing_can_go_out_for_long_the_whole_process_is_the_probe() -> None:
+    """As after swapoff: the mover's arithmetic ends at 64 bits, and the failures do not."""
+    probing = Probing(Stale())
+    for _ in range(100):
+        assert probing.limit([task()])
+        probing.moved(outcome(moved=0))
+    assert sizes(probing.limit([task()])) == [10_000]
+    probing.moved(outcome())
+    probing.scanned(PROCESS)
+    probing.limit([])
+    assert sizes(probing.limit([task()])) == [PROBE]
+
+
 def test_moves_between_nodes_are_not_held_up_and_prove_nothing() -> None:
     probing = Probing(Stale())
     assert sizes(probing.limit([task(to_node=1)])) == [10_000]

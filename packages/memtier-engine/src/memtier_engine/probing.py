@@ -20,6 +20,8 @@ PROBE_BYTES = 64 * PAGE_BYTES
 """More than the 31 pages a CPU may hold back in a batch for the LRU lists, which cannot be paged out."""
 GROWTH = 8
 """Where nothing of a probe went out, the next one is larger by this."""
+PROBE_BYTES_MAX = 1 << 50
+"""More than any process has: where nothing can go out for long (no swap), probes stop growing."""
 
 
 class Probing:
@@ -54,7 +56,8 @@ class Probing:
             self._probed.add(process)
             self._probe_bytes.pop(process, None)
         else:
-            self._probe_bytes[process] = self._probe_bytes.get(process, PROBE_BYTES) * GROWTH
+            probe_bytes = self._probe_bytes.get(process, PROBE_BYTES) * GROWTH
+            self._probe_bytes[process] = min(probe_bytes, PROBE_BYTES_MAX)
 
     def forget(self, process: ProcessId) -> None:
         """It is gone."""
