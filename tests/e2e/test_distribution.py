@@ -88,11 +88,11 @@ def test_under_lockdown_confidentiality_bpf_says_so_and_another_tracker_does_the
     assert "locked down (confidentiality)" in found["order"]["why_not"]["bpf"]
     assert found["order"]["sources"] == []
     assert found["order"]["chosen"] == "damon"
-    # It samples: hot pages among idle ones go out, come back, and make the guard `refaults` stop it for a while.
-    assert found["swap"]["cold_out"] >= 0.2
+    # It samples: hot pages among idle ones may go out, come back, and make the guard `refaults` stop it for a while.
+    assert found["swap"]["cold_out"] >= 0.8, found["swap"]
     assert found["swap"]["hot_out_worst"] <= 0.1
-    assert found["swap"]["all_out_after_stop_s"] is not None
     assert found["swap"]["hot_back_after_cont_s"] is not None
+    assert found["swap"]["damon_sample_us"] == "10000", "a hundredth of the time between scans"
 
 
 def lockdown(node: VmSession, append: str) -> str:

@@ -136,7 +136,9 @@ def _damon_pageout(scene: Scene) -> Iterator[CpuSeconds]:
     host = Host()
     kdamond = Kdamond(host)
     base = host.path(KDAMONDS) / str(kdamond.number)
-    attributes = DamonAttributes(regions_min=100)
+    attributes = DamonAttributes(
+        sample_us=5_000, aggregation_us=100_000, update_us=1_000_000, regions_min=100, regions_max=1000
+    )
     start, end = biggest_memory(Path("/proc/iomem").read_text())
     ages = IDLE_S * 1_000_000 // attributes.aggregation_us
     values: dict[str, object] = {

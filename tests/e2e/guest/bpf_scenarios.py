@@ -39,6 +39,7 @@ from support.toucher import KINDS, Toucher, scan, toucher
 
 FOLDER = Path("/tmp")
 PAGES = 2000
+DAMON_SAMPLE_US = Path("/sys/kernel/mm/damon/admin/kdamonds/0/contexts/0/monitoring_attrs/intervals/sample_us")
 BLOCK = paging.BLOCK_PAGES
 
 
@@ -384,6 +385,8 @@ def swap(tracker: str = "bpf") -> None:
             hot_out_worst=worst,
             all_out_after_stop_s=stopped_s,
             hot_back_after_cont_s=back_s,
+            damon_sample_us=DAMON_SAMPLE_US.read_text().strip() if DAMON_SAMPLE_US.exists() else None,
+            log=max(Path("/tmp").glob("memtierd-*.log"), key=lambda path: path.stat().st_mtime).read_text()[-1500:],
         )
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,12 @@ from reference_scene import Daemon, Load, places, setting, share_on
 from scene import main, say, wait_for
 
 from memtier_engine.errors import MemtierError, TrackerUnavailable
-from memtier_engine.hostfs.damon import DamonAttributes
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id, read_mappings
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
 from memtier_engine.trackers.damon import DamonConfig, DamonTracker
 
 KDAMONDS = Path("/sys/kernel/mm/damon/admin/kdamonds")
-ATTRIBUTES = DamonAttributes(
-    sample_us=40_000, aggregation_us=400_000, update_us=1_000_000, regions_min=10, regions_max=200
-)
 ROUND_MS = 15
 """Pause of a load: its hot pages are touched within each sample."""
 FOUND_S = 60.0
@@ -43,8 +40,21 @@ def other_work() -> Iterator[None]:
         other.wait()
 
 
+def state(number: int = 0) -> str | None:
+    """None: there is no such kdamond. The kernel answers EBUSY while it does a command."""
+    for _ in range(100):
+        try:
+            return (KDAMONDS / f"{number}/state").read_text().strip()
+        except FileNotFoundError:
+            return None
+        except OSError:
+            time.sleep(0.05)
+    return None
+
+
 def tracker(**options: object) -> DamonTracker:
-    return DamonTracker(Host(), DamonConfig(attributes=ATTRIBUTES, **options))  # type: ignore[arg-type]
+    slow = DamonConfig(sample_us=40_000, aggregation_us=400_000, regions_min=10, regions_max=200)
+    return DamonTracker(Host(), replace(slow, **options))  # type: ignore[arg-type]
 
 
 def load(size_mib: int = 24, hot_mib: int = 8) -> Load:
@@ -122,7 +132,7 @@ def all_gone() -> None:
                 gone = process_id(Host(), first.pid)
                 found.watch(frozenset({gone}))
                 time.sleep(1)
-            stopped_s = wait_for(lambda: (KDAMONDS / "0/state").read_text().strip() == "off", 20)
+            stopped_s = wait_for(lambda: state() == "off", 20)
             found.watch(frozenset({gone}))
             try:
                 list(found.scan(gone, Spans.empty()))
@@ -144,7 +154,7 @@ def physical() -> None:
             operations = (KDAMONDS / "0/contexts/0/operations").read_text().strip()
             shares = watch_for(found, [one], 30, 2.0)
             found.watch(frozenset())
-            off = (KDAMONDS / "0/state").read_text().strip()
+            off = state()
         finally:
             found.close()
     say(kind="physical", operations=operations, shares=shares[0], off=off)
@@ -185,9 +195,7 @@ def killed() -> None:
     """A program that is killed leaves its kdamond behind; the error says how to get it back."""
     with Load(8, 4) as victim:
         daemon = Daemon(policy("age", "swapoutms: 60000", "damon", "samplingus: 5000", pids(victim)))
-        started_s = wait_for(
-            lambda: (KDAMONDS / "0/state").exists() and "on" in (KDAMONDS / "0/state").read_text(), FOUND_S
-        )
+        started_s = wait_for(lambda: state() == "on", FOUND_S)
         daemon.process.kill()
         daemon.process.join()
         try:
@@ -195,7 +203,7 @@ def killed() -> None:
             message = ""
         except TrackerUnavailable as error:
             message = str(error)
-    wait_for(lambda: (KDAMONDS / "0/state").read_text().strip() == "off", 20)
+    wait_for(lambda: state() == "off", 20)
     (KDAMONDS / "nr_kdamonds").write_text("0")
     tracker().close()
     say(kind="killed", started_s=started_s, message=message)
@@ -228,7 +236,7 @@ def heat() -> None:
             hot=places(one.pid, one.hot),
             cold=places(one.pid, one.cold),
             kdamonds=int((KDAMONDS / "nr_kdamonds").read_text()),
-            running=[number for number in range(8) if "on" in (KDAMONDS / f"{number}/state").read_text()],
+            running=[number for number in range(8) if state(number) == "on"],
             heats=daemon.ask("policy -dump heatmap")[-2000:],
         )
     say(kind="damon-heat-end", kdamonds=int((KDAMONDS / "nr_kdamonds").read_text()))

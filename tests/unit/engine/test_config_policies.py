@@ -192,7 +192,8 @@ def test_damon_takes_the_reference_s_keys_and_zero_means_default() -> None:
     options = spec.tracker.options
     assert isinstance(options, DamonConfig)
     assert (options.kdamonds, options.create, options.filter_bytes_max) == ((0, 1), 4, 64 << 20)
-    assert (options.attributes.sample_us, options.attributes.aggregation_us) == (1000, 1_000_000)
+    assert (options.sample_us, options.aggregation_us) == (1000, 1_000_000)
+    assert (options.regions_min, options.regions_max) == (10, 2000)
     assert spec.scan_interval_ms == 4000, "DAMON is looked at once per decision"
     spec = parse(age_with(block("damon", "samplingus: 0", 2)))
     assert spec.tracker.options == DamonConfig()
@@ -206,7 +207,7 @@ def test_damon_takes_the_reference_s_keys_and_zero_means_default() -> None:
     [
         ("interface: 2", "debugfs"),
         ("connection: smoke", "connection"),
-        ("samplingus: 200000", "samplingus"),
+        ("samplingus: 200000\naggregationus: 100000", "samplingus"),
         ("mintargetregions: 2000", "mintargetregions"),
         ("kdamondslist: [-1]", "kdamondslist[0]"),
     ],

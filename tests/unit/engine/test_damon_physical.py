@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from memtier_engine.hostfs.damon import DamonAttributes, DamonRegions, Kdamond
+from memtier_engine.errors import KernelCallError
+from memtier_engine.hostfs.damon import DamonRegions, Kdamond
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, Spans
-from memtier_engine.trackers.damon import spread_by_frame
+from memtier_engine.trackers.damon import DamonConfig, spread_by_frame
 
 PRESENT = 1 << 63
 
@@ -76,10 +78,34 @@ def kdamond(tmp_path: Path) -> Kdamond:
     return Kdamond(Host(tmp_path))
 
 
+def test_while_the_kernel_does_somebody_s_command_it_is_asked_again(
+    kdamond: Kdamond, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files are EBUSY then. Another error, or one that stays, is told."""
+    read, times = Host.read_text, iter([errno.EBUSY] * 3 + [0] + [errno.EBUSY] * 1000)
+    pauses: list[float] = []
+
+    def busy(host: Host, path: Path) -> str:
+        if number := next(times):
+            raise KernelCallError(f"read {path}", number)
+        return read(host, path)
+
+    monkeypatch.setattr(Host, "read_text", busy)
+    monkeypatch.setattr("memtier_engine.hostfs.damon.time.sleep", pauses.append)
+    assert not kdamond.running()
+    assert len(pauses) == 3
+    with pytest.raises(KernelCallError):
+        kdamond.running()
+    assert 1.5 <= sum(pauses) <= 3
+    times = iter([errno.EIO])
+    with pytest.raises(KernelCallError):
+        kdamond.running()
+
+
 def test_physical_memory_is_one_target_with_the_areas_and_one_scheme_for_all(kdamond: Kdamond, tmp_path: Path) -> None:
     context = tmp_path / "sys/kernel/mm/damon/admin/kdamonds/0/contexts/0"
     assert kdamond.operations() == {"paddr"}
-    kdamond.configure(DamonAttributes(), "paddr")
+    kdamond.configure(DamonConfig().attributes(None), "paddr")
     kdamond.watch_memory(Spans(np.array([4096, 1 << 30], np.uint64), np.array([1 << 29, 1 << 31], np.uint64)))
     read = {
         name: (context / name).read_text()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from memtier_engine.clock import Clock, FakeClock
+from memtier_engine.errors import ConfigError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PageChunk, ProcessId, Spans
 from memtier_engine.trackers.damon import DamonConfig
@@ -26,6 +27,10 @@ class FakeCore:
         self.watched: list[frozenset[ProcessId]] = []
         self.readings = 0
         self.closed = 0
+        self.scan_interval_s: float | None = None
+
+    def scans_every(self, interval_s: float) -> None:
+        self.scan_interval_s = interval_s
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
         self.watched.append(processes)
@@ -137,3 +142,44 @@ def test_trackers_that_do_not_scan_together_read_for_themselves(scene: Scene) ->
     assert core.readings == before + 2
     first.close()
     second.close()
+
+
+def test_what_is_shared_fits_the_one_that_scans_most_often(scene: Scene) -> None:
+    first, second = scene.tracker(), scene.tracker()
+    first.scans_every(5.0)
+    assert scene.cores[0].scan_interval_s == 5.0
+    second.scans_every(1.0)
+    assert scene.cores[0].scan_interval_s == 1.0
+    second.close()
+    assert scene.cores[0].scan_interval_s == 5.0
+    second.scans_every(1.0)
+    assert scene.cores[0].scan_interval_s == 5.0, "it is closed"
+    first.close()
+
+
+@pytest.mark.parametrize(
+    ("config", "scan_interval_s", "sample_us", "aggregation_us"),
+    [
+        (DamonConfig(), None, 5_000, 100_000),  # as the reference
+        (DamonConfig(), 0.1, 5_000, 100_000),
+        (DamonConfig(), 1.0, 10_000, 200_000),
+        (DamonConfig(), 60.0, 25_000, 500_000),  # a reading waits for the end of an aggregation
+        (DamonConfig(aggregation_us=2_000_000), 1.0, 100_000, 2_000_000),
+        (DamonConfig(sample_us=1_000), 1.0, 1_000, 200_000),
+        (DamonConfig(sample_us=100_000), 1.0, 100_000, 2_000_000),
+        (DamonConfig(sample_us=1_000, aggregation_us=1_000), 1.0, 1_000, 1_000),
+    ],
+)
+def test_intervals_that_nobody_set_fit_the_time_between_scans(
+    config: DamonConfig, scan_interval_s: float | None, sample_us: int, aggregation_us: int
+) -> None:
+    found = config.attributes(scan_interval_s)
+    assert (found.sample_us, found.aggregation_us) == (sample_us, aggregation_us)
+
+
+def test_there_are_a_hundred_regions_unless_somebody_wants_less() -> None:
+    assert DamonConfig().attributes(1).regions_min == 100
+    assert DamonConfig(regions_max=50).attributes(1).regions_min == 50
+    assert DamonConfig(regions_min=10).attributes(1).regions_min == 10
+    with pytest.raises(ConfigError, match="maxtargetregions"):
+        DamonConfig(regions_max=2)

@@ -139,7 +139,7 @@ def _readahead(name: str, go: str) -> Key:
     return _integer(name, go, 0, -1, 1 << 20)
 
 
-def _us(name: str, go: str, default: int) -> Key:
+def _us(name: str, go: str, default: int | None) -> Key:
     return _integer(name, go, default, 0, _US_MAX, zero_is_default=True)
 
 
@@ -255,10 +255,10 @@ COMPONENTS: Mapping[str, tuple[Key, ...]] = {
     "tracker.bpf-sampled": _OWN_TRACKER,
     "tracker.damon": (
         _text("connection", "Connection", "bpftrace"),
-        _us("samplingus", "SamplingUs", 5_000),
-        _us("aggregationus", "AggregationUs", 100_000),
+        _us("samplingus", "SamplingUs", None),
+        _us("aggregationus", "AggregationUs", None),
         _us("regionsupdateus", "RegionsUpdateUs", 1_000_000),
-        _integer("mintargetregions", "MinTargetRegions", 10, 0, 1 << 20, zero_is_default=True),
+        _integer("mintargetregions", "MinTargetRegions", None, 0, 1 << 20, zero_is_default=True),
         _integer("maxtargetregions", "MaxTargetRegions", 1000, 0, 1 << 20, zero_is_default=True),
         _integer(
             "filteraddressrangesizemax",

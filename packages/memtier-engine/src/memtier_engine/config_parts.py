@@ -10,7 +10,6 @@ from memtier_engine.clock import SystemClock
 from memtier_engine.config_reader import Section
 from memtier_engine.errors import ConfigError
 from memtier_engine.hostfs.cgroup import check_cgroup_name
-from memtier_engine.hostfs.damon import DamonAttributes
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker
 from memtier_engine.regions import RegionCounters
@@ -295,17 +294,14 @@ def _damon(name: str, section: Section) -> TrackerSpec:
     if section.integer("interface") == 2:
         raise section.error("interface", "2, debugfs, is not supported", "leave it out: sysfs is used")
     section.integer("sysfsregionsmanager")  # the kernel finds the regions itself
-    attributes = DamonAttributes(
-        sample_us=section.integer("samplingus"),
-        aggregation_us=section.integer("aggregationus"),
-        update_us=section.integer("regionsupdateus"),
-        regions_min=section.integer("mintargetregions"),
-        regions_max=section.integer("maxtargetregions"),
-    )
     filter_bytes = section.integer("filteraddressrangesizemax")
     try:
         options = DamonConfig(
-            attributes=attributes,
+            sample_us=section.integer_or_none("samplingus"),
+            aggregation_us=section.integer_or_none("aggregationus"),
+            update_us=section.integer("regionsupdateus"),
+            regions_min=section.integer_or_none("mintargetregions"),
+            regions_max=section.integer("maxtargetregions"),
             filter_bytes_max=None if filter_bytes < 0 else filter_bytes,
             kdamonds=section.integers("kdamondslist"),
             create=section.integer("nrkdamonds"),

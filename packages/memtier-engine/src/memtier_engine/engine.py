@@ -27,7 +27,17 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_mappings
 from memtier_engine.hostfs.privileges import TRACKERS, named
 from memtier_engine.hostfs.proc import meminfo
-from memtier_engine.model import NOWHERE, PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans, Tracker
+from memtier_engine.model import (
+    NOWHERE,
+    PAGE_BYTES,
+    SWAP_NODE,
+    MoveOutcome,
+    MoveTask,
+    PacedTracker,
+    ProcessId,
+    Spans,
+    Tracker,
+)
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.pace import Pace
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
@@ -101,6 +111,8 @@ class Engine:
         self.target = target
         source = innermost(target)
         self.tracker = tracker or create_tracker(self.config.tracker, self.host).tracker
+        if isinstance(self.tracker, PacedTracker):
+            self.tracker.scans_every(self.config.scan_interval_ms / 1000)
         self.policy: Policy = policy or AgePolicy(self.config.policy, scan_interval_ms=self.config.scan_interval_ms)
         now_s = self.clock.now_s()
         self.mover = mover or Mover(self.config.mover, self.host, now_s=now_s)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +124,14 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Give everything back. Safe to call twice."""
+
+
+@runtime_checkable
+class PacedTracker(Protocol):
+    """A `Tracker` that works between scans too, and as hard as their interval makes sensible."""
+
+    def scans_every(self, interval_s: float) -> None:
+        """Time between scans from now on."""
 
 
 CHUNK_PAGES = 1 << 16

@@ -13,9 +13,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,8 @@ from memtier_engine.model import U64, Spans
 
 KDAMONDS = "sys/kernel/mm/damon/admin/kdamonds"
 _U32_MAX, _U64_MAX = (1 << 32) - 1, (1 << 64) - 1
+_BUSY_TRIES, _BUSY_PAUSE_S = 100, 0.02
+_Result = TypeVar("_Result")
 _TARGET_AREAS = 3
 """The kernel watches each process as this many areas, between the largest holes of its address space."""
 
@@ -34,11 +38,11 @@ _TARGET_AREAS = 3
 class DamonAttributes:
     """How a kdamond looks; see the kernel's documentation for what each costs."""
 
-    sample_us: int = 5_000
-    aggregation_us: int = 100_000
-    update_us: int = 1_000_000
-    regions_min: int = 10
-    regions_max: int = 1000
+    sample_us: int
+    aggregation_us: int
+    update_us: int
+    regions_min: int
+    regions_max: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,33 @@ class DamonRegions:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+
+class _Files:
+    """They are all EBUSY while the kernel does somebody's command, reading included, and that may take until the end
+    of his aggregation (`damon_sysfs_lock` in mm/damon/sysfs.c). Tried for two seconds."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def read_text(self, path: Path) -> str:
+        return self._patiently(lambda: self._host.read_text(path))
+
+    def read_int(self, path: Path) -> int:
+        return self._patiently(lambda: self._host.read_int(path))
+
+    def write(self, path: Path, text: str) -> None:
+        self._patiently(lambda: self._host.write(path, text))
+
+    def _patiently(self, call: Callable[[], _Result]) -> _Result:
+        for _ in range(_BUSY_TRIES - 1):
+            try:
+                return call()
+            except KernelCallError as failure:
+                if failure.errno != errno.EBUSY:
+                    raise
+            time.sleep(_BUSY_PAUSE_S)
+        return call()
 
 
 class Kdamond:
@@ -68,7 +99,7 @@ class Kdamond:
             TrackerUnavailable: no DAMON, no rights, or all kdamonds are in use.
             ConfigError: `among` names one that does not exist.
         """
-        self._host = host
+        self._host, self._files = host, _Files(host)
         self._base = host.path(KDAMONDS)
         self._made = 0
         self._lock = -1
@@ -77,9 +108,9 @@ class Kdamond:
                 f"{host.kernel_file(self._base)} does not exist", hint="a kernel with CONFIG_DAMON_SYSFS=y"
             )
         try:
-            count = host.read_int(self._base / "nr_kdamonds")
+            count = self._files.read_int(self._base / "nr_kdamonds")
             if count == 0:
-                host.write(self._base / "nr_kdamonds", str(create))
+                self._files.write(self._base / "nr_kdamonds", str(create))
                 count = self._made = create
             self.number = self._take(count, among)
         except KernelCallError as failure:
@@ -101,7 +132,7 @@ class Kdamond:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._is_free(path):
-                    self._host.write(path / "contexts" / "nr_contexts", "1")
+                    self._files.write(path / "contexts" / "nr_contexts", "1")
                     self._lock = lock
                     return number
             except BlockingIOError:
@@ -117,12 +148,12 @@ class Kdamond:
         )
 
     def _is_free(self, path: Path) -> bool:
-        off = self._host.read_text(path / "state").strip() == "off"
-        return off and self._host.read_int(path / "contexts" / "nr_contexts") == 0
+        off = self._files.read_text(path / "state").strip() == "off"
+        return off and self._files.read_int(path / "contexts" / "nr_contexts") == 0
 
     def operations(self) -> frozenset[str]:
         """What it can watch, as the kernel was built: `vaddr` processes, `paddr` physical memory."""
-        return frozenset(self._host.read_text(self._context / "avail_operations").split())
+        return frozenset(self._files.read_text(self._context / "avail_operations").split())
 
     def configure(self, attributes: DamonAttributes, operations: str = "vaddr") -> None:
         """Set how to look. Raises KernelCallError: EINVAL for values that the kernel does not take."""
@@ -142,7 +173,7 @@ class Kdamond:
 
     def running(self) -> bool:
         """Whether it works; the kernel ends it when all its processes are gone."""
-        return self._host.read_text(self._path / "state").strip() == "on"
+        return self._files.read_text(self._path / "state").strip() == "on"
 
     def watch(self, pids: Iterable[int], known: dict[int, Spans] | None = None) -> None:
         """Watch these processes from now on. Those that stay keep what was learnt of them.
@@ -216,9 +247,9 @@ class Kdamond:
             return
         try:
             self.stop()
-            self._host.write(self._path / "contexts" / "nr_contexts", "0")
+            self._files.write(self._path / "contexts" / "nr_contexts", "0")
             if self._made and self._all_free():
-                self._host.write(self._base / "nr_kdamonds", "0")
+                self._files.write(self._base / "nr_kdamonds", "0")
         except KernelCallError:
             pass  # somebody else changed the number meanwhile, and with it dropped ours
         finally:
@@ -226,19 +257,19 @@ class Kdamond:
             self._lock = -1
 
     def _all_free(self) -> bool:
-        count = self._host.read_int(self._base / "nr_kdamonds")
+        count = self._files.read_int(self._base / "nr_kdamonds")
         return count == self._made and all(self._is_free(self._base / str(number)) for number in range(count))
 
     def _write(self, name: str, value: str | int) -> None:
-        self._host.write(self._context / name, str(value))
+        self._files.write(self._context / name, str(value))
 
     def _command(self, command: str) -> None:
-        self._host.write(self._path / "state", command)
+        self._files.write(self._path / "state", command)
 
     def _write_targets(self, targets: Sequence[Spans]) -> None:
         self._set_count("targets/nr_targets", len(targets))
         for index, areas in enumerate(targets):
-            if self._host.read_int(self._context / f"targets/{index}/regions/nr_regions") != len(areas):
+            if self._files.read_int(self._context / f"targets/{index}/regions/nr_regions") != len(areas):
                 self._write(f"targets/{index}/regions/nr_regions", len(areas))
             for number, (start, end) in enumerate(zip(areas.starts.tolist(), areas.ends.tolist(), strict=True)):
                 self._write(f"targets/{index}/regions/{number}/start", start)
@@ -260,7 +291,7 @@ class Kdamond:
 
     def _set_count(self, name: str, count: int) -> int:
         """Write the number if it differs. Returns the first directory that is new: all are, if it was written."""
-        if self._host.read_int(self._context / name) == count:
+        if self._files.read_int(self._context / name) == count:
             return count
         self._write(name, count)
         return 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -32,11 +32,29 @@ from memtier_engine.trackers.common import FirstSight, chunks, mark_new
 _Value = TypeVar("_Value", bound=np.generic)
 
 
+AGGREGATIONS_PER_SCAN = 5
+AGGREGATION_LEAST_US, AGGREGATION_MOST_US = 100_000, 500_000
+"""A reading waits for the end of an aggregation: that long the engine does nothing else."""
+SAMPLES_PER_AGGREGATION = 20
+"""As the kernel's documentation has it, whatever the lengths. So a count means the same at each interval."""
+REGIONS_LEAST = 100
+"""Of few regions, each holds memory in use and idle memory, and looks idle when the samples happen to miss the former.
+On 64 MiB of which 20 are in use, ten regions had most of what is in use out again and again, and a hundred none of it
+for long. They cost a hundred looks per sample, so it pays to take no more samples than the scans can use."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DamonConfig:
     """The keys of the reference's `damon` tracker that mean something without bpftrace and perf."""
 
-    attributes: DamonAttributes = field(default_factory=DamonAttributes)
+    sample_us: int | None = None
+    """None: a twentieth of an aggregation."""
+    aggregation_us: int | None = None
+    """Samples of so long a time are counted together. None: a fifth of the time between scans, 100 to 500 ms."""
+    update_us: int = 1_000_000
+    regions_min: int | None = None
+    """None: 100, or `regions_max` if that is less."""
+    regions_max: int = 1000
     filter_bytes_max: int | None = 32 << 20
     """Accesses of larger regions say too little about each page to count as heat
     (`filteraddressrangesizemax`). None: all count."""
@@ -48,7 +66,9 @@ class DamonConfig:
     """Watch physical memory. None: only where the kernel cannot watch processes."""
 
     def __post_init__(self) -> None:
-        attributes = self.attributes
+        if self.aggregation_us is not None and self.aggregation_us <= 0:
+            raise ConfigError(f"value {self.aggregation_us}", key_path="aggregationus", hint="use 1 or more")
+        attributes = self.attributes(None)
         if not 0 < attributes.sample_us <= attributes.aggregation_us:
             raise ConfigError(
                 f"value {attributes.sample_us}",
@@ -57,6 +77,8 @@ class DamonConfig:
             )
         if attributes.update_us <= 0:
             raise ConfigError(f"value {attributes.update_us}", key_path="regionsupdateus", hint="use 1 or more")
+        if attributes.regions_max < 3:
+            raise ConfigError(f"value {attributes.regions_max}", key_path="maxtargetregions", hint="use 3 or more")
         if not 3 <= attributes.regions_min <= attributes.regions_max:
             raise ConfigError(
                 f"value {attributes.regions_min}",
@@ -65,6 +87,22 @@ class DamonConfig:
             )
         if self.create < 1:
             raise ConfigError(f"value {self.create}", key_path="nrkdamonds", hint="use 1 or more")
+
+    def attributes(self, scan_interval_s: float | None) -> DamonAttributes:
+        """What the kernel is told. `scan_interval_s`: time between scans; None: not known."""
+        aggregation_us = self.aggregation_us
+        if aggregation_us is None:
+            fitting_us = int((scan_interval_s or 0.0) * 1e6 / AGGREGATIONS_PER_SCAN)
+            aggregation_us = min(max(fitting_us, AGGREGATION_LEAST_US), AGGREGATION_MOST_US)
+            aggregation_us = max(aggregation_us, (self.sample_us or 0) * SAMPLES_PER_AGGREGATION)
+        regions_min = min(REGIONS_LEAST, self.regions_max) if self.regions_min is None else self.regions_min
+        return DamonAttributes(
+            sample_us=max(1, aggregation_us // SAMPLES_PER_AGGREGATION) if self.sample_us is None else self.sample_us,
+            aggregation_us=aggregation_us,
+            update_us=self.update_us,
+            regions_min=regions_min,
+            regions_max=self.regions_max,
+        )
 
 
 class DamonTracker:
@@ -79,10 +117,12 @@ class DamonTracker:
         self._host = host
         self._config = config or DamonConfig()
         self._clock = clock or SystemClock()
+        self._attributes = self._config.attributes(None)
+        self._scan_interval_s: float | None = None
         self._kdamond = Kdamond(host, among=self._config.kdamonds, create=self._config.create)
         try:
             self.physical = self._decide_physical()
-            self._kdamond.configure(self._config.attributes, "paddr" if self.physical else "vaddr")
+            self._kdamond.configure(self._attributes, self._operations)
         except KernelCallError as failure:
             self._kdamond.close()
             raise TrackerUnavailable(
@@ -102,6 +142,10 @@ class DamonTracker:
         """When what is known was read; None: nothing is, the next scan reads."""
         return None if self._snapshot is None and self._memory is None else self._snapshot_s
 
+    def scans_every(self, interval_s: float) -> None:
+        """See `PacedTracker`. Holds from when processes come or go; for physical memory from when it is switched on."""
+        self._scan_interval_s = interval_s
+
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`. Also the beginning of a round: what is scanned next is read afresh."""
         if self.physical:
@@ -120,7 +164,7 @@ class DamonTracker:
         known = self._seen.previous(process)
         touched = regions.accesses > 0
         # `age` counts aggregations since the accesses changed: so short, it may have been used since the last scan.
-        touched |= regions.ages * (self._config.attributes.aggregation_us / 1e6) < window_s
+        touched |= regions.ages * (self._attributes.aggregation_us / 1e6) < window_s
         rates = self._rates(regions)
         with Pagemap(self._host, process.pid) as pagemap:
             for start, end in chunks(spans):
@@ -151,9 +195,22 @@ class DamonTracker:
             logger.info("damon: this kernel cannot watch processes: physical memory is watched instead")
         return physical
 
+    @property
+    def _operations(self) -> str:
+        return "paddr" if self.physical else "vaddr"
+
+    def _configure(self) -> None:
+        """To be followed by a command that makes the kernel read it."""
+        attributes = self._config.attributes(self._scan_interval_s)
+        if attributes != self._attributes:
+            self._kdamond.configure(attributes, self._operations)
+            self._attributes = attributes
+
     def _watch_memory(self, processes: frozenset[ProcessId]) -> None:
         alive = frozenset(filter(self._is_alive, processes))
         if alive:
+            if not self._kdamond.running():
+                self._configure()
             self._kdamond.watch_memory(_memory(self._host))
         else:
             self._kdamond.stop()
@@ -168,6 +225,7 @@ class DamonTracker:
     def _retarget(self, processes: frozenset[ProcessId]) -> None:
         known = {pid: areas_of(regions) for pid, regions in (self._snapshot or {}).items()}
         alive = processes
+        self._configure()
         if self._kdamond.running():
             known |= {process.pid: self._mapped(process) for process in alive if process.pid not in known}
         for _ in range(3):  # one that exits meanwhile makes the kernel refuse all of them

@@ -26,6 +26,9 @@ class Core(Protocol):
     def snapshot_s(self) -> float | None:
         """When what is known was read; None: nothing is, the next scan reads."""
 
+    def scans_every(self, interval_s: float) -> None:
+        """See `PacedTracker`."""
+
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`; forgets what was read."""
 
@@ -42,7 +45,13 @@ class _Hub:
     def __init__(self, core: Core) -> None:
         self.core = core
         self.members: dict[SharedDamonTracker, frozenset[ProcessId]] = {}
+        self.scan_intervals_s: dict[SharedDamonTracker, float] = {}
         self.turn = threading.RLock()
+
+    def fit(self) -> None:
+        """To the member that scans most often."""
+        if self.scan_intervals_s:
+            self.core.scans_every(min(self.scan_intervals_s.values()))
 
 
 _hubs: dict[tuple[Host, DamonConfig], _Hub] = {}
@@ -88,6 +97,14 @@ class SharedDamonTracker:
         """It scans at the same time as the others, every `interval_s`: one reading serves all of them."""
         self._interval_s = interval_s
 
+    def scans_every(self, interval_s: float) -> None:
+        """See `PacedTracker`."""
+        hub = self._hub
+        if hub is not None:
+            with hub.turn:
+                hub.scan_intervals_s[self] = interval_s
+                hub.fit()
+
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`."""
         hub = self._hub
@@ -117,7 +134,9 @@ class SharedDamonTracker:
                 return
             with hub.turn:
                 del hub.members[self]
+                hub.scan_intervals_s.pop(self, None)
                 if hub.members:
+                    hub.fit()
                     hub.core.watch(frozenset[ProcessId]().union(*hub.members.values()))
                     return
                 del _hubs[self._key]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.errors import ConfigError
-from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, Bools, PageChunk, ProcessId, Spans, Tracker
+from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, Bools, PacedTracker, PageChunk, ProcessId, Spans, Tracker
 from memtier_engine.trackers.common import chunks
 
 EXCLUSIVE = (frozenset({"idlepage", "refs", "damon", "bpf", "bpf-sampled"}), frozenset({"softdirty"}))
@@ -41,6 +41,12 @@ class MultiTracker:
         self.parts = tuple(parts)
         self.page_exact = all(part.page_exact for part in parts)
         self.stale_tlb = any(getattr(part, "stale_tlb", False) for part in parts)
+
+    def scans_every(self, interval_s: float) -> None:
+        """See `PacedTracker`."""
+        for part in self.parts:
+            if isinstance(part, PacedTracker):
+                part.scans_every(interval_s)
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`."""
