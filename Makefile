@@ -38,6 +38,7 @@ check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, generated c
 	$(BIN)/python -m memtier_engine.trackers.bpf.build --check
 
 test: $(STAMP)  ## Run all tests that need no virtual machine
+	@tools/test-tools
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 e2e: $(STAMP)  ## Run the end-to-end tests in the test VM (built on first use)
