@@ -25,6 +25,8 @@ from support.swap import temporary_zram_swap
 
 MEME = Path(sys.executable).parent / "memtier-meme"
 MIB = 1 << 20
+IN_BATCH = 31
+"""So many pages may wait in a CPU's batch to join an LRU list, for as long as that CPU touches no others."""
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
 
 
