@@ -119,10 +119,10 @@ def test_jumps_of_the_wall_clock_make_no_memory_idle(records: Records) -> None:
 
 def test_a_daemon_stopped_for_many_intervals_takes_up_its_work_and_what_is_in_use_stays(records: Records) -> None:
     found = found_in(records, "stopped")
-    assert found["cold_s"] is not None
+    assert found["cold_s"] is not None, found["log"]
     assert found["out_meanwhile_bytes"] == 0
     assert found["hot_out_worst"] <= 0.02
-    assert found["late_s"] is not None
+    assert found["late_s"] is not None, found["log"]
     assert found["alive"]
     assert found["intact"]
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scene import main, meme, memtierd, say, wait_for
+from scene import daemon_log, main, meme, memtierd, say, wait_for
 
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import MADV_PAGEOUT
@@ -386,7 +386,7 @@ def swap(tracker: str = "bpf") -> None:
             all_out_after_stop_s=stopped_s,
             hot_back_after_cont_s=back_s,
             damon_sample_us=DAMON_SAMPLE_US.read_text().strip() if DAMON_SAMPLE_US.exists() else None,
-            log=max(Path("/tmp").glob("memtierd-*.log"), key=lambda path: path.stat().st_mtime).read_text()[-1500:],
+            log=daemon_log(),
         )
 
 

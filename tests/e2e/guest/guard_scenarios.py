@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scene import CGROUPS, meme, memtierd, say, swap_used, wait_for
+from scene import CGROUPS, daemon_log, meme, memtierd, say, swap_used, wait_for
 
 from memtier_engine.engine import Engine, EngineConfig, StepReport
 from memtier_engine.guards.base import Thresholds
@@ -485,6 +485,7 @@ def stopped() -> None:
                 late_s=late_s,
                 alive=daemon.poll() is None,
                 intact=late.intact(),
+                log=daemon_log(),
             )
 
 

@@ -186,6 +186,11 @@ def memtierd(
             say(kind="problem", text=f"memtierd ended with {popen.returncode}: {output[-2000:]}")
 
 
+def daemon_log(last: int = 1500) -> str:
+    """The end of what the `memtierd` that was started last has logged."""
+    return max(Path("/tmp").glob("memtierd-*.log"), key=lambda path: path.stat().st_mtime).read_text()[-last:]
+
+
 def swap_used() -> int:
     """Bytes in use on all swap areas."""
     rows = Path("/proc/swaps").read_text().splitlines()[1:]

@@ -179,7 +179,10 @@ def test_intervals_that_nobody_set_fit_the_time_between_scans(
 
 def test_there_are_a_hundred_regions_unless_somebody_wants_less() -> None:
     assert DamonConfig().attributes(1).regions_min == 100
-    assert DamonConfig(regions_max=50).attributes(1).regions_min == 50
+    assert DamonConfig(regions_max=10_000).attributes(1).regions_min == 100
+    assert DamonConfig(regions_max=200).attributes(1).regions_min == 20, "or the kernel would split none"
+    assert DamonConfig(regions_max=50).attributes(1).regions_min == 10
+    assert DamonConfig(regions_max=5).attributes(1).regions_min == 5
     assert DamonConfig(regions_min=10).attributes(1).regions_min == 10
     with pytest.raises(ConfigError, match="maxtargetregions"):
         DamonConfig(regions_max=2)

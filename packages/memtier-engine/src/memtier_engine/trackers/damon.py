@@ -41,6 +41,10 @@ REGIONS_LEAST = 100
 """Of few regions, each holds memory in use and idle memory, and looks idle when the samples happen to miss the former.
 On 64 MiB of which 20 are in use, ten regions had most of what is in use out again and again, and a hundred none of it
 for long. They cost a hundred looks per sample, so it pays to take no more samples than the scans can use."""
+REGIONS_LEAST_OF_FEW = 10
+REGIONS_LEAST_PER_MOST = 0.1
+"""The kernel splits regions only while there are fewer than half of the most, and it begins with up to three times the
+least: with more than this, regions would never fit the memory in use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class DamonConfig:
     """Samples of so long a time are counted together. None: a fifth of the time between scans, 100 to 500 ms."""
     update_us: int = 1_000_000
     regions_min: int | None = None
-    """None: 100, or `regions_max` if that is less."""
+    """None: 100, or a tenth of `regions_max` if that is less, but 10 if there may be so many."""
     regions_max: int = 1000
     filter_bytes_max: int | None = 32 << 20
     """Accesses of larger regions say too little about each page to count as heat
@@ -95,7 +99,10 @@ class DamonConfig:
             fitting_us = int((scan_interval_s or 0.0) * 1e6 / AGGREGATIONS_PER_SCAN)
             aggregation_us = min(max(fitting_us, AGGREGATION_LEAST_US), AGGREGATION_MOST_US)
             aggregation_us = max(aggregation_us, (self.sample_us or 0) * SAMPLES_PER_AGGREGATION)
-        regions_min = min(REGIONS_LEAST, self.regions_max) if self.regions_min is None else self.regions_min
+        regions_min = self.regions_min
+        if regions_min is None:
+            fitting = min(REGIONS_LEAST, int(self.regions_max * REGIONS_LEAST_PER_MOST))
+            regions_min = min(max(fitting, REGIONS_LEAST_OF_FEW), self.regions_max)
         return DamonAttributes(
             sample_us=max(1, aggregation_us // SAMPLES_PER_AGGREGATION) if self.sample_us is None else self.sample_us,
             aggregation_us=aggregation_us,
