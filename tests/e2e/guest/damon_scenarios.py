@@ -24,7 +24,7 @@ from memtier_engine.trackers.damon import DamonConfig, DamonTracker
 KDAMONDS = Path("/sys/kernel/mm/damon/admin/kdamonds")
 ROUND_MS = 15
 """Pause of a load: its hot pages are touched within each sample."""
-FOUND_S = 60.0
+FOUND_S = 120.0
 
 
 @contextmanager

@@ -475,7 +475,7 @@ def stopped() -> None:
             for _ in range(6):
                 time.sleep(0.5)
                 hot_worst = max(hot_worst, load.hot_out())
-            late_s = wait_for(lambda: late.out_bytes() > 16 * MIB, 60)
+            late_s = wait_for(lambda: late.out_bytes() > 16 * MIB, 150)  # a guard may close for half a minute
             hot_worst = max(hot_worst, load.hot_out())
             say(
                 kind="stopped",
