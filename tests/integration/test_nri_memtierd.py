@@ -223,8 +223,9 @@ def test_a_process_per_container_is_supervised_and_never_doubled(tmp_path: Path)
             await scene.program.until(lambda: len(scene.program.children()) == 1)
             (first,) = scene.program.children()
             directory = scene.program.runs / "default/pod/c0"
-            assert (directory / "memtierd.pid").read_text() == f"{first}\n"
-            assert stat.S_IMODE((directory / "memtierd.pid").stat().st_mode) == 0o400
+            pid_file = directory / "memtierd.pid"  # written once the process runs
+            await scene.program.until(lambda: pid_file.exists() and pid_file.read_text() == f"{first}\n")
+            assert stat.S_IMODE(pid_file.stat().st_mode) == 0o400
             assert os.getsid(first) == first
             os.kill(first, signal.SIGKILL)
             await scene.program.until(lambda: scene.program.children() not in ([], [first]))
