@@ -40,7 +40,7 @@ def other_work() -> Iterator[None]:
         other.wait()
 
 
-def state(number: int = 0) -> str | None:
+def state_of(number: int = 0) -> str | None:
     """None: there is no such kdamond. The kernel answers EBUSY while it does a command."""
     for _ in range(100):
         try:
@@ -132,7 +132,7 @@ def all_gone() -> None:
                 gone = process_id(Host(), first.pid)
                 found.watch(frozenset({gone}))
                 time.sleep(1)
-            stopped_s = wait_for(lambda: state() == "off", 20)
+            stopped_s = wait_for(lambda: state_of() == "off", 20)
             found.watch(frozenset({gone}))
             try:
                 list(found.scan(gone, Spans.empty()))
@@ -154,7 +154,7 @@ def physical() -> None:
             operations = (KDAMONDS / "0/contexts/0/operations").read_text().strip()
             shares = watch_for(found, [one], 30, 2.0)
             found.watch(frozenset())
-            off = state()
+            off = state_of()
         finally:
             found.close()
     say(kind="physical", operations=operations, shares=shares[0], off=off)
@@ -195,7 +195,7 @@ def killed() -> None:
     """A program that is killed leaves its kdamond behind; the error says how to get it back."""
     with Load(8, 4) as victim:
         daemon = Daemon(policy("age", "swapoutms: 60000", "damon", "samplingus: 5000", pids(victim)))
-        started_s = wait_for(lambda: state() == "on", FOUND_S)
+        started_s = wait_for(lambda: state_of() == "on", FOUND_S)
         daemon.process.kill()
         daemon.process.join()
         try:
@@ -203,7 +203,7 @@ def killed() -> None:
             message = ""
         except TrackerUnavailable as error:
             message = str(error)
-    wait_for(lambda: state() == "off", 20)
+    wait_for(lambda: state_of() == "off", 20)
     (KDAMONDS / "nr_kdamonds").write_text("0")
     tracker().close()
     say(kind="killed", started_s=started_s, message=message)
@@ -236,7 +236,7 @@ def heat() -> None:
             hot=places(one.pid, one.hot),
             cold=places(one.pid, one.cold),
             kdamonds=int((KDAMONDS / "nr_kdamonds").read_text()),
-            running=[number for number in range(8) if state(number) == "on"],
+            running=[number for number in range(8) if state_of(number) == "on"],
             heats=daemon.ask("policy -dump heatmap")[-2000:],
         )
     say(kind="damon-heat-end", kdamonds=int((KDAMONDS / "nr_kdamonds").read_text()))

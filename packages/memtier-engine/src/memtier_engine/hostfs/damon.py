@@ -208,13 +208,11 @@ class Kdamond:
         self._command("commit" if was_running else "on")
 
     def watch_memory(self, areas: Spans) -> None:
-        """With operations `paddr`: watch these physical addresses, if it does not do so already.
+        """With operations `paddr`, switched off: watch these physical addresses.
 
         Raises:
             KernelCallError: the kernel does not take them.
         """
-        if self.running():
-            return
         self._write_targets([areas])
         self._write_schemes(1, by_target=False)
         self._command("on")

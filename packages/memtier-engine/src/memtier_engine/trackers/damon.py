@@ -215,12 +215,11 @@ class DamonTracker:
 
     def _watch_memory(self, processes: frozenset[ProcessId]) -> None:
         alive = frozenset(filter(self._is_alive, processes))
-        if alive:
-            if not self._kdamond.running():
-                self._configure()
-            self._kdamond.watch_memory(_memory(self._host))
-        else:
+        if not alive:
             self._kdamond.stop()
+        elif not self._kdamond.running():
+            self._configure()
+            self._kdamond.watch_memory(_memory(self._host))
         self._keep(alive)
 
     def _keep(self, alive: frozenset[ProcessId]) -> None:

@@ -45,13 +45,13 @@ class _Hub:
     def __init__(self, core: Core) -> None:
         self.core = core
         self.members: dict[SharedDamonTracker, frozenset[ProcessId]] = {}
-        self.scan_intervals_s: dict[SharedDamonTracker, float] = {}
         self.turn = threading.RLock()
 
     def fit(self) -> None:
         """To the member that scans most often."""
-        if self.scan_intervals_s:
-            self.core.scans_every(min(self.scan_intervals_s.values()))
+        known = [member.scan_interval_s for member in self.members if member.scan_interval_s is not None]
+        if known:
+            self.core.scans_every(min(known))
 
 
 _hubs: dict[tuple[Host, DamonConfig], _Hub] = {}
@@ -77,6 +77,8 @@ class SharedDamonTracker:
         self._key = (host, config or DamonConfig())
         self._clock = clock or SystemClock()
         self._interval_s = 0.0
+        self.scan_interval_s: float | None = None
+        """Time between scans; None: nobody said."""
         self._used_s: float | None = None
         with _hubs_lock:
             hub = _hubs.get(self._key)
@@ -102,7 +104,7 @@ class SharedDamonTracker:
         hub = self._hub
         if hub is not None:
             with hub.turn:
-                hub.scan_intervals_s[self] = interval_s
+                self.scan_interval_s = interval_s
                 hub.fit()
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
@@ -134,7 +136,6 @@ class SharedDamonTracker:
                 return
             with hub.turn:
                 del hub.members[self]
-                hub.scan_intervals_s.pop(self, None)
                 if hub.members:
                     hub.fit()
                     hub.core.watch(frozenset[ProcessId]().union(*hub.members.values()))
