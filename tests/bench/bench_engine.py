@@ -14,12 +14,12 @@ import numpy as np
 from bench.measure import best_s, holder, ratio_line
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import MADV_PAGEOUT
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, MoveTask, PageChunk, ProcessId, Spans
 from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.pages.ages import AgeClock, ProcessPages
 from support.swap import temporary_zram_swap
 
 GIB = 1 << 30

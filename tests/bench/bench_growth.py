@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.measure import ratio_line
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, SWAP_NODE, PageChunk, ProcessId, Spans
+from memtier_engine.pages.ages import AgeClock, ProcessPages
+from memtier_engine.pages.refaults import RefaultLedger
+from memtier_engine.pages.regions import RegionCounters
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.auto import AutoPolicy, AutoPolicyConfig
 from memtier_engine.policies.base import Policy
@@ -27,8 +29,6 @@ from memtier_engine.policies.goals import Goal
 from memtier_engine.policies.heat import HeatPolicy, HeatPolicyConfig
 from memtier_engine.policies.heatmap import HeatmapConfig
 from memtier_engine.policies.ratio import RatioPolicy, RatioPolicyConfig
-from memtier_engine.refaults import RefaultLedger
-from memtier_engine.regions import RegionCounters
 
 GIB = 1 << 30
 GIBS = (1, 4, 16)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from memtier_engine.clock import SystemClock
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.hostfs.host import Host
 from memtier_engine.targets.cgroups import CgroupsTarget
 from memtier_engine.trackers.registry import why_not

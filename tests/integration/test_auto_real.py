@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from memtier_engine.auto import auto_engine
-from memtier_engine.engine import EngineConfig, StepReport
+from memtier_engine.engine.auto import auto_engine
+from memtier_engine.engine.loop import EngineConfig, StepReport
 from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.auto import AutoPolicyConfig

@@ -16,7 +16,7 @@ from bench.saving.cell import Cell, Times, measure, percentile
 from bench.saving.report import grouped, table
 from bench.saving.servers import RECORD_BYTES, records
 from bench.saving.variants import VARIANTS, biggest_memory, engine_config, has_memory_controller
-from memtier_engine.config import parse
+from memtier_engine.config.files import parse
 from support.swap import calm_down
 
 MIB = 1 << 20

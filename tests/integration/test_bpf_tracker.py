@@ -270,7 +270,7 @@ def test_a_busy_process_on_a_cpu_of_its_own_is_seen_in_every_window(tracker: Bpf
 
 
 def test_where_nothing_flushes_paging_out_a_page_shows_what_the_tlb_hid(tracker: BpfTracker, spinner: Spinner) -> None:
-    """What `memtier_engine.probing` relies on: the kernel flushes all of the process's entries for one page."""
+    """What `memtier_engine.engine.probing` relies on: the kernel flushes all of the process's entries for one page."""
     tracker.flushes = False
     assert tracker.stale_tlb
     busy = spinner.pages(0, 64)

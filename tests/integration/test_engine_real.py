@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.errors import TrackerUnavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.mover import MoverConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.guards.base import Thresholds
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.processes import FactsReader

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from memtier_engine.config import parse
-from memtier_engine.engine import StepReport
+from memtier_engine.config.files import parse
+from memtier_engine.engine.loop import StepReport
 from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import MoveOutcome

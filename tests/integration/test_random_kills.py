@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.clock import FakeClock
-from memtier_engine.config import parse
-from memtier_engine.engine import Engine
+from memtier_engine.config.files import parse
+from memtier_engine.engine.loop import Engine
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.model import MoveTask, PageChunk, ProcessId, Spans, Tracker
 from memtier_engine.mover.backends import BatchResult, ProcessHandle, move
 from memtier_engine.mover.mover import Mover
+from memtier_engine.pages.ages import AgeClock, ProcessPages
 from memtier_engine.policies.base import Policy
 from support.cgroups import temporary_cgroup
 from support.configs import text_of

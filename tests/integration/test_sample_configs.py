@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from memtier_engine.config_parts import TRACKERS, TrackerSpec
-from memtier_engine.config_policies import POLICIES
+from memtier_engine.config.parts import TRACKERS, TrackerSpec
+from memtier_engine.config.policies import POLICIES
 from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker

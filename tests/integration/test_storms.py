@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.hostfs.host import Host
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.targets.cgroups import CgroupsTarget

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, swapped
 from memtier_engine.model import PAGE_BYTES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.errors import ProcessGone, TrackerUnavailable, Unavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap

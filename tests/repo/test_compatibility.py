@@ -11,11 +11,11 @@ import pytest
 from memtier_cli import meme
 from memtier_cli.compat import memtierd, nri_memtierd
 from memtier_cli.prompt.commands import COMMANDS
-from memtier_engine.config import parse
-from memtier_engine.config_keys import COMPONENTS
-from memtier_engine.config_parts import TARGETS, TRACKERS
-from memtier_engine.config_policies import FORECASTERS, POLICIES
-from memtier_engine.config_routines import ROUTINES
+from memtier_engine.config.files import parse
+from memtier_engine.config.keys import COMPONENTS
+from memtier_engine.config.parts import TARGETS, TRACKERS
+from memtier_engine.config.policies import FORECASTERS, POLICIES
+from memtier_engine.config.routines import ROUTINES
 from memtier_engine.stats.tables import FORMATS, OWN_TABLES, TABLES
 
 TEXT = (Path(__file__).parents[2] / "docs/compatibility.md").read_text()

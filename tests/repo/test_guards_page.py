@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from memtier_engine.config import parse
-from memtier_engine.config_guards import THRESHOLDS
+from memtier_engine.config.files import parse
+from memtier_engine.config.guards import THRESHOLDS
 from memtier_engine.guards.config import GuardsConfig
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/guards.md").read_text()

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.ages import PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.model import PAGE_BYTES, PageChunk, Spans
+from memtier_engine.pages.ages import PAGED_OUT, AgeClock, ProcessPages
+from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.policies.auto import AutoPolicy
-from memtier_engine.refaults import RefaultLedger
 from support.fakes import BASE, PROCESS, spans
 
 SCAN_S = 5.0

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memtier_engine.clock import FakeClock
-from memtier_engine.config import Spec, load, parse
-from memtier_engine.config_parts import TrackerSpec
-from memtier_engine.engine import Engine, StepReport
+from memtier_engine.config.files import Spec, load, parse
+from memtier_engine.config.parts import TrackerSpec
+from memtier_engine.engine.loop import Engine, StepReport
 from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.stats.recorder import Statistics

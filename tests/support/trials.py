@@ -23,14 +23,14 @@ import numpy as np
 from loguru import logger
 
 from memtier_engine.abi.constants import Capability
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.privileges import MOVERS, TRACKERS, Need, least
 from memtier_engine.model import SWAP_NODE, MoveTask, Spans
 from memtier_engine.mover.mover import Mover, MoverConfig
-from memtier_engine.mover.reclaim import CgroupReclaimer
+from memtier_engine.reclaim.reclaimer import CgroupReclaimer
 from memtier_engine.targets.pids import PidsTarget
 from memtier_engine.trackers.mglru import MglruTracker
 from memtier_engine.trackers.registry import create_tracker

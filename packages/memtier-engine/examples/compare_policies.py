@@ -15,10 +15,10 @@ from new_policy import KeepPolicy
 from memtier_engine import Engine, EngineConfig
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
+from memtier_engine.lab.simulate import Simulation
+from memtier_engine.lab.trace import TraceRecorder, read_trace
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.ratio import RatioPolicy, RatioPolicyConfig
-from memtier_engine.simulate import Simulation
-from memtier_engine.trace import TraceRecorder, read_trace
 
 HOT_MIB, COLD_MIB = 4, 60
 

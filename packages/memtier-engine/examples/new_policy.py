@@ -6,10 +6,10 @@ Run it: python new_policy.py PID MIB
 import sys
 
 from memtier_engine import Engine, EngineConfig
-from memtier_engine.ages import AGE_MAX
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, MoveTask
+from memtier_engine.pages.ages import AGE_MAX
 from memtier_engine.policies.base import BasePolicy
 from memtier_engine.targets.pids import PidsTarget
 

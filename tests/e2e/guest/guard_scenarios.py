@@ -22,7 +22,7 @@ from typing import Any
 
 from scene import CGROUPS, daemon_log, meme, memtierd, say, swap_used, wait_for
 
-from memtier_engine.engine import Engine, EngineConfig, StepReport
+from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
 from memtier_engine.guards.base import Thresholds
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import GuardSet
@@ -31,8 +31,8 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.psi import read_pressure
 from memtier_engine.model import MoveOutcome
 from memtier_engine.mover.mover import MoverConfig
-from memtier_engine.mover.reclaim import CgroupReclaimer
 from memtier_engine.policies.age import AgePolicyConfig
+from memtier_engine.reclaim.reclaimer import CgroupReclaimer
 from memtier_engine.stats.observer import Observer
 from memtier_engine.targets.cgroups import CgroupsTarget
 from memtier_engine.trackers.mglru import MglruTracker

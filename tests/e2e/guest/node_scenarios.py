@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from scene import cgroup, main, say, share_out, wait_for
 
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.engine.loop import Engine, EngineConfig
+from memtier_engine.engine.node import Node, NodeConfig
+from memtier_engine.engine.runner import Runner
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.page_idle import IdleBitmap
 from memtier_engine.mover.mover import MoverConfig
-from memtier_engine.node import Node, NodeConfig
 from memtier_engine.policies.age import AgePolicyConfig
-from memtier_engine.runner import Runner
 from memtier_engine.targets.cgroups import CgroupsTarget
 
 CONTAINERS = 30

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from scene import CGROUPS, cgroup, main, meme, say
 
-from memtier_engine.config import parse
-from memtier_engine.engine import StepReport
+from memtier_engine.config.files import parse
+from memtier_engine.engine.loop import StepReport
 from memtier_engine.hostfs.host import Host
-from memtier_engine.reclaim import ReclaimEngine
+from memtier_engine.reclaim.engine import ReclaimEngine
 from memtier_engine.trackers.mglru import MglruTracker
 
 MIB = 1 << 20

@@ -22,8 +22,8 @@ from memtier_cli.statactions import parse_times
 from memtier_engine.errors import ConfigError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans
+from memtier_engine.pages.regions import Counters
 from memtier_engine.policies.heatmap import Heatmap, HeatmapConfig
-from memtier_engine.regions import Counters
 from memtier_engine.units import parse_size
 
 PROCESS = ProcessId(123, 1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask
+from memtier_engine.pages.ages import AgeClock, ProcessPages
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from support.fakes import PROCESS, pages_of, spans
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtier_engine.ages import (
+from memtier_engine.model import CHUNK_PAGES, NOWHERE, PAGE_BYTES, Spans
+from memtier_engine.pages.ages import (
     AGE_MAX,
     LINEAR_SCANS,
     MIN_SCANS,
@@ -17,7 +18,6 @@ from memtier_engine.ages import (
     ProcessPages,
     true_runs,
 )
-from memtier_engine.model import CHUNK_PAGES, NOWHERE, PAGE_BYTES, Spans
 from support.fakes import BASE, PROCESS, chunk, pages_of, spans
 
 

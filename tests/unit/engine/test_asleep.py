@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memtier_engine.ages import NOT_RESIDENT, PAGED_OUT, AgeClock, ProcessPages
-from memtier_engine.asleep import SCANS_SKIPPED_MOST, AsleepWatch
+from memtier_engine.engine.asleep import SCANS_SKIPPED_MOST, AsleepWatch
+from memtier_engine.pages.ages import NOT_RESIDENT, PAGED_OUT, AgeClock, ProcessPages
 from support.fakes import PROCESS, FakeTarget, spans
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES
+from memtier_engine.pages.ages import AgeClock, ProcessPages
+from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.policies.auto import AutoPolicy, AutoPolicyConfig
 from memtier_engine.policies.goals import Goal, parse_goal
-from memtier_engine.refaults import RefaultLedger
 from support.autosim import Simulation, periodic
 from support.fakes import PROCESS, pages_of, spans
 

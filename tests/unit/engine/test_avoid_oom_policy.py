@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from memtier_engine.ages import AgeClock, ProcessPages
+from memtier_engine.engine.oom_facts import HostOomFacts
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
-from memtier_engine.oom_facts import HostOomFacts
+from memtier_engine.pages.ages import AgeClock, ProcessPages
 from memtier_engine.policies.avoid_oom import (
     AvoidOomPolicy,
     AvoidOomPolicyConfig,

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtier_engine.ages import AGE_MAX, NOT_RESIDENT, PAGED_OUT, AgeClock, ProcessPages, true_runs
 from memtier_engine.model import PAGE_BYTES, PageChunk, Spans
-from memtier_engine.regions import RegionCounters
+from memtier_engine.pages.ages import AGE_MAX, NOT_RESIDENT, PAGED_OUT, AgeClock, ProcessPages, true_runs
+from memtier_engine.pages.regions import RegionCounters
 from memtier_engine.trackers.common import FirstSight, chunks, grouped, spans_of
 from support.fakes import BASE, PROCESS, pages_of, spans
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtier_engine.config import Spec, load, parse
+from memtier_engine.config.files import Spec, load, parse
 from memtier_engine.errors import ConfigError
 from memtier_engine.policies.age import AgePolicyConfig
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from memtier_engine import Engine, EngineConfig
-from memtier_engine.config import (
+from memtier_engine.config.files import (
     load,
     parse,
     parse_policy,
@@ -21,7 +21,7 @@ from memtier_engine.config import (
     parse_tracker,
     read,
 )
-from memtier_engine.config_parts import TargetSpec, TrackerSpec
+from memtier_engine.config.parts import TargetSpec, TrackerSpec
 from memtier_engine.errors import ConfigError, MemtierError
 from memtier_engine.guards.base import GIB, MIB, Thresholds
 from memtier_engine.guards.config import GuardsConfig
@@ -305,7 +305,7 @@ class _Closing:
 
 def test_parts_of_multi_are_closed_if_one_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memtier_engine.config_parts.create_tracker", _no_tracker)
-    monkeypatch.setattr("memtier_engine.config_parts.FinderTracker", lambda host, options: _Closing())
+    monkeypatch.setattr("memtier_engine.config.parts.FinderTracker", lambda host, options: _Closing())
     spec = parse_tracker("multi", "trackers: [{name: finder}, {name: softdirty}]")
     _Closing.closed = 0
     with pytest.raises(MemtierError, match="no soft-dirty bit"):

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtier_engine.config import Spec, parse
-from memtier_engine.config_keys import COMPONENTS, STUBS, Key, Kind
-from memtier_engine.config_parts import TARGETS, TRACKERS
-from memtier_engine.config_policies import FORECASTERS, POLICIES
-from memtier_engine.config_routines import ROUTINES
+from memtier_engine.config.files import Spec, parse
+from memtier_engine.config.keys import COMPONENTS, STUBS, Key, Kind
+from memtier_engine.config.parts import TARGETS, TRACKERS
+from memtier_engine.config.policies import FORECASTERS, POLICIES
+from memtier_engine.config.routines import ROUTINES
 from memtier_engine.errors import ConfigError
 from support.configs import Plain, base, placed, text_of
 

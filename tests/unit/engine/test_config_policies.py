@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from memtier_engine.config import Spec, parse
-from memtier_engine.config_parts import TRACKERS
-from memtier_engine.config_policies import FORECASTERS, POLICIES
+from memtier_engine.config.files import Spec, parse
+from memtier_engine.config.parts import TRACKERS
+from memtier_engine.config.policies import FORECASTERS, POLICIES
 from memtier_engine.errors import ConfigError
 from memtier_engine.policies.age import AgePolicy
 from memtier_engine.policies.avoid_oom import AvoidOomPolicyConfig

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memtier_engine.driver import EngineThread
-from memtier_engine.engine import Engine, EngineConfig, StepReport
+from memtier_engine.engine.driver import EngineThread
+from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
 from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.model import PAGE_BYTES, Spans
+from memtier_engine.pages.regions import RegionCounters
 from memtier_engine.policies.stub import StubPolicy
-from memtier_engine.regions import RegionCounters
 from memtier_engine.stats.counts import AccessCounts
 from memtier_engine.targets.chosen import ChosenTarget
 from memtier_engine.trackers.finder import FinderConfig, FinderTracker

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from memtier_engine.clock import FakeClock
-from memtier_engine.engine import Engine, EngineConfig, StepReport
+from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
+from memtier_engine.engine.runner import Runner
 from memtier_engine.errors import ConfigError, KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, MoveTask, ProcessId, Spans
 from memtier_engine.mover.backends import BatchResult, ProcessHandle
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
-from memtier_engine.runner import Runner
 from memtier_engine.stats.observer import Observer
 from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of
 

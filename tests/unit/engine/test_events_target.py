@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from memtier_engine.config import parse_target
+from memtier_engine.config.files import parse_target
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.proc_events import ProcEvents, ProcEventSocket
 from memtier_engine.model import ProcessId

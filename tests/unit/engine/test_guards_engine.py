@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from memtier_engine.clock import FakeClock
-from memtier_engine.engine import Engine, EngineConfig, StepReport
+from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.skip import SkipRules
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, Spans

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError, MemtierError, ProcessGone
 from memtier_engine.model import NOT_OURS, NOWHERE, PAGE_BYTES, SWAP_NODE, MoveTask, PageChunk, ProcessId, Spans
+from memtier_engine.pages.ages import AgeClock, ProcessPages
+from memtier_engine.pages.regions import RegionCounters
 from memtier_engine.policies.heat import Forecaster, HeatPolicy, HeatPolicyConfig
 from memtier_engine.policies.heatmap import HeatmapConfig, Heats
-from memtier_engine.regions import RegionCounters
 from support.fakes import BASE, PROCESS, pages_of, spans
 
 OTHER = ProcessId(4343, 8)

@@ -9,8 +9,8 @@ import pytest
 
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
+from memtier_engine.pages.regions import Counters
 from memtier_engine.policies.heatmap import NS_PER_S, Heatmap, HeatmapConfig, Heats
-from memtier_engine.regions import Counters
 
 P = ProcessId(1, 1)
 H = HeatmapConfig(heat_max=2.0, heat_retention=0.25, heat_classes=8)

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from memtier_engine.clock import FakeClock
-from memtier_engine.engine import Engine, EngineConfig, StepReport
+from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
+from memtier_engine.engine.node import Node, NodeConfig
+from memtier_engine.engine.runner import Runner
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
 from memtier_engine.mover.backends import BatchResult, ProcessHandle
 from memtier_engine.mover.fair import FairMover
 from memtier_engine.mover.mover import MoverConfig
-from memtier_engine.node import Node, NodeConfig
 from memtier_engine.policies.age import AgePolicyConfig
-from memtier_engine.runner import Runner
 from support.fakes import BASE, FakeTarget, FakeTracker, pages_of
 from support.hostfolder import HostFolder
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from loguru import logger
 
+from memtier_engine.engine.pace import ScanBudget
 from memtier_engine.errors import ConfigError
-from memtier_engine.pace import ScanBudget
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from memtier_engine.clock import FakeClock
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.engine.loop import Engine, EngineConfig
+from memtier_engine.engine.probing import GROWTH, PROBE_BYTES, Probing
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, PageChunk, ProcessId, Spans
 from memtier_engine.mover.backends import BatchResult, ProcessHandle
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
-from memtier_engine.probing import GROWTH, PROBE_BYTES, Probing
 from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of, spans
 
 OTHER = ProcessId(4243, 9)

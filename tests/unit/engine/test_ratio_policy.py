@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError, ProcessGone
 from memtier_engine.model import NOT_OURS, NOWHERE, PAGE_BYTES, SWAP_NODE, ProcessId, Spans
+from memtier_engine.pages.ages import AgeClock, ProcessPages
+from memtier_engine.pages.regions import RegionCounters
 from memtier_engine.policies.ratio import RatioPolicy, RatioPolicyConfig
 from memtier_engine.policies.stub import StubPolicy
-from memtier_engine.regions import RegionCounters
 from support.fakes import PROCESS, chunk, pages_of, spans
 
 

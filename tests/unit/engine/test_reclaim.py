@@ -10,7 +10,7 @@ import pytest
 from memtier_engine.errors import AccessDenied, KernelCallError, Unavailable
 from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.mover.mover import MoverConfig
-from memtier_engine.mover.reclaim import CgroupReclaimer
+from memtier_engine.reclaim.reclaimer import CgroupReclaimer
 from support.hostfolder import HostFolder
 
 MIB = 1 << 20

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from memtier_engine.clock import FakeClock
-from memtier_engine.config import parse
-from memtier_engine.engine import EngineConfig, StepReport
+from memtier_engine.config.files import parse
+from memtier_engine.engine.loop import EngineConfig, StepReport
+from memtier_engine.engine.node import Node, NodeConfig
 from memtier_engine.errors import TrackerUnavailable, Unavailable
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.mover import MoverConfig
-from memtier_engine.node import Node, NodeConfig
 from memtier_engine.policies.goals import Goal
-from memtier_engine.policies.reclaim import ReclaimPolicyConfig
-from memtier_engine.reclaim import ReclaimEngine, reclaim_engine
+from memtier_engine.reclaim.engine import ReclaimEngine, reclaim_engine
+from memtier_engine.reclaim.policy import ReclaimPolicyConfig
 from support.hostfolder import HostFolder
 
 MIB = 1 << 20

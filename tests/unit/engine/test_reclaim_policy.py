@@ -10,7 +10,7 @@ import pytest
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES
 from memtier_engine.policies.goals import Goal
-from memtier_engine.policies.reclaim import (
+from memtier_engine.reclaim.policy import (
     SHARE_START_PERCENT,
     SHARES_PERCENT,
     CgroupFacts,

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtier_engine.ages import PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
-from memtier_engine.refaults import BIN_S, PageSet, RefaultLedger
+from memtier_engine.pages.ages import PAGED_OUT, AgeClock, ProcessPages
+from memtier_engine.pages.refaults import BIN_S, PageSet, RefaultLedger
 from support.fakes import BASE, PROCESS, chunk, spans
 
 FIRST_PAGE = BASE // PAGE_BYTES

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PageChunk, Spans
-from memtier_engine.regions import Counters, RegionCounters, flatten
+from memtier_engine.pages.regions import Counters, RegionCounters, flatten
 from support.fakes import BASE, PROCESS, chunk, pages_of, spans
 
 

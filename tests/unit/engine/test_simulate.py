@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memtier_engine.ages import AgeClock, ProcessPages
+from memtier_engine.lab.simulate import Simulation, simulate
+from memtier_engine.lab.trace import TraceError, TraceRecorder, TraceScan, read_trace
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, MoveTask, PageChunk, ProcessId, Spans
+from memtier_engine.pages.ages import AgeClock, ProcessPages
+from memtier_engine.pages.regions import RegionCounters
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import BasePolicy
 from memtier_engine.policies.heat import HeatPolicy, HeatPolicyConfig
 from memtier_engine.policies.heatmap import HeatmapConfig
 from memtier_engine.policies.ratio import RatioPolicy, RatioPolicyConfig
 from memtier_engine.policies.stub import StubPolicy
-from memtier_engine.regions import RegionCounters
-from memtier_engine.simulate import Simulation, simulate
-from memtier_engine.trace import TraceError, TraceRecorder, TraceScan, read_trace
 from support.fakes import BASE, PROCESS, pages_of, spans
 
 OTHER = ProcessId(4343, 8)

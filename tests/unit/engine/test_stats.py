@@ -11,7 +11,7 @@ import pytest
 from memtier_engine.clock import FakeClock
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, PageChunk, ProcessId
-from memtier_engine.regions import RegionCounters
+from memtier_engine.pages.regions import RegionCounters
 from memtier_engine.stats import raw_events, recorder
 from memtier_engine.stats.observer import event_prefix
 from memtier_engine.stats.raw_events import RawEvents

@@ -9,7 +9,7 @@ from memtier_engine.errors import KernelCallError, ProcessGone, TrackerUnavailab
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.taskstats import SwapInDelay
 from memtier_engine.model import ProcessId
-from memtier_engine.refaults import RefaultLedger
+from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.trackers.bpf import feed
 from memtier_engine.trackers.bpf.faults import FaultTable
 from memtier_engine.trackers.bpf.feed import DelayFeed, SwapInFeed, SwapIns, SwapInWatch

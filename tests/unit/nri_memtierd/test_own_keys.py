@@ -8,7 +8,7 @@ import pytest
 
 from memtier_cli.inprocess import check_template
 from memtier_cli.nri_config import load, load_file, render
-from memtier_engine.config import Spec, parse
+from memtier_engine.config.files import Spec, parse
 from memtier_engine.errors import ConfigError
 from memtier_engine.policies.auto import AutoPolicyConfig
 from memtier_engine.policies.goals import Goal

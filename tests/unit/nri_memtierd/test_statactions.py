@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from memtier_cli.statactions import StatActions, accessed_table, check_routines, parse_times
-from memtier_engine.ages import PAGED_OUT, AgeClock
-from memtier_engine.config import parse
-from memtier_engine.config_routines import RoutineSpec
-from memtier_engine.engine import Engine
+from memtier_engine.config.files import parse
+from memtier_engine.config.routines import RoutineSpec
+from memtier_engine.engine.loop import Engine
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import ProcessId
+from memtier_engine.pages.ages import PAGED_OUT, AgeClock
 from memtier_engine.routines.statactions import StatActionsConfig
 
 GIB_PAGES = 1 << 18

@@ -14,14 +14,14 @@ from memtier_cli.fleet import Job
 from memtier_cli.nri_config import PluginConfig
 from memtier_cli.rundir import ContainerDirectory, RunDirectory
 from memtier_cli.statactions import StatActions, check_routines
-from memtier_engine.asleep import TimedTarget
-from memtier_engine.config import Spec, parse
-from memtier_engine.engine import Engine, StepReport
+from memtier_engine.config.files import Spec, parse
+from memtier_engine.engine.asleep import TimedTarget
+from memtier_engine.engine.loop import Engine, StepReport
+from memtier_engine.engine.node import Node
+from memtier_engine.engine.runner import Runner
 from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import ProcessId
-from memtier_engine.node import Node
-from memtier_engine.runner import Runner
 from memtier_engine.targets.base import Target
 
 WORKERS = 2

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.ages import AGE_MAX, PAGED_OUT
-from memtier_engine.config_routines import RoutineSpec
-from memtier_engine.engine import Engine
+from memtier_engine.config.routines import RoutineSpec
+from memtier_engine.engine.loop import Engine
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES
+from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT
 
 _TIME = re.compile(r"\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*(ns|us|ms|s|m|h)?\s*")
 _SECONDS = {None: 1.0, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 if TYPE_CHECKING:
-    from memtier_engine.engine import Engine as Engine
-    from memtier_engine.engine import EngineConfig as EngineConfig
-    from memtier_engine.engine import StepReport as StepReport
+    from memtier_engine.engine.loop import Engine as Engine
+    from memtier_engine.engine.loop import EngineConfig as EngineConfig
+    from memtier_engine.engine.loop import StepReport as StepReport
 
 __all__ = ["Engine", "EngineConfig", "StepReport"]
 

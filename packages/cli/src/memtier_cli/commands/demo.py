@@ -58,7 +58,7 @@ def command(tracker: str, duration: float, as_json: bool) -> int:
     from memtier_cli.demo.verdict import judge
     from memtier_cli.demo.zram import swap_for_now
     from memtier_cli.signals import stop_on_signals
-    from memtier_engine.engine import Engine, EngineConfig
+    from memtier_engine.engine.loop import Engine, EngineConfig
     from memtier_engine.guards.config import GuardsConfig
     from memtier_engine.hostfs.host import Host
     from memtier_engine.mover.mover import MoverConfig

@@ -12,7 +12,7 @@ import click
 from memtier_cli.values import Bandwidth, Duration
 
 if TYPE_CHECKING:
-    from memtier_engine.engine import Engine, StepReport
+    from memtier_engine.engine.loop import Engine, StepReport
 
 IDLE_AFTER_S = 60.0
 BANDWIDTH_MIB_PER_S = 100.0
@@ -130,7 +130,7 @@ def _from_options(
     interval_s: float | None,
     dry_run: bool,
 ) -> Engine:
-    from memtier_engine.engine import Engine, EngineConfig
+    from memtier_engine.engine.loop import Engine, EngineConfig
     from memtier_engine.errors import MemtierError
     from memtier_engine.hostfs.cgroup import find_cgroup
     from memtier_engine.hostfs.host import Host
@@ -170,7 +170,7 @@ def _from_options(
 
 
 def _from_file(path: Path, dry_run: bool) -> Engine:
-    from memtier_engine.config import load
+    from memtier_engine.config.files import load
 
     return load(path).build(dry_run=dry_run, events=True)
 

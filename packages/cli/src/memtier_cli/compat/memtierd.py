@@ -119,7 +119,7 @@ def _start(flags: Parsed, prompt: Prompt, signals: SessionSignals) -> None:
     from memtier_cli.prompt.configs import file_blocks
     from memtier_cli.prompt.policy_part import PolicyPart
     from memtier_cli.prompt.routine_part import RoutinePart
-    from memtier_engine.config import load
+    from memtier_engine.config.files import load
 
     path = flags.text("config")
     spec = load(path, allow_programs=flags.boolean("allow-programs"))

@@ -11,8 +11,8 @@ import yaml
 from memtier_cli.compat.goflags import Parsed
 from memtier_cli.prompt.gotext import go_json
 from memtier_cli.prompt.state import CommandError
-from memtier_engine.config_keys import COMPONENTS, Key, Kind
-from memtier_engine.config_reader import Place, Section, compose
+from memtier_engine.config.keys import COMPONENTS, Key, Kind
+from memtier_engine.config.reader import Place, Section, compose
 from memtier_engine.errors import ConfigError, MemtierError
 from memtier_engine.mover.mover import MoverConfig
 

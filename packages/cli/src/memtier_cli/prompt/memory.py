@@ -9,7 +9,7 @@ from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.model import Spans
-from memtier_engine.regions import cut
+from memtier_engine.pages.regions import cut
 
 
 def _arange(prompt: Prompt, flags: Parsed) -> None:

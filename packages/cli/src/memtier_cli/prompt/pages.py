@@ -30,7 +30,7 @@ from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import PAGE_BYTES, U64, Bools, ProcessId, Spans
 from memtier_engine.mover.backends import addresses_of, pages_as_spans
 from memtier_engine.mover.mover import take
-from memtier_engine.pageruns import runs_where
+from memtier_engine.trackers.pageruns import runs_where
 
 FLAG_NAMES = (
     *("LOCKED", "ERROR", "REFERENCED", "UPTODATE", "DIRTY", "LRU", "ACTIVE", "SLAB", "WRITEBACK", "RECLAIM", "BUDDY"),

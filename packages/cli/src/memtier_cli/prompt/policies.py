@@ -7,7 +7,7 @@ from memtier_cli.prompt import configs
 from memtier_cli.prompt.policy_dumps import dump
 from memtier_cli.prompt.policy_part import PolicyPart
 from memtier_cli.prompt.state import Command, CommandError, Prompt
-from memtier_engine.config_policies import POLICIES
+from memtier_engine.config.policies import POLICIES
 
 _NONE = "no policy, create one with -create NAME"
 

@@ -11,11 +11,11 @@ from memtier_cli.prompt.gotext import share
 from memtier_cli.prompt.policy_part import PolicyPart
 from memtier_cli.prompt.state import Prompt
 from memtier_cli.statactions import accessed_table, parse_times
-from memtier_engine.engine import Engine
+from memtier_engine.engine.loop import Engine
+from memtier_engine.engine.oom_facts import HostOomFacts
 from memtier_engine.errors import ConfigError, ProcessGone
 from memtier_engine.hostfs.locate import PageLocator
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, ProcessId
-from memtier_engine.oom_facts import HostOomFacts
 from memtier_engine.policies.avoid_oom import AvoidOomPolicy
 from memtier_engine.policies.heat import HeatPolicy
 from memtier_engine.policies.heatmap import Heatmap, Heats

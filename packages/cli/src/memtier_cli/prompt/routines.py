@@ -6,7 +6,7 @@ from memtier_cli.compat.goflags import Flag, Parsed
 from memtier_cli.prompt import configs
 from memtier_cli.prompt.routine_part import RoutinePart
 from memtier_cli.prompt.state import Command, CommandError, Prompt
-from memtier_engine.config_routines import ROUTINES
+from memtier_engine.config.routines import ROUTINES
 
 _NONE = "no routines, create one with -create NAME"
 

@@ -19,7 +19,7 @@ from memtier_engine.hostfs.pagemap import Pagemap, swapped
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans
 from memtier_engine.mover.backends import ProcessHandle, page_out
 from memtier_engine.mover.mover import BY_HAND, take
-from memtier_engine.pageruns import runs_where
+from memtier_engine.trackers.pageruns import runs_where
 
 _MIB = 1 << 20
 _OUT_BYTES = 256 << 20

@@ -9,17 +9,17 @@ import numpy as np
 
 from memtier_cli.prompt.owned import PolicyOwned
 from memtier_cli.prompt.state import CommandError, Prompt
-from memtier_engine.config import parse_tracker
-from memtier_engine.config_parts import TRACKERS, TrackerSpec
-from memtier_engine.driver import EngineThread
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.config.files import parse_tracker
+from memtier_engine.config.parts import TRACKERS, TrackerSpec
+from memtier_engine.engine.driver import EngineThread
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.errors import MemtierError
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.model import ProcessId, Spans, Tracker
+from memtier_engine.pages.regions import Counters, RegionCounters
 from memtier_engine.policies.stub import StubPolicy
-from memtier_engine.regions import Counters, RegionCounters
 from memtier_engine.stats.counts import AccessCounts
 from memtier_engine.stats.raw_events import RawEvents
 from memtier_engine.targets.base import identify

@@ -12,10 +12,10 @@ from memtier_cli.prompt.ranges import range_text
 from memtier_cli.prompt.state import Command, CommandError, Prompt
 from memtier_cli.prompt.swapping import parse_pid
 from memtier_cli.prompt.tracker_part import AnyTracker, OwnTracker
-from memtier_engine.config_parts import TRACKERS
+from memtier_engine.config.parts import TRACKERS
 from memtier_engine.errors import MemtierError
 from memtier_engine.model import ProcessId, Spans
-from memtier_engine.regions import Counters
+from memtier_engine.pages.regions import Counters
 
 _NONE = "no tracker, create one with -create NAME [-config CONFIG]"
 _RAW_USAGE = "Usage: dump raw <start|new|stop>"

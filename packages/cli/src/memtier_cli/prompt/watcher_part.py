@@ -8,8 +8,8 @@ from typing import Protocol
 
 from memtier_cli.prompt.owned import PolicyOwned
 from memtier_cli.prompt.state import CommandError, Prompt
-from memtier_engine.config import parse_target
-from memtier_engine.config_parts import TARGETS, TargetSpec
+from memtier_engine.config.files import parse_target
+from memtier_engine.config.parts import TARGETS, TargetSpec
 from memtier_engine.model import ProcessId
 from memtier_engine.targets.base import Target
 from memtier_engine.targets.events import EventsTarget

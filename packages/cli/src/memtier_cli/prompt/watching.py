@@ -8,7 +8,7 @@ from memtier_cli.prompt.gotext import go_list
 from memtier_cli.prompt.state import Command, CommandError, Prompt
 from memtier_cli.prompt.tracker_part import OwnTracker
 from memtier_cli.prompt.watcher_part import AnyWatcher, OnPids, OwnWatcher
-from memtier_engine.config_parts import TARGETS
+from memtier_engine.config.parts import TARGETS
 from memtier_engine.errors import MemtierError
 
 _NONE = "no pidwatcher, create one with -create NAME [-config CONFIG]"

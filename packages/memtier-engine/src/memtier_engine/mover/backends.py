@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import MADV_PAGEOUT
-from memtier_engine.ages import true_runs
 from memtier_engine.errors import KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_start_ticks
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, SWAP_NODE, U64, Bools, ProcessId, Spans
+from memtier_engine.pages.ages import true_runs
 
 IOVECS_MAX = 1024
 """UIO_MAXIOV: process_madvise refuses more with EINVAL."""

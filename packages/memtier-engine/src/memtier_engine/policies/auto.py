@@ -29,13 +29,13 @@ from typing import Protocol
 
 import numpy as np
 
-from memtier_engine.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
+from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
+from memtier_engine.pages.refaults import BIN_S
 from memtier_engine.policies.base import BasePolicy
 from memtier_engine.policies.goals import Goal
 from memtier_engine.policies.touches import I64, Window, by_bin, coming_of_age, from_above, hazard_of, measured_from
-from memtier_engine.refaults import BIN_S
 
 HISTORY_WINDOWS = 20
 SAFE_REFAULTS_PERCENT = 2.0

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, MoveTask, ProcessId, Spans
+from memtier_engine.pages.ages import AgeClock, ProcessPages
 from memtier_engine.policies.base import BasePolicy
 from memtier_engine.units import parse_share
 

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.model import MoveTask, PageChunk, ProcessId, Spans
-from memtier_engine.regions import RegionCounters
+from memtier_engine.pages.ages import AgeClock, ProcessPages
+from memtier_engine.pages.regions import RegionCounters
 
 
 class Policy(Protocol):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
+from memtier_engine.pages.ages import AgeClock, ProcessPages
 from memtier_engine.policies.base import BasePolicy
 
 

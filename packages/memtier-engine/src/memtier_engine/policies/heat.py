@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError, MemtierError, ProcessGone
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
+from memtier_engine.pages.ages import AgeClock, ProcessPages
+from memtier_engine.pages.regions import RegionCounters
 from memtier_engine.policies.base import Locator, RegionPolicy
 from memtier_engine.policies.heat_placement import Placement, ProcessMap
 from memtier_engine.policies.heatmap import NS_PER_S, Heatmap, HeatmapConfig, Heats
-from memtier_engine.regions import RegionCounters
 
 
 class Forecaster(Protocol):

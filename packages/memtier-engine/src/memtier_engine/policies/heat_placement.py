@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.model import NOT_OURS, PAGE_SHIFT, SWAP_NODE, Bools, MoveTask, ProcessId, Spans
+from memtier_engine.pages.regions import F64, I64
 from memtier_engine.policies.heatmap import Heats, clipped
 from memtier_engine.policies.pagemask import flagged_in, flagged_spans, inside, page_indexes
-from memtier_engine.regions import F64, I64
 
 UNLIMITED = np.inf
 

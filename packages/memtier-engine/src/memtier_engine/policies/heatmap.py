@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_SHIFT, U64, ProcessId, Spans
-from memtier_engine.regions import F64, I64, Counters, pieces
+from memtier_engine.pages.regions import F64, I64, Counters, pieces
 
 NS_PER_S = 1_000_000_000
 _Number = TypeVar("_Number", bound=np.generic)

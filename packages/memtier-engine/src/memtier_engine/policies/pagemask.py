@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.ages import true_runs
 from memtier_engine.model import PAGE_SHIFT, U64, Bools, Spans
+from memtier_engine.pages.ages import true_runs
 
 I64 = NDArray[np.int64]
 _SHIFT = np.uint64(PAGE_SHIFT)

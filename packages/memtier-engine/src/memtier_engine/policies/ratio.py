@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.errors import ConfigError, ProcessGone
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId, Spans
+from memtier_engine.pages.ages import AgeClock, ProcessPages
+from memtier_engine.pages.regions import RegionCounters
 from memtier_engine.policies.base import Locator, RegionPolicy
 from memtier_engine.policies.pagemask import flagged_in, flagged_spans, inside, page_indexes
-from memtier_engine.regions import RegionCounters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memtier_engine.ages import AgeClock, ProcessPages
 from memtier_engine.model import MoveTask, ProcessId
+from memtier_engine.pages.ages import AgeClock, ProcessPages
 from memtier_engine.policies.base import BasePolicy
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.refaults import BIN_S, BINS, BINS_PER_DOUBLING, bins_of
+from memtier_engine.pages.refaults import BIN_S, BINS, BINS_PER_DOUBLING, bins_of
 
 LESS_EVENTS_THAN_THIS = 1.0
 """Added to the touches counted: where little was seen, no touch is no proof."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from memtier_engine.model import PageChunk, ProcessId, Spans
-from memtier_engine.regions import Counters, RegionCounters
+from memtier_engine.pages.regions import Counters, RegionCounters
 from memtier_engine.stats.observer import Observer
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.model import PAGE_SHIFT, PageChunk, ProcessId, Spans
-from memtier_engine.regions import Counters, RegionCounters
+from memtier_engine.pages.regions import Counters, RegionCounters
 from memtier_engine.stats.observer import Observer
 
 ROWS_MAX = 1_000_000

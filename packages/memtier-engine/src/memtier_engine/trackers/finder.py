@@ -13,8 +13,8 @@ import numpy as np
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present, soft_dirty
 from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans
-from memtier_engine.pageruns import runs_where
 from memtier_engine.trackers.common import chunks
+from memtier_engine.trackers.pageruns import runs_where
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,11 +18,11 @@ from typing import Protocol
 
 import numpy as np
 
-from memtier_engine.ages import ProcessPages
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, exclusive, pfns, present
 from memtier_engine.model import PAGE_SHIFT, U8, U64, Bools, PageChunk, ProcessId, Spans
+from memtier_engine.pages.ages import ProcessPages
 from memtier_engine.trackers.common import chunks, grouped, spans_of
 
 ROUND_PAGES = 1 << 22

@@ -48,7 +48,7 @@ class BpfTracker:
 
     @property
     def stale_tlb(self) -> bool:
-        """See `memtier_engine.probing`."""
+        """See `memtier_engine.engine.probing`."""
         return not self.flushes
 
     def watch(self, processes: frozenset[ProcessId]) -> None:

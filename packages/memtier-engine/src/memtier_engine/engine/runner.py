@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from loguru import logger
 
 from memtier_engine.clock import Clock, SystemClock
-from memtier_engine.engine import Engine, StepReport
+from memtier_engine.engine.loop import Engine, StepReport
 
 OnReport = Callable[[StepReport], None]
 OnFailure = Callable[[BaseException], None]

@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from memtier_engine.clock import SystemClock
-from memtier_engine.config_reader import Section
+from memtier_engine.config.reader import Section
 from memtier_engine.errors import ConfigError
 from memtier_engine.hostfs.cgroup import check_cgroup_name
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker
-from memtier_engine.regions import RegionCounters
+from memtier_engine.pages.regions import RegionCounters
 from memtier_engine.targets.base import Target
 from memtier_engine.targets.cgroups import CgroupsTarget
 from memtier_engine.targets.events import EventsTarget

@@ -13,22 +13,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memtier_engine.auto import auto_engine
 from memtier_engine.clock import Clock
-from memtier_engine.config_guards import decode_guards
-from memtier_engine.config_parts import TargetSpec, TrackerSpec, decode_target, decode_tracker
-from memtier_engine.config_policies import POLICIES, ForecasterSpec, PolicyConfig, build_policy, swaps
-from memtier_engine.config_reader import Place, Section, compose
-from memtier_engine.config_routines import RoutineSpec, decode_routine, decode_routines
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.config.guards import decode_guards
+from memtier_engine.config.parts import TargetSpec, TrackerSpec, decode_target, decode_tracker
+from memtier_engine.config.policies import POLICIES, ForecasterSpec, PolicyConfig, build_policy, swaps
+from memtier_engine.config.reader import Place, Section, compose
+from memtier_engine.config.routines import RoutineSpec, decode_routine, decode_routines
+from memtier_engine.engine.auto import auto_engine
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.errors import ConfigError
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.policies.auto import AutoPolicyConfig
-from memtier_engine.policies.reclaim import ReclaimPolicyConfig
-from memtier_engine.reclaim import reclaim_engine
+from memtier_engine.reclaim.engine import reclaim_engine
+from memtier_engine.reclaim.policy import ReclaimPolicyConfig
 from memtier_engine.stats.observer import Observer
 from memtier_engine.targets.base import TellingTarget
 

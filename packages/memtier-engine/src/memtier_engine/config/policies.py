@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from memtier_engine.config_keys import NODE_MAX
-from memtier_engine.config_parts import (
+from memtier_engine.config.keys import NODE_MAX
+from memtier_engine.config.parts import (
     NO_TARGET,
     TargetSpec,
     TrackerSpec,
@@ -17,7 +17,8 @@ from memtier_engine.config_parts import (
     decode_tracker,
     required_config,
 )
-from memtier_engine.config_reader import Section
+from memtier_engine.config.reader import Section
+from memtier_engine.engine.oom_facts import HostOomFacts
 from memtier_engine.errors import ConfigError
 from memtier_engine.forecasters.chain import ChainForecaster
 from memtier_engine.forecasters.stdio import StdioForecaster
@@ -27,7 +28,6 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.locate import PageLocator
 from memtier_engine.model import SWAP_NODE
 from memtier_engine.mover.mover import MoverConfig
-from memtier_engine.oom_facts import HostOomFacts
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.auto import AutoPolicyConfig
 from memtier_engine.policies.avoid_oom import AvoidOomPolicy, AvoidOomPolicyConfig
@@ -37,8 +37,8 @@ from memtier_engine.policies.goals import KINDS, Goal, parse_goal
 from memtier_engine.policies.heat import Forecaster, HeatPolicy, HeatPolicyConfig
 from memtier_engine.policies.heatmap import HeatmapConfig
 from memtier_engine.policies.ratio import RatioPolicy, RatioPolicyConfig
-from memtier_engine.policies.reclaim import ReclaimPolicyConfig
 from memtier_engine.policies.stub import StubPolicy
+from memtier_engine.reclaim.policy import ReclaimPolicyConfig
 from memtier_engine.units import parse_size
 
 _GOALS = "write it like psi: 0.1%, refaults: 0.2%/min, free: 2GiB or save: 30%"

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from memtier_engine.clock import Clock, SystemClock
-from memtier_engine.engine import Engine
+from memtier_engine.engine.loop import Engine
+from memtier_engine.engine.pace import CPU_SHARE, ScanBudget
+from memtier_engine.engine.runner import OnFailure, OnReport, Runner
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import GuardSet
 from memtier_engine.guards.readers import NodeReader
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker
 from memtier_engine.mover.fair import FairBudget, FairMover
-from memtier_engine.pace import CPU_SHARE, ScanBudget
-from memtier_engine.runner import OnFailure, OnReport, Runner
 from memtier_engine.trackers.damon_shared import SharedDamonTracker
 from memtier_engine.trackers.idlepage import IdlePageTracker, IdleReader
 from memtier_engine.trackers.idlerounds import IdleRounds

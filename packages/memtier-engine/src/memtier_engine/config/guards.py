@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memtier_engine.config_reader import Section
+from memtier_engine.config.reader import Section
 from memtier_engine.errors import ConfigError
 from memtier_engine.guards.base import Thresholds
 from memtier_engine.guards.config import GuardsConfig

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.ages import AGE_MAX
 from memtier_engine.clock import Clock
-from memtier_engine.engine import Engine, EngineConfig, StepReport
+from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
 from memtier_engine.errors import KernelCallError, MemtierError, TrackerUnavailable, Unavailable
 from memtier_engine.guards.gauges import HostGauges
 from memtier_engine.guards.guardset import Context
@@ -25,9 +24,10 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.probe import probe
 from memtier_engine.model import PAGE_BYTES
 from memtier_engine.mover.mover import MoverConfig
-from memtier_engine.mover.reclaim import CgroupReclaimer
-from memtier_engine.policies.reclaim import CgroupFacts, ReclaimPolicy, ReclaimPolicyConfig
+from memtier_engine.pages.ages import AGE_MAX
 from memtier_engine.policies.stub import StubPolicy
+from memtier_engine.reclaim.policy import CgroupFacts, ReclaimPolicy, ReclaimPolicyConfig
+from memtier_engine.reclaim.reclaimer import CgroupReclaimer
 from memtier_engine.stats.observer import Observer
 from memtier_engine.targets.cgroups import CgroupsTarget
 from memtier_engine.trackers.mglru import MglruTracker

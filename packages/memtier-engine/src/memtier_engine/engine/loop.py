@@ -16,11 +16,13 @@ import numpy as np
 from loguru import logger
 from numpy.typing import NDArray
 
-from memtier_engine.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
-from memtier_engine.asleep import AsleepWatch
 from memtier_engine.clock import Clock, SystemClock
+from memtier_engine.engine.asleep import AsleepWatch
+from memtier_engine.engine.following import Following
+from memtier_engine.engine.pace import Pace
+from memtier_engine.engine.probing import Probing
+from memtier_engine.engine.report import StepReport
 from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
-from memtier_engine.following import Following
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import Context, GuardSet
 from memtier_engine.hostfs.host import Host
@@ -39,12 +41,10 @@ from memtier_engine.model import (
     Tracker,
 )
 from memtier_engine.mover.mover import Mover, MoverConfig
-from memtier_engine.pace import Pace
+from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
+from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import Policy
-from memtier_engine.probing import Probing
-from memtier_engine.refaults import RefaultLedger
-from memtier_engine.report import StepReport
 from memtier_engine.stats.observer import Observer, event_prefix
 from memtier_engine.targets.base import RestrictingTarget, Target, TellingTarget, innermost
 from memtier_engine.targets.cgroups import CgroupsTarget
@@ -172,7 +172,7 @@ class Engine:
             ConfigError: something in it is wrong; nothing was started.
             TrackerUnavailable: its tracker does not work here.
         """
-        from memtier_engine.config import read
+        from memtier_engine.config.files import read
 
         return read(source).build(host, dry_run=dry_run, observers=observers)
 

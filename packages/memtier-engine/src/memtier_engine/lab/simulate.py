@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.ages import NOT_RESIDENT, PAGED_OUT, AgeClock, ProcessPages
+from memtier_engine.lab.trace import TraceScan
 from memtier_engine.model import (
     CHUNK_PAGES,
     NOWHERE,
@@ -25,8 +25,8 @@ from memtier_engine.model import (
     Spans,
 )
 from memtier_engine.mover.bucket import MIB
+from memtier_engine.pages.ages import NOT_RESIDENT, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.policies.base import Policy
-from memtier_engine.trace import TraceScan
 
 HOME_NODE = 0
 """Where pages are that nobody has moved."""

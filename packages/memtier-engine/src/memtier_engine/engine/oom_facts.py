@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from memtier_engine.ages import true_runs
 from memtier_engine.errors import KernelCallError, Unavailable
 from memtier_engine.hostfs.cgroup import Cgroup, check_cgroup_name, find_cgroup
 from memtier_engine.hostfs.host import Host
@@ -14,6 +13,7 @@ from memtier_engine.hostfs.locate import PageLocator
 from memtier_engine.hostfs.maps import read_mappings
 from memtier_engine.hostfs.numa import memory_nodes, node_meminfo, parse_id_list
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, ProcessId, Spans
+from memtier_engine.pages.ages import true_runs
 from memtier_engine.policies.avoid_oom import Candidate, NodeMemory, NodeSet
 from memtier_engine.targets.base import identify
 

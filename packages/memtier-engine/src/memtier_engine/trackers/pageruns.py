@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from memtier_engine.ages import true_runs
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U64, Bools, Spans
+from memtier_engine.pages.ages import true_runs
 
 _CHUNK_BYTES = CHUNK_PAGES * PAGE_BYTES
 

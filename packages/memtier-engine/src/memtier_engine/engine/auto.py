@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memtier_engine.clock import Clock, SystemClock
-from memtier_engine.engine import Engine, EngineConfig
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.guards.gauges import HostGauges
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker
+from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.policies.auto import AutoPolicy, AutoPolicyConfig
-from memtier_engine.refaults import RefaultLedger
 from memtier_engine.stats.observer import Observer
 from memtier_engine.targets.base import Target, innermost
 from memtier_engine.targets.cgroups import CgroupsTarget

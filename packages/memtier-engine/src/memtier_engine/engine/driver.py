@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from loguru import logger
 
-from memtier_engine.engine import Engine, StepReport
+from memtier_engine.engine.loop import Engine, StepReport
 from memtier_engine.mover.control import MoverControl
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from memtier_engine.config_parts import required_config
-from memtier_engine.config_reader import Section
+from memtier_engine.config.parts import required_config
+from memtier_engine.config.reader import Section
 from memtier_engine.errors import ConfigError
 from memtier_engine.routines.base import Routine
 from memtier_engine.routines.statactions import RunLine, RunWords, StatActions, StatActionsConfig

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from memtier_engine.config_keys import COMPONENTS, Key
+from memtier_engine.config.keys import COMPONENTS, Key
 from memtier_engine.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"

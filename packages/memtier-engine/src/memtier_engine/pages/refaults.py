@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.ages import AGE_MAX, PAGED_OUT, ProcessPages
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans
+from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, ProcessPages
 
 JUDGE_S = 600.0
 """What comes back within this time counts against the decision."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.ages import AGE_MAX
 from memtier_engine.guards.base import GuardState
 from memtier_engine.model import PAGE_BYTES
-from memtier_engine.refaults import RefaultStats
+from memtier_engine.pages.ages import AGE_MAX
+from memtier_engine.pages.refaults import RefaultStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class StepReport:
     """Time this scan took."""
     cpu_seconds_total: float
     age_pages: NDArray[np.int64]
-    """int64[256]: pages of each age, see `memtier_engine.ages`."""
+    """int64[256]: pages of each age, see `memtier_engine.pages.ages`."""
     idle_s: NDArray[np.float64]
     """float64[AGE_MAX + 1]: seconds that each age stands for."""
     errors: tuple[str, ...]

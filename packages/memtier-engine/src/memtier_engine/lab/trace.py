@@ -18,10 +18,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.ages import true_runs
 from memtier_engine.closing import Closing
 from memtier_engine.errors import MemtierError
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, Bools, PageChunk, ProcessId, Spans
+from memtier_engine.pages.ages import true_runs
 from memtier_engine.stats.observer import Observer
 
 VERSION = 1
