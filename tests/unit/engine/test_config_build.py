@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from memtier_engine import Engine, EngineConfig
+from memtier_engine import EngineConfig
 from memtier_engine.config.files import (
+    from_yaml,
     load,
     parse,
     parse_policy,
@@ -69,19 +70,19 @@ def test_from_yaml_takes_text_and_paths(machine: HostFolder, tmp_path: Path) -> 
     path = tmp_path / "m.yaml"
     path.write_text(text)
     for source in (text, path, str(path)):
-        engine = Engine.from_yaml(source, host=machine.host, dry_run=True)
+        engine = from_yaml(source, host=machine.host, dry_run=True)
         assert (engine.policy.name, engine.tracker.name, engine.policy.interval_ms) == ("age", "finder", 2000)
         assert (engine.config.policy.swap_out_ms, engine.config.dry_run) == (1234, True)
         engine.close()
     one_line = "{policy: {name: age, config: {pidwatcher: {name: stub}, tracker: {name: finder}}}}"
     assert read(one_line).target.name == "stub"
     with pytest.raises(ConfigError, match="cannot be read"):
-        Engine.from_yaml("policy.yaml", host=machine.host)
+        from_yaml("policy.yaml", host=machine.host)
 
 
 def test_from_yaml_tells_observers(machine: HostFolder) -> None:
     statistics = Statistics()
-    engine = Engine.from_yaml(file_of("policy.age"), host=machine.host, observers=[statistics])
+    engine = from_yaml(file_of("policy.age"), host=machine.host, observers=[statistics])
     engine.step()
     assert statistics.events["PolicyAge.loop"].count == 1
     engine.close()
@@ -280,7 +281,7 @@ def test_a_policy_that_cannot_be_built_leaves_nothing_open(machine: HostFolder, 
     text = file_of("policy.heat", forecaster={"name": "chain", "config": {"forecasters": links}})
     open_before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ConfigError, match="/nowhere/at-all"):
-        Engine.from_yaml(text, host=machine.host)
+        from_yaml(text, host=machine.host)
     assert len(os.listdir("/proc/self/fd")) == open_before
     if told.exists():  # the program may have been ended before it wrote its pid
         assert not Path(f"/proc/{told.read_text()}").exists()
@@ -304,7 +305,7 @@ class _Closing:
 
 
 def test_parts_of_multi_are_closed_if_one_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memtier_engine.config_parts.create_tracker", _no_tracker)
+    monkeypatch.setattr("memtier_engine.config.parts.create_tracker", _no_tracker)
     monkeypatch.setattr("memtier_engine.config.parts.FinderTracker", lambda host, options: _Closing())
     spec = parse_tracker("multi", "trackers: [{name: finder}, {name: softdirty}]")
     _Closing.closed = 0
@@ -367,7 +368,7 @@ def test_heat_without_a_heatmap_tells_hot_from_cold() -> None:
 def test_a_filter_on_a_pidlist_starts(machine: HostFolder) -> None:
     """The reference waited for itself for ever."""
     source = {"name": "pidlist", "config": {"pids": [4242, 5555]}}
-    engine = Engine.from_yaml(file_of("pidwatcher.filter", source=source, filters=[{}]), host=machine.host)
+    engine = from_yaml(file_of("pidwatcher.filter", source=source, filters=[{}]), host=machine.host)
     assert {process.pid for process in engine.target.poll()} == {4242}
     engine.close()
 
@@ -380,7 +381,7 @@ def test_any_policy_steps_on_a_tracker_that_sees_nothing(machine: HostFolder, po
     if tracker == "multi":
         block["config"] = {"trackers": [{"name": "stub"}, {"name": "finder"}]}
     text = file_of(f"policy.{policy}", tracker=block, **POLICIES_WITH_TRACKER[policy])
-    engine = Engine.from_yaml(text, host=machine.host)
+    engine = from_yaml(text, host=machine.host)
     for _ in range(3):
         assert engine.step().processes == 1
     engine.close()

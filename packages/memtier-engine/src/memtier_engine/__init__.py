@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from memtier_engine.engine.loop import EngineConfig as EngineConfig
     from memtier_engine.engine.loop import StepReport as StepReport
 
-__all__ = ["Engine", "EngineConfig", "StepReport"]
+__all__ = ["Engine", "EngineConfig", "StepReport", "from_yaml"]
 
 logger.disable("memtier_engine")  # a program that wants our messages enables them
 
 
 def __getattr__(name: str) -> Any:
     # numpy takes longer to import than `memtier --version` may: only who uses the engine pays for it.
+    if name == "from_yaml":
+        from memtier_engine.config import files
+
+        return files.from_yaml
     if name in __all__:
         from memtier_engine import engine
 

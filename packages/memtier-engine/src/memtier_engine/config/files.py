@@ -190,6 +190,20 @@ def read(source: str | Path, *, allow_programs: bool = False) -> Spec:
     return load(source, allow_programs=allow_programs)
 
 
+def from_yaml(
+    source: str | Path, *, host: Host | None = None, dry_run: bool = False, observers: Sequence[Observer] = ()
+) -> Engine:
+    """The engine of a configuration file as `memtierd -config` takes it, given as a path or as its text.
+
+    `str` of several lines is text. Routines are not run: `read(source).routines` has them.
+
+    Raises:
+        ConfigError: something in it is wrong; nothing was started.
+        TrackerUnavailable: its tracker does not work here.
+    """
+    return read(source).build(host, dry_run=dry_run, observers=observers)
+
+
 def parse_policy(name: str, config: str, *, file: str | None = None) -> Spec:
     """One policy given by name and configuration text, as the prompt has them. Raises ConfigError."""
     block = _block("policy", name, config, file)

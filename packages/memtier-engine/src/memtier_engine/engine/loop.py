@@ -160,22 +160,6 @@ class Engine:
         host = Host()
         return cls(CgroupsTarget(host, [Path(path)]), _swap_config(config, idle_after_s), host=host)
 
-    @classmethod
-    def from_yaml(
-        cls, source: str | Path, *, host: Host | None = None, dry_run: bool = False, observers: Sequence[Observer] = ()
-    ) -> Engine:
-        """The engine of a configuration file as `memtierd -config` takes it, given as a path or as its text.
-
-        `str` of several lines is text. Routines are not run: `config.read(source).routines` has them.
-
-        Raises:
-            ConfigError: something in it is wrong; nothing was started.
-            TrackerUnavailable: its tracker does not work here.
-        """
-        from memtier_engine.config.files import read
-
-        return read(source).build(host, dry_run=dry_run, observers=observers)
-
     def advance(self, now_s: float) -> tuple[StepReport | None, float]:
         """Do what is due at `now_s`. Returns (the report if there was a scan, when to call again)."""
         report = None
