@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -83,6 +84,10 @@ class PageChunk:
     rates: NDArray[np.float32] | None = None  # [m] observed accesses per page; None: 1 where `accessed`
     spans: Spans | None = None
     """Where the m pages are, in this order. None: at consecutive addresses from `start`."""
+    swapped: Bools | None = None  # [m] in swap; None: this tracker cannot tell it from never touched or freed
+    tags: U8 | None = None
+    """uint8[m], see `frame_tags`: another value than in the scan before means that another page is there now. Means
+    nothing where not resident. None: this tracker does not see frames."""
 
     def parts(self) -> Iterator[PageChunk]:
         """The same as chunks of consecutive addresses, which share this one's arrays."""
@@ -92,11 +97,32 @@ class PageChunk:
         first = 0
         for start, pages in zip(self.spans.starts.tolist(), self.spans.pages.tolist(), strict=True):
             rows = slice(first, first + pages)
-            written, movable, rates = (
-                None if column is None else column[rows] for column in (self.written, self.movable, self.rates)
+            yield PageChunk(
+                start,
+                self.accessed[rows],
+                self.resident[rows],
+                None if self.written is None else self.written[rows],
+                None if self.movable is None else self.movable[rows],
+                None if self.rates is None else self.rates[rows],
+                None,
+                None if self.swapped is None else self.swapped[rows],
+                None if self.tags is None else self.tags[rows],
             )
-            yield PageChunk(start, self.accessed[rows], self.resident[rows], written, movable, rates)  # type: ignore[arg-type]
             first += pages
+
+
+_TAG_FACTOR = np.uint64(0x9E37_79B9_7F4A_7C15)
+"""2**64 by the golden ratio: neighbouring frames get tags far apart (Fibonacci hashing)."""
+
+
+def frame_tags(frames: U64) -> U8:
+    """uint8[n]: a byte of each frame number by which another frame is told from it in 255 of 256 cases.
+
+    An age belongs to a page, not to an address: memory that was unmapped and mapped anew, or moved there by mremap(2),
+    has other frames. So has a page that the kernel migrated or swapped in; that one merely counts as touched.
+    """
+    tags: U8 = ((frames * _TAG_FACTOR) >> np.uint64(56)).astype(np.uint8)
+    return tags
 
 
 class Tracker(Protocol):
@@ -124,6 +150,20 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Give everything back. Safe to call twice."""
+
+
+@runtime_checkable
+class LookingTracker(Protocol):
+    """A `Tracker` that can say between two scans what was touched since the last one."""
+
+    def look(self, process: ProcessId, spans: Spans) -> Bools | None:
+        """bool[pages of `spans`]: touched since the last scan, as far as it can tell. Clears nothing.
+
+        `spans` lie within those of the last scan, in any number. None: it cannot tell now.
+
+        Raises:
+            ProcessGone: it exited.
+        """
 
 
 @runtime_checkable
@@ -168,3 +208,34 @@ class MoveOutcome:
     """The part of `stuck` that was kept for a reason that passes: a busy page, a full node."""
     there_bytes: int = 0
     """Was on `to_node` before: nothing was moved for it."""
+    kept: tuple[Kept, ...] = ()
+    """What was not moved, by reason, the reasons of `stuck` among them. `spans` without it is what went."""
+    freed_bytes: int | None = None
+    """By which RAM use fell, as far as that can be measured, less what is still in the swap cache. None: not known."""
+    stored_bytes: int | None = None
+    """What the moved pages take where they are now in RAM (zram, zswap). None: not known."""
+
+
+class Why(IntEnum):
+    """Why a page that was asked for was not moved."""
+
+    TOUCHED = 1
+    """Used since the decision: it is not idle any more."""
+    LOCKED = 2
+    """mlock(2), or memory that the kernel never takes."""
+    SHARED = 3
+    """Mapped by other processes too."""
+    FILE = 4
+    """A page of a file: dropping it frees nothing that others could not want."""
+    ABSENT = 5
+    """Not in RAM any more: freed, or out already."""
+    BUSY = 6
+    """The kernel kept it, for a reason it does not tell: pinned, in a CPU's batch, under writeback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Pages that were asked for and not moved, for one reason."""
+
+    why: Why
+    spans: Spans

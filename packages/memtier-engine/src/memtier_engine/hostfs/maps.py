@@ -92,10 +92,13 @@ def read_stat_fields(host: Host, pid: int) -> list[bytes]:
     Raises:
         ProcessGone: it exited.
     """
-    path = host.proc(pid, "stat")
-    _, found, rest = host.read_bytes(path).rpartition(b")")
+    return _fields_of(host.read_bytes(host.proc(pid, "stat")), pid)
+
+
+def _fields_of(text: bytes, pid: int) -> list[bytes]:
+    _, found, rest = text.rpartition(b")")
     if not found:
-        raise KernelCallError(f"read {host.kernel_file(path)}: not in the kernel's format", errno.EINVAL)
+        raise KernelCallError(f"read /proc/{pid}/stat: not in the kernel's format", errno.EINVAL)
     return rest.split()
 
 
@@ -105,7 +108,12 @@ def read_start_ticks(host: Host, pid: int) -> int:
     Raises:
         ProcessGone: it exited, or is a zombie that only waits for its parent.
     """
-    fields = read_stat_fields(host, pid)
+    return start_ticks_of(host.read_bytes(host.proc(pid, "stat")), pid)
+
+
+def start_ticks_of(stat: bytes, pid: int) -> int:
+    """As `read_start_ticks`, from the text of /proc/PID/stat."""
+    fields = _fields_of(stat, pid)
     if fields[0] in (b"Z", b"X"):
         raise ProcessGone(f"process {pid} exited", errno.ESRCH)
     return int(fields[_START_TICKS_FIELD - 3])

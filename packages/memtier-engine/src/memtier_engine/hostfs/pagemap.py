@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -60,6 +61,13 @@ def pfns(words: U64) -> U64:
     return words & np.uint64(PM_PFRAME_MASK)
 
 
+class ProcessDirectory(Protocol):
+    """An open directory /proc/PID, see `handles.ProcessFiles`."""
+
+    def open(self, name: str, flags: int = os.O_RDONLY) -> int:
+        """A file below it."""
+
+
 class Pagemap(OpenFile):
     """The pagemap of one process, kept open. A context manager; `close()` is safe to call twice.
 
@@ -67,9 +75,13 @@ class Pagemap(OpenFile):
     It is then opened anew, as long as the pid still belongs to the same process.
     """
 
-    def __init__(self, host: Host, pid: int) -> None:
+    def __init__(self, host: Host, pid: int, *, files: ProcessDirectory | None = None) -> None:
         """Open it.
 
+        Args:
+            host: the machine.
+            pid: whose.
+            files: its open directory, if there is one: then nothing need be compared.
         Raises:
             ProcessGone: no such process.
             AccessDenied: needs the same user, or CAP_SYS_PTRACE.
@@ -77,14 +89,18 @@ class Pagemap(OpenFile):
         self.pid = pid
         self._host = host
         self._path = host.proc(pid, "pagemap")
-        self._start_ticks = read_start_ticks(host, pid)
-        self._fd = host.open(self._path)
+        self._files = files
+        self._start_ticks = read_start_ticks(host, pid) if files is None else 0
+        self._fd = self._open()
+
+    def _open(self) -> int:
+        return self._host.open(self._path) if self._files is None else self._files.open("pagemap")
 
     def _reopen(self) -> None:
         """Follow the process over an exec; `ProcessGone` if there is no memory behind its pid any more."""
-        if read_start_ticks(self._host, self.pid) != self._start_ticks:
+        if self._files is None and read_start_ticks(self._host, self.pid) != self._start_ticks:
             raise ProcessGone(f"process {self.pid} exited", errno.ESRCH)
-        fd = self._host.open(self._path)
+        fd = self._open()
         os.close(self._fd)
         self._fd = fd
 
