@@ -21,6 +21,7 @@ from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.stats.observer import Observer
 from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of
+from support.hostfolder import HostFolder
 
 PAGES = 100
 
@@ -54,10 +55,9 @@ class Scene:
         )
 
     def map_pages(self, process: ProcessId, pages: int) -> None:
-        folder = self.root / "proc" / str(process.pid)
-        folder.mkdir(parents=True, exist_ok=True)
         end = BASE + pages * PAGE_BYTES
-        (folder / "maps").write_text(f"{BASE:x}-{end:x} rw-p 00000000 00:00 0 \n")
+        maps = f"{BASE:x}-{end:x} rw-p 00000000 00:00 0 \n"
+        HostFolder(self.root).process(process.pid, start_ticks=process.start_ticks, maps=maps)
 
     def _page_out(self, handle: ProcessHandle, part: Spans, node: int) -> BatchResult:
         pages = {page for first, last in pages_of(part) for page in range(first, last)}

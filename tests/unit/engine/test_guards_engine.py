@@ -27,7 +27,11 @@ class Scene:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *, guards: GuardsConfig | None = None) -> None:
         self.machine = HostFolder(root)
-        self.machine.process(PROCESS.pid, maps=f"{BASE:x}-{BASE + PAGES * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n")
+        self.machine.process(
+            PROCESS.pid,
+            start_ticks=PROCESS.start_ticks,
+            maps=f"{BASE:x}-{BASE + PAGES * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n",
+        )
         self.machine.write("proc/pressure/memory", CALM)
         self.clock = FakeClock()
         self.tracker = FakeTracker()

@@ -46,7 +46,11 @@ class Scene:
 
     def engine(self, pid: int, pages: int) -> Engine:
         process = ProcessId(pid, 7)
-        self.machine.process(pid, maps=f"{BASE:x}-{BASE + pages * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n")
+        self.machine.process(
+            pid,
+            start_ticks=process.start_ticks,
+            maps=f"{BASE:x}-{BASE + pages * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n",
+        )
         self.moved[pid] = 0
         tracker = self.trackers[pid] = FakeTracker()
         return Engine(
@@ -80,7 +84,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
 def test_adopted_engines_share_ceiling_reader_and_scan_budget(scene: Scene) -> None:
     """Two engines of very different size under 4 MiB/s: each gets half."""
     node = Node(NodeConfig(bandwidth_mib_per_s=4), host=scene.machine.host, clock=scene.clock)
-    engines = [scene.engine(11, 6000), scene.engine(12, 40_000)]
+    engines = [scene.engine(11, 6000), scene.engine(12, 16_000)]
     for engine in engines:
         node.adopt(engine)
         engine.first_scan_at(scene.clock.now_s())  # both at once, for the sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, PageChunk, ProcessId, Spans
 from memtier_engine.mover.backends import BatchResult, ProcessHandle
 from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.pages.space import Probe
 from memtier_engine.policies.age import AgePolicyConfig
 from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of, spans
+from support.hostfolder import HostFolder
 
 OTHER = ProcessId(4243, 9)
 PROBE = PROBE_BYTES // PAGE_BYTES
@@ -23,6 +26,26 @@ PROBE = PROBE_BYTES // PAGE_BYTES
 
 class Stale:
     stale_tlb = True
+
+
+class Probes:
+    """A `Probing` with the probes of whoever is asked for."""
+
+    def __init__(self, tracker: object) -> None:
+        self._probes: defaultdict[ProcessId, Probe] = defaultdict(Probe)
+        self._probing = Probing(tracker, lambda process: self._probes[process], self._probes.values)
+        self.limit = self._probing.limit
+        self.moved = self._probing.moved
+
+    @property
+    def waits(self) -> bool:
+        return any(probe.waits for probe in self._probes.values())
+
+    def scanned(self, process: ProcessId) -> None:
+        self._probing.scanned(self._probes[process])
+
+    def forget(self, process: ProcessId) -> None:
+        del self._probes[process]
 
 
 def task(process: ProcessId = PROCESS, pages: int = 10_000, to_node: int = SWAP_NODE) -> MoveTask:
@@ -38,14 +61,14 @@ def sizes(tasks: list[MoveTask]) -> list[int]:
 
 
 def test_a_tracker_that_flushes_needs_no_probe() -> None:
-    probing = Probing(object())
+    probing = Probes(object())
     assert sizes(probing.limit([task()])) == [10_000]
     probing.moved(outcome())
     assert not probing.waits
 
 
 def test_all_goes_once_something_went_out_and_a_scan_followed() -> None:
-    probing = Probing(Stale())
+    probing = Probes(Stale())
     assert sizes(probing.limit([task()])) == [PROBE]
     probing.moved(outcome())
     assert probing.waits
@@ -57,7 +80,7 @@ def test_all_goes_once_something_went_out_and_a_scan_followed() -> None:
 
 def test_what_moves_makes_the_next_decision_a_sure_one_too() -> None:
     """So a process that stays idle goes out at full speed."""
-    probing = Probing(Stale())
+    probing = Probes(Stale())
     probing.moved(outcome())
     for _ in range(3):
         probing.scanned(PROCESS)
@@ -67,7 +90,7 @@ def test_what_moves_makes_the_next_decision_a_sure_one_too() -> None:
 
 def test_a_scan_holds_for_the_next_decision_and_no_longer() -> None:
     """Scans between two decisions change nothing; without page-outs, pages hide again."""
-    probing = Probing(Stale())
+    probing = Probes(Stale())
     probing.moved(outcome())
     for _ in range(5):
         probing.scanned(PROCESS)
@@ -77,14 +100,14 @@ def test_a_scan_holds_for_the_next_decision_and_no_longer() -> None:
 
 
 def test_each_process_is_probed_by_itself_and_once_a_decision() -> None:
-    probing = Probing(Stale())
+    probing = Probes(Stale())
     probing.moved(outcome(OTHER))
     probing.scanned(OTHER)
     assert sizes(probing.limit([task(), task(), task(OTHER)])) == [PROBE, 10_000]
 
 
 def test_a_probe_of_which_nothing_went_out_is_followed_by_a_larger_one() -> None:
-    probing = Probing(Stale())
+    probing = Probes(Stale())
     probing.moved(outcome(moved=0))
     assert not probing.waits
     assert sizes(probing.limit([task()])) == [PROBE * GROWTH]
@@ -95,7 +118,7 @@ def test_a_probe_of_which_nothing_went_out_is_followed_by_a_larger_one() -> None
 
 def test_where_nothing_can_go_out_for_long_the_whole_process_is_the_probe() -> None:
     """As after swapoff: the mover's arithmetic ends at 64 bits, and the failures do not."""
-    probing = Probing(Stale())
+    probing = Probes(Stale())
     for _ in range(100):
         assert probing.limit([task()])
         probing.moved(outcome(moved=0))
@@ -107,7 +130,7 @@ def test_where_nothing_can_go_out_for_long_the_whole_process_is_the_probe() -> N
 
 
 def test_moves_between_nodes_are_not_held_up_and_prove_nothing() -> None:
-    probing = Probing(Stale())
+    probing = Probes(Stale())
     assert sizes(probing.limit([task(to_node=1)])) == [10_000]
     probing.moved(outcome(to_node=1))
     assert not probing.waits
@@ -136,9 +159,8 @@ def test_a_busy_process_that_looks_idle_loses_a_probe_and_no_more(
 ) -> None:
     """All its 2000 pages are in use; then it falls asleep, and all go out."""
     pages = 2000
-    folder = tmp_path / "proc" / str(PROCESS.pid)
-    folder.mkdir(parents=True)
-    (folder / "maps").write_text(f"{BASE:x}-{BASE + pages * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n")
+    maps = f"{BASE:x}-{BASE + pages * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n"
+    HostFolder(tmp_path).process(PROCESS.pid, start_ticks=PROCESS.start_ticks, maps=maps)
     monkeypatch.setattr("memtier_engine.mover.mover.ProcessHandle", _NoHandle)
     clock, host, tracker, gone = FakeClock(), Host(tmp_path), HidingTracker(pages), []
 

@@ -45,6 +45,7 @@ class EngineThread:
     def stop(self, timeout_s: float = 30.0) -> bool:
         """End it after the step it is in, and close the engine. False if that took too long."""
         self._stopping = True  # seen after the step, which may hold the lock longer than anybody waits
+        self._engine.halt()
         end_s = time.monotonic() + timeout_s
         if self._condition.acquire(timeout=timeout_s):
             self._condition.notify_all()

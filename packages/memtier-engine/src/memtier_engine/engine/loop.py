@@ -22,11 +22,12 @@ from memtier_engine.engine.following import Following
 from memtier_engine.engine.pace import Pace
 from memtier_engine.engine.probing import Probing
 from memtier_engine.engine.report import StepReport
+from memtier_engine.engine.scanning import Halted, Scanner
 from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import Context, GuardSet
+from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.maps import read_mappings
 from memtier_engine.hostfs.privileges import TRACKERS, named
 from memtier_engine.hostfs.proc import meminfo
 from memtier_engine.model import (
@@ -43,16 +44,19 @@ from memtier_engine.model import (
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.pages.refaults import RefaultLedger
+from memtier_engine.pages.space import AddressSpace, Probe, Spaces
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import Policy
 from memtier_engine.stats.observer import Observer, event_prefix
-from memtier_engine.targets.base import RestrictingTarget, Target, TellingTarget, innermost
+from memtier_engine.targets.base import Target, TellingTarget, innermost
 from memtier_engine.targets.cgroups import CgroupsTarget
 from memtier_engine.trackers.bpf.feed import SwapInWatch, total
 from memtier_engine.trackers.registry import create_tracker
 
 ERRORS_KEPT = 20
 _ENDED_CHECK_S = 1.0
+_LATE_S = 0.5
+"""A scan that goes on for so long after the end of `run` is broken off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +130,25 @@ class Engine:
         self.refaults = refaults or RefaultLedger()
         self.pace = pace
         self._swap_ins = SwapInWatch(self.host) if self.config.count_swap_ins else None
-        self.pages: dict[ProcessId, ProcessPages] = {}
+        self.files = OpenProcesses(self.host)
+        self.spaces = Spaces(self._new_pages)
         self.age_clock = AgeClock()
         self._asleep = AsleepWatch(self.tracker)
-        self._probing = Probing(self.tracker)
+        self._probing = Probing(self.tracker, self._probe_of, lambda: (space.probe for space in self.spaces))
+        self.halted: Callable[[], bool] = lambda: self._halt
+        """Asked in the middle of scans: whether to end at once."""
+        self._halt = False
+        self._scanner = Scanner(
+            self.host,
+            self.files,
+            self.tracker,
+            target,
+            self.policy,
+            self.refaults,
+            self.age_clock,
+            self.observers,
+            lambda: self.halted(),
+        )
         self._next_scan_s = now_s
         self._next_decision_s = now_s
         self._candidate_bytes = 0
@@ -160,12 +179,24 @@ class Engine:
         host = Host()
         return cls(CgroupsTarget(host, [Path(path)]), _swap_config(config, idle_after_s), host=host)
 
+    @property
+    def pages(self) -> dict[ProcessId, ProcessPages]:
+        """The pages of each address space, by the process that it is reached by."""
+        return self.spaces.pages
+
+    def halt(self) -> None:
+        """End the step that may be going on as soon as possible; the engine is to be closed then. Any thread."""
+        self._halt = True
+
     def advance(self, now_s: float) -> tuple[StepReport | None, float]:
         """Do what is due at `now_s`. Returns (the report if there was a scan, when to call again)."""
         report = None
         began = time.thread_time()
         if now_s >= self._next_scan_s:
-            report = self.step(now_s)
+            try:
+                report = self.step(now_s)
+            except Halted:
+                return None, now_s
             interval_s = self.scan_interval_s
             # A scan that takes long must not crowd out the moving: as much time again is left for that.
             rest_s = max(interval_s / 2, report.scan_seconds)
@@ -201,32 +232,24 @@ class Engine:
         return self.config.scan_interval_ms / 1000 if self.pace is None else self.pace.interval_s
 
     def step(self, now_s: float | None = None) -> StepReport:
-        """Scan every process once, decide, hand the mover its tasks."""
+        """Scan every process once, decide, hand the mover its tasks.
+
+        Raises:
+            Halted: `halt` was called meanwhile.
+        """
         now_s = self.clock.now_s() if now_s is None else now_s
         began_s, began_cpu_s = time.monotonic(), time.thread_time()
         self._changed.clear()
         self._follow(now_s)
-        self.tracker.watch(self.following.wanted)
-        processes = list(self.following.wanted)
         self.age_clock.begin_scan(now_s)
         table = self.age_clock.step_table()
-        rested = self._may_rest(processes)
+        rested = self._may_rest()
         if rested:
-            for own in self.pages.values():
-                own.rest(table)
-            processes = []
+            for space in self.spaces:
+                space.pages.rest(table)
         else:
             self.refaults.begin_scan(self._swap_bytes())
-        for process in processes:
-            try:
-                self._scan(process, table)
-            except ProcessGone:
-                self._forget(process)
-            except KernelCallError as failure:
-                why = str(named(self.host, failure, TRACKERS.get(self.tracker.name, ())))
-                self.following.refuse(process, why)
-                self._note(why)
-                self._forget(process)
+            self._scan_all(table)
         self._count_swap_ins()
         scan_seconds = time.monotonic() - began_s
         if self.pace is not None:
@@ -255,8 +278,11 @@ class Engine:
             wait_for = woken
         else:
             wait_for = stop
+        self.halted = lambda: (
+            self._halt or stop.is_set() or (end_s is not None and self.clock.now_s() > end_s + _LATE_S)
+        )
         try:
-            while not stop.is_set():
+            while not self._halt and not stop.is_set():
                 woken.clear()
                 now_s = self.clock.now_s()
                 if stop.is_set() or (end_s is not None and now_s >= end_s):
@@ -277,6 +303,7 @@ class Engine:
         if isinstance(self.target, TellingTarget):
             self.target.close()
         self.mover.close()
+        self.files.close()
         self.guards.close()
         if self.pace is not None:
             self.pace.close()
@@ -287,9 +314,13 @@ class Engine:
 
     def _follow(self, now_s: float) -> None:
         """Poll the target."""
-        appeared, gone = self.following.ask(self.target, self.pages, now_s)
-        for process in gone:
-            self._forget(process)
+        appeared, gone = self.following.ask(self.target, self.spaces, now_s)
+        _, ended = self.spaces.follow([process] for process in self.following.wanted)
+        for space in ended:
+            self._forget(space)
+        for process in gone.difference(*(space.members for space in ended)):
+            self._let_go(process)
+        self.tracker.watch(self.spaces.processes)
         for observer in self.observers:
             for process in appeared:
                 observer.appeared(process)
@@ -298,16 +329,17 @@ class Engine:
         """Between two scans: what is gone is forgotten, what is new is watched from now on."""
         began_cpu_s = time.thread_time()
         self._changed.clear()
-        before = self.following.wanted
         self._follow(now_s)
-        if self.following.wanted != before:
-            self.tracker.watch(self.following.wanted)
         self._cpu_s += time.thread_time() - began_cpu_s
 
-    def _may_rest(self, processes: list[ProcessId]) -> bool:
+    def _may_rest(self) -> bool:
         """Whether the processes are known and have not run since the last scan, so that this one can be left out."""
-        asleep = self._asleep.asleep(innermost(self.target)) and not self._probing.waits
-        return asleep and self.pages.keys() == set(processes) and not any(each.every_scan for each in self.observers)
+        asleep = self._asleep.asleep(innermost(self.target))
+        return (
+            asleep
+            and all(space.seen and not space.probe.waits for space in self.spaces)
+            and not any(each.every_scan for each in self.observers)
+        )
 
     def _swap_bytes(self) -> int | None:
         try:
@@ -315,38 +347,42 @@ class Engine:
         except (KernelCallError, ValueError):
             return None
 
-    def _scan(self, process: ProcessId, table: NDArray[np.uint8]) -> None:
-        began_s = time.monotonic()
-        spans = read_mappings(self.host, process.pid).tierable()
-        if isinstance(self.target, RestrictingTarget):
-            spans = self.target.restrict(process, spans)
-        own = self.pages.get(process)
-        if own is None:
-            own = self.pages[process] = ProcessPages(
-                process, streaks=self.policy.needs_streaks, places=self.policy.needs_places
-            )
-        own.set_spans(spans)
-        self.policy.begin(process, spans)
-        for observer in self.observers:
-            observer.scan_began(process, spans, self.age_clock.now_s)
-        idle_s, now_s = self.age_clock.idle_s(), self.age_clock.now_s
-        for chunk in self.tracker.scan(process, spans):
-            self.refaults.observe(process, own, chunk, idle_s, now_s)
-            back = own.update(chunk, table)
-            if not self.refaults.swap_shrank:
-                self._refault_bytes += back * PAGE_BYTES
-            self.policy.observe(process, chunk)
-            for observer in self.observers:
-                observer.chunk(process, chunk)
-        self._probing.scanned(process)
-        for observer in self.observers:
-            observer.scan_ended(process, time.monotonic() - began_s)
+    def _scan_all(self, table: NDArray[np.uint8]) -> None:
+        for space in self.spaces:
+            if self.halted():
+                raise Halted
+            try:
+                back = self._scanner.scan(space, table)
+            except ProcessGone:
+                self._forget(space)
+            except KernelCallError as failure:
+                why = str(named(self.host, failure, TRACKERS.get(self.tracker.name, ())))
+                for process in space.members:
+                    self.following.refuse(process, why)
+                self._note(why)
+                self._forget(space)
+            else:
+                if not self.refaults.swap_shrank:
+                    self._refault_bytes += back * PAGE_BYTES
+                self._probing.scanned(space.probe)
 
-    def _forget(self, process: ProcessId) -> None:
-        self.pages.pop(process, None)
+    def _new_pages(self, process: ProcessId) -> ProcessPages:
+        return ProcessPages(process, streaks=self.policy.needs_streaks, places=self.policy.needs_places)
+
+    def _probe_of(self, process: ProcessId) -> Probe | None:
+        space = self.spaces.get(process)
+        return None if space is None else space.probe
+
+    def _forget(self, space: AddressSpace) -> None:
+        """It is gone, or not ours any more: nothing of it is kept anywhere."""
+        self.spaces.forget(space)
+        for process in {*space.members, space.process}:
+            self._let_go(process)
+
+    def _let_go(self, process: ProcessId) -> None:
         self.refaults.forget(process)
-        self._probing.forget(process)
         self.mover.drop(process)
+        self.files.drop(process)
         for observer in self.observers:
             observer.forgotten(process)
 
@@ -364,6 +400,8 @@ class Engine:
         self._next_decision_s = max(self._next_decision_s, now_s - interval_s / 2) + interval_s
         until_next_s = max(interval_s, self.scan_interval_s)
         budget = None if self.config.dry_run else self.mover.budget_bytes(until_next_s)
+        for space in self.spaces:
+            space.retry(now_s)
         tasks = self.policy.decide(self.pages, self.age_clock, budget)
         self._candidate_bytes = sum(task.spans.total_bytes for task in tasks)
         for observer in self.observers:
@@ -378,18 +416,21 @@ class Engine:
         self._probing.moved(outcome)
         if outcome.error and outcome.requested_bytes:
             self._note(outcome.error)
-        own = self.pages.get(outcome.process)
-        if own is None or not len(outcome.spans):
+        space = self.spaces.get(outcome.process)
+        if space is None or not len(outcome.spans):
             return
+        own, now_s = space.pages, self.clock.now_s()
         if outcome.to_node == SWAP_NODE:
             if outcome.moved_bytes:
                 idle_s = self._least_idle_s(own, outcome.spans)
-                self.refaults.paged_out(outcome.process, outcome.spans, outcome.stuck, idle_s, self.clock.now_s())
+                self.refaults.paged_out(outcome.process, outcome.spans, outcome.stuck, idle_s, now_s)
                 if self._swap_ins is not None:
                     self._swap_ins.paged_out(outcome.process)
                 own.set_age(outcome.spans, PAGED_OUT)
             # What the kernel kept begins to age anew: asking again at once would only burn CPU.
-            own.set_age(outcome.stuck if outcome.moved_bytes else outcome.spans, 0)
+            own.set_age(outcome.stuck if outcome.moved_bytes or outcome.kept else outcome.spans, 0)
+            for kept in outcome.kept:
+                space.keep(kept, now_s)
         else:
             own.set_place(outcome.spans, outcome.to_node)
             own.set_place(outcome.later, NOWHERE)

@@ -11,10 +11,11 @@ mm/rmap.c, try_to_unmap_flush(); arch/x86/mm/tlb.c, arch_tlbbatch_flush().
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId
 from memtier_engine.mover.mover import take
+from memtier_engine.pages.space import Probe
 
 PROBE_BYTES = 64 * PAGE_BYTES
 """More than the 31 pages a CPU may hold back in a batch for the LRU lists, which cannot be paged out."""
@@ -25,62 +26,54 @@ PROBE_BYTES_MAX = 1 << 50
 
 
 class Probing:
-    """One per engine: which processes were scanned since memory of theirs went out."""
+    """One per engine: what is known of each address space stands in its `Probe`."""
 
-    def __init__(self, tracker: object) -> None:
-        """`tracker`: its `stale_tlb` says whether probes are needed."""
+    def __init__(
+        self, tracker: object, probe_of: Callable[[ProcessId], Probe | None], probes: Callable[[], Iterable[Probe]]
+    ) -> None:
+        """Set up.
+
+        Args:
+            tracker: its `stale_tlb` says whether probes are needed.
+            probe_of: the probe of a process's address space; None: it is not ours any more.
+            probes: those of all address spaces.
+        """
         self.needed = bool(getattr(tracker, "stale_tlb", False))
-        self._probed: set[ProcessId] = set()
-        """Something went out since the last scan."""
-        self._sure: set[ProcessId] = set()
-        """Scanned after something went out, and that after the last decision."""
-        self._probe_bytes: dict[ProcessId, int] = {}
+        self._probe_of = probe_of
+        self._probes = probes
 
-    @property
-    def waits(self) -> bool:
-        """Whether a scan would tell more than the last one."""
-        return bool(self._probed)
-
-    def scanned(self, process: ProcessId) -> None:
+    def scanned(self, probe: Probe) -> None:
         """Its pages were looked at."""
-        if process in self._probed:
-            self._probed.discard(process)
-            self._sure.add(process)
+        if probe.waits:
+            probe.waits, probe.sure = False, True
 
     def moved(self, outcome: MoveOutcome) -> None:
         """What became of a task."""
-        if not self.needed or outcome.to_node != SWAP_NODE or not outcome.requested_bytes:
+        probe = self._probe_of(outcome.process)
+        if not self.needed or probe is None or outcome.to_node != SWAP_NODE or not outcome.requested_bytes:
             return
-        process = outcome.process
         if outcome.moved_bytes:
-            self._probed.add(process)
-            self._probe_bytes.pop(process, None)
+            probe.waits, probe.next_bytes = True, None
         else:
-            probe_bytes = self._probe_bytes.get(process, PROBE_BYTES) * GROWTH
-            self._probe_bytes[process] = min(probe_bytes, PROBE_BYTES_MAX)
-
-    def forget(self, process: ProcessId) -> None:
-        """It is gone."""
-        self._probed.discard(process)
-        self._sure.discard(process)
-        self._probe_bytes.pop(process, None)
+            probe.next_bytes = min((probe.next_bytes or PROBE_BYTES) * GROWTH, PROBE_BYTES_MAX)
 
     def limit(self, tasks: Sequence[MoveTask]) -> list[MoveTask]:
         """A decision: the tasks, those to swap cut down to a probe where the process is not sure to be idle."""
         if not self.needed:
             return list(tasks)
-        limited = list(self._limited(tasks))
+        limited = list(self._limited(tasks, {task.process: self._probe_of(task.process) or Probe() for task in tasks}))
         # From here on, pages hide again. What is moved now makes the next scan a sure one.
-        self._sure.clear()
+        for probe in self._probes():
+            probe.sure = False
         return limited
 
-    def _limited(self, tasks: Sequence[MoveTask]) -> Iterator[MoveTask]:
+    def _limited(self, tasks: Sequence[MoveTask], probes: Mapping[ProcessId, Probe]) -> Iterator[MoveTask]:
         begun: set[ProcessId] = set()
         for task in tasks:
-            process = task.process
-            if task.to_node != SWAP_NODE or process in self._sure:
+            process, probe = task.process, probes[task.process]
+            if task.to_node != SWAP_NODE or probe.sure:
                 yield task
-            elif process not in self._probed and process not in begun and len(task.spans):
+            elif not probe.waits and process not in begun and len(task.spans):
                 begun.add(process)
-                first, _ = take(task.spans, self._probe_bytes.get(process, PROBE_BYTES))
+                first, _ = take(task.spans, probe.next_bytes or PROBE_BYTES)
                 yield MoveTask(process, first, task.to_node, task.reason)

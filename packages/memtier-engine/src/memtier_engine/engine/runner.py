@@ -80,6 +80,7 @@ class Runner:
             if entry is None:
                 return True
             entry.removed = True
+            engine.halt()
             idle = self._condition.wait_for(lambda: not entry.busy, timeout_s)
             # Let go of it now: its page tables are large, and a reference cycle waits for the garbage collector.
             engine.on_wake = _nothing
@@ -94,6 +95,8 @@ class Runner:
         """Stop all threads and close all engines."""
         with self._condition:
             self._stopping = True
+            for engine in self._entries:
+                engine.halt()
             self._condition.notify_all()
         for thread in self._threads:
             if thread.is_alive():

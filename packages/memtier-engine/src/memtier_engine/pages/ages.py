@@ -7,7 +7,7 @@ never more than the true one, so no page is judged idle too early.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +110,10 @@ class ProcessPages:
         """Scans in a row in which the page was touched, at most 255; only kept for policies that ask."""
         self.places: U8 | None = np.zeros(0, np.uint8) if places else None
         """Node + 1 that we last put the page on; 0: not known. Only kept for policies that ask."""
+        self.kept: U8 | None = None
+        """`Why` a page could not be paged out when that was tried; 0: it may be asked for. None: of no page."""
+        self._tags: U8 | None = None
+        """`frame_tags` of the scan before, of a tracker that sees frames."""
 
     @property
     def tracked_bytes(self) -> int:
@@ -126,17 +130,20 @@ class ProcessPages:
         offsets = np.concatenate(([0], np.cumsum(spans.pages)))
         copies = list(_overlaps(self.spans, self.offsets, spans, offsets))
 
-        def carried(old: U8, fill: int) -> U8:
+        def carried(old: U8 | None, fill: int) -> U8 | None:
+            if old is None:
+                return None
             new = np.full(int(offsets[-1]), fill, np.uint8)
             for source, target, length in copies:
                 new[target : target + length] = old[source : source + length]
             return new
 
-        self.ages = carried(self.ages, fill)
-        if self.streaks is not None:
-            self.streaks = carried(self.streaks, 0)
-        if self.places is not None:
-            self.places = carried(self.places, 0)
+        ages = carried(self.ages, fill)
+        assert ages is not None
+        self.ages = ages
+        self.streaks, self.places, self.kept, self._tags = (
+            carried(column, 0) for column in (self.streaks, self.places, self.kept, self._tags)
+        )
         self.spans, self.offsets = spans, offsets
 
     def index_of(self, address: int) -> int:
@@ -157,22 +164,63 @@ class ProcessPages:
     def update(self, chunk: PageChunk, step_table: U8) -> int:
         """Take over what a scan of `self.spans` saw. Returns the pages that we had paged out and that came back."""
         first = self.index_of(chunk.start)
-        ages = self.ages[first : first + len(chunk.accessed)]
+        rows = slice(first, first + len(chunk.accessed))
+        ages = self.ages[rows]
         before = ages.copy()
         quiet = ~chunk.accessed
         if chunk.movable is not None:
             quiet &= chunk.movable  # shared pages cannot be moved: never a candidate
+        if chunk.tags is not None:
+            self._follow_frames(rows, chunk.tags, quiet)
         absent = ~chunk.resident
         np.take(step_table, before, out=ages, mode="clip")  # clip: "raise" would copy through a buffer
         np.multiply(ages, quiet, out=ages)
         if absent.any():
             np.putmask(ages, absent, _ON_ABSENT[before])
+            if chunk.swapped is not None:
+                # What we paged out and is not in swap any more was freed: MADV_DONTNEED, munmap and mmap, exec.
+                np.putmask(ages, absent & ~chunk.swapped, NOT_RESIDENT)
+            if self.kept is not None:
+                np.putmask(self.kept[rows], absent, 0)
         if self.streaks is not None:
-            streaks = self.streaks[first : first + len(ages)]
+            streaks = self.streaks[rows]
             np.copyto(streaks, np.where(quiet | absent, 0, np.minimum(streaks, 254) + 1))
         if self.places is not None:
-            np.putmask(self.places[first : first + len(ages)], absent, 0)
+            np.putmask(self.places[rows], absent, 0)
         return int(np.count_nonzero((before == PAGED_OUT) & chunk.resident))
+
+    def _follow_frames(self, rows: slice, tags: U8, quiet: NDArray[np.bool_]) -> None:
+        """A page in another frame than before is another page, or was migrated: it counts as touched."""
+        if self._tags is None:
+            self._tags = np.zeros(len(self.ages), np.uint8)
+            known = False
+        else:
+            known = True
+        own = self._tags[rows]
+        if known:
+            quiet &= own == tags
+        own[:] = tags
+
+    def keep(self, spans: Spans, why: int) -> None:
+        """Remember that all pages of `spans` could not be paged out, and why: `select` leaves them out from now on."""
+        if self.kept is None:
+            self.kept = np.zeros(len(self.ages), np.uint8)
+        for first, last in self._index_runs(spans):
+            self.kept[first:last] = why
+
+    def release(self, whys: Collection[int]) -> None:
+        """Pages kept for these reasons may be asked for again."""
+        if self.kept is not None:
+            np.putmask(self.kept, np.isin(self.kept, list(whys)), 0)
+            if not self.kept.any():
+                self.kept = None
+
+    def kept_bytes(self) -> dict[int, int]:
+        """Memory that could not be paged out, by why."""
+        if self.kept is None:
+            return {}
+        counts = np.bincount(self.kept, minlength=2)
+        return {int(why): int(counts[why]) * PAGE_BYTES for why in np.flatnonzero(counts).tolist() if why}
 
     def rest(self, step_table: U8) -> None:
         """Take over that no page was touched since the last scan, and none came or went."""
@@ -184,11 +232,17 @@ class ProcessPages:
         if self.streaks is not None:
             self.streaks[:] = 0
 
-    def histogram(self) -> NDArray[np.int64]:
-        """int64[256]: pages of each age, with `PAGED_OUT` and `NOT_RESIDENT` at their own values."""
+    def histogram(self, *, leave_kept: bool = False) -> NDArray[np.int64]:
+        """int64[256]: pages of each age, with `PAGED_OUT` and `NOT_RESIDENT` at their own values.
+
+        `leave_kept`: without pages that could not be paged out, see `keep`.
+        """
         counts = np.zeros(256, np.int64)
         for first in range(0, len(self.ages), CHUNK_PAGES):
-            counts += np.bincount(self.ages[first : first + CHUNK_PAGES], minlength=256)
+            ages = self.ages[first : first + CHUNK_PAGES]
+            if leave_kept and self.kept is not None:
+                ages = ages[self.kept[first : first + CHUNK_PAGES] == 0]
+            counts += np.bincount(ages, minlength=256)
         return counts
 
     def region_counts(self, age_below: int, pages_in_region: int = 512) -> NDArray[np.int64]:
@@ -210,11 +264,13 @@ class ProcessPages:
         not_on_node: int | None = None,
         limit_pages: int | None = None,
         share: float = 1.0,
+        leave_kept: bool = False,
     ) -> Spans:
         """Runs of resident pages with `age_from <= age <= age_to`, in address order, up to `limit_pages`.
 
         `share`: only so much of the address space, in pieces of 128 KiB all over it. Each time the same ones, and those
         of a smaller share are among those of a larger one.
+        `leave_kept`: without pages that could not be paged out, see `keep`.
         """
         starts: list[NDArray[np.uint64]] = []
         ends: list[NDArray[np.uint64]] = []
@@ -227,6 +283,8 @@ class ProcessPages:
                 wanted &= self.streaks[first:last] >= streak_from
             if not_on_node is not None and self.places is not None:
                 wanted &= self.places[first:last] != not_on_node + 1
+            if leave_kept and self.kept is not None:
+                wanted &= self.kept[first:last] == 0
             if share < 1:
                 candidates = np.flatnonzero(wanted)
                 wanted[candidates[~in_share(self.page_numbers(candidates + first), share)]] = False

@@ -117,6 +117,7 @@ def _add(
         streak_from=streak_from,
         not_on_node=None if node == SWAP_NODE else node,
         limit_pages=budget.left,
+        leave_kept=node == SWAP_NODE,
     )
     if not len(spans):
         return

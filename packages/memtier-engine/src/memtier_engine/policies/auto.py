@@ -297,13 +297,13 @@ def _oldest(
     if rest is None or cut < AGE_MAX:
         first = cut if rest is None else cut + 1
         for process, own in pages.items():
-            spans = own.select(age_from=first, share=share)
+            spans = own.select(age_from=first, share=share, leave_kept=True)
             if len(spans):
                 tasks.append(MoveTask(process, spans, SWAP_NODE, "auto"))
     for process, own in pages.items():
         if not rest:
             break
-        spans = own.select(age_from=cut, age_to=cut, limit_pages=rest, share=share)
+        spans = own.select(age_from=cut, age_to=cut, limit_pages=rest, share=share, leave_kept=True)
         if len(spans):
             rest -= int(spans.pages.sum())
             tasks.append(MoveTask(process, spans, SWAP_NODE, "auto"))

@@ -53,7 +53,12 @@ class DemoteIdlePolicy(BasePolicy):
         for process, own in pages.items():
             if left == 0:
                 break
-            spans = own.select(age_from=1, not_on_node=None if node == SWAP_NODE else node, limit_pages=left)
+            spans = own.select(
+                age_from=1,
+                not_on_node=None if node == SWAP_NODE else node,
+                limit_pages=left,
+                leave_kept=node == SWAP_NODE,
+            )
             if len(spans):
                 tasks.append(MoveTask(process, spans, node, "idle"))
                 left = None if left is None else left - int(spans.pages.sum())
