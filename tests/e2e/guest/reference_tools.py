@@ -26,7 +26,7 @@ from scene import cgroup, main, say, wait_for
 
 from memtier_engine.abi import syscalls
 from memtier_engine.config.files import parse
-from memtier_engine.engine.driver import EngineThread
+from memtier_engine.engine.runner import EngineThread
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.numa import node_meminfo
 from memtier_engine.model import PAGE_BYTES, ProcessId

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memtier_engine.engine.driver import EngineThread
 from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
+from memtier_engine.engine.runner import EngineThread
 from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.model import PAGE_BYTES, Spans
 from memtier_engine.pages.regions import RegionCounters

@@ -12,8 +12,8 @@ from memtier_cli.prompt.tracker_part import PolicyTracker, regions_of
 from memtier_cli.prompt.watcher_part import PolicyWatcher
 from memtier_engine.config.files import Spec, parse_policy
 from memtier_engine.config.policies import POLICIES
-from memtier_engine.engine.driver import EngineThread
 from memtier_engine.engine.loop import Engine, StepReport
+from memtier_engine.engine.runner import EngineThread
 from memtier_engine.hostfs.proc import read_swaps
 from memtier_engine.mover.control import MoverControl
 from memtier_engine.stats.counts import AccessCounts

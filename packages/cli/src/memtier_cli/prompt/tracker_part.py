@@ -11,8 +11,8 @@ from memtier_cli.prompt.owned import PolicyOwned
 from memtier_cli.prompt.state import CommandError, Prompt
 from memtier_engine.config.files import parse_tracker
 from memtier_engine.config.parts import TRACKERS, TrackerSpec
-from memtier_engine.engine.driver import EngineThread
 from memtier_engine.engine.loop import Engine, EngineConfig
+from memtier_engine.engine.runner import EngineThread
 from memtier_engine.errors import MemtierError
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.hostfs.host import Host
