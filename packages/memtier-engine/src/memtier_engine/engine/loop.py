@@ -23,6 +23,7 @@ from memtier_engine.engine.pace import Pace
 from memtier_engine.engine.probing import Probing
 from memtier_engine.engine.report import StepReport
 from memtier_engine.engine.scanning import Halted, Scanner
+from memtier_engine.engine.telling import tell
 from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import Context, GuardSet
@@ -362,6 +363,8 @@ class Engine:
                 self._note(why)
                 self._forget(space)
             else:
+                if len(space.left_out):
+                    tell(space)
                 if not self.refaults.swap_shrank:
                     self._refault_bytes += back * PAGE_BYTES
                 self._probing.scanned(space.probe)
@@ -431,6 +434,8 @@ class Engine:
             own.set_age(outcome.stuck if outcome.moved_bytes or outcome.kept else outcome.spans, 0)
             for kept in outcome.kept:
                 space.keep(kept, now_s)
+            if outcome.kept:
+                tell(space)
         else:
             own.set_place(outcome.spans, outcome.to_node)
             own.set_place(outcome.later, NOWHERE)
@@ -477,6 +482,8 @@ class Engine:
             errors=errors,
             guards=self.guards.verdict.states,
             skipped={process.pid: why for process, why in self.guards.skipped.items()},
+            kept={space.process.pid: kept for space in self.spaces if (kept := space.kept_bytes())},
+            left_out_bytes=sum(space.left_out.total_bytes for space in self.spaces if len(space.left_out)),
             refaults=self.refaults.stats(now_s),
             scan_interval_s=self.scan_interval_s,
         )

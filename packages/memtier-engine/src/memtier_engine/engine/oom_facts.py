@@ -8,6 +8,7 @@ import numpy as np
 
 from memtier_engine.errors import KernelCallError, Unavailable
 from memtier_engine.hostfs.cgroup import Cgroup, check_cgroup_name, find_cgroup
+from memtier_engine.hostfs.held import held_of
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.locate import PageLocator
 from memtier_engine.hostfs.maps import read_mappings
@@ -74,7 +75,7 @@ class HostOomFacts:
         return found
 
     def _of_process(self, process: ProcessId, nodes: frozenset[int], least_bytes: int) -> list[Candidate]:
-        spans = read_mappings(self._host, process.pid).tierable()
+        spans = held_of(self._host, process.pid, read_mappings(self._host, process.pid).tierable())
         where = self._locator.nodes(process, spans)
         counts = np.bincount(where[where >= 0], minlength=max(nodes, default=0) + 1)
         if sum(int(counts[node]) for node in nodes) * PAGE_BYTES < least_bytes:

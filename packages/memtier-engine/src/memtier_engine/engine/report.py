@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.guards.base import GuardState
-from memtier_engine.model import PAGE_BYTES
+from memtier_engine.model import PAGE_BYTES, Why
 from memtier_engine.pages.ages import AGE_MAX
 from memtier_engine.pages.refaults import RefaultStats
 
@@ -46,6 +46,10 @@ class StepReport:
     """What each guard said at this scan."""
     skipped: Mapping[int, str] = field(default_factory=dict)
     """Processes that memory was wanted of and that are left alone, by pid, and why."""
+    kept: Mapping[int, Mapping[Why, int]] = field(default_factory=dict)
+    """Bytes that are idle and stay in RAM all the same, by pid and why."""
+    left_out_bytes: int = 0
+    """Address space that is not looked at, since this kernel offers no cheap way through its holes."""
     refaults: RefaultStats = field(default_factory=RefaultStats)
     """How right the decisions to page out were."""
     scan_interval_s: float = 0.0

@@ -16,8 +16,9 @@ import numpy as np
 
 from memtier_engine.abi.constants import PAGE_IS_PRESENT, PAGE_IS_SWAPPED
 from memtier_engine.errors import Unavailable
+from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap
-from memtier_engine.hostfs.proc import SmapsTable
+from memtier_engine.hostfs.proc import SmapsTable, read_smaps
 from memtier_engine.model import U64, Spans
 
 BLOCK_BYTES = 2 << 20
@@ -84,6 +85,17 @@ def held(pagemap: Pagemap, spans: Spans, known_bytes: int, smaps: SmapsTable | N
         order = np.argsort(found.starts, kind="stable")
         found = Spans(found.starts[order], found.ends[order])
     return Held(found, left_out)
+
+
+def held_of(host: Host, pid: int, spans: Spans) -> Spans:
+    """What of `spans` holds something, of a process that nothing is known of yet; errors as `held`."""
+    if spans.total_bytes <= WHOLE_BYTES:
+        return spans
+    with Pagemap(host, pid) as pagemap:
+        try:
+            return held(pagemap, spans, 0).spans
+        except Unavailable:
+            return held(pagemap, spans, 0, read_smaps(host, pid)).spans
 
 
 def by_smaps(spans: Spans, smaps: SmapsTable) -> tuple[Spans, Spans]:

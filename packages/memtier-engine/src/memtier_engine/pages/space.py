@@ -53,6 +53,7 @@ class AddressSpace:
     """Mappings that are too large and too empty to be looked at on this kernel."""
     told: dict[Why, int] = field(default_factory=dict)
     """How many bytes that stay in RAM a message said last, by why."""
+    told_left_out: bool = False
     _backoffs: dict[Why, _Backoff] = field(default_factory=dict)
 
     def keep(self, kept: Kept, now_s: float) -> None:
