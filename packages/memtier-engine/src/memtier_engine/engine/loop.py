@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from memtier_engine.clock import Clock, SystemClock
 from memtier_engine.engine.asleep import AsleepWatch
+from memtier_engine.engine.families import Families, histogram_of
 from memtier_engine.engine.following import Following
 from memtier_engine.engine.pace import Pace
 from memtier_engine.engine.probing import Probing
@@ -133,6 +134,7 @@ class Engine:
         self._swap_ins = SwapInWatch(self.host) if self.config.count_swap_ins else None
         self.files = OpenProcesses(self.host)
         self.spaces = Spaces(self._new_pages)
+        self._families = Families(self.files)
         self.age_clock = AgeClock()
         self._asleep = AsleepWatch(self.tracker)
         self._probing = Probing(self.tracker, self._probe_of, lambda: (space.probe for space in self.spaces))
@@ -251,13 +253,18 @@ class Engine:
         else:
             self.refaults.begin_scan(self._swap_bytes())
             self._scan_all(table)
+        if not rested:
+            self._families.count(self.spaces, now_s)
+            for space in self.spaces:
+                if space.shared_bytes:
+                    tell(space)
         self._count_swap_ins()
         scan_seconds = time.monotonic() - began_s
         if self.pace is not None:
             self.pace.scanned(time.thread_time() - began_cpu_s)
         for observer in self.observers:
             observer.event(f"{event_prefix('Tracker', self.tracker.name)}.sampler")
-        ages = self._histogram()
+        ages = histogram_of(self.spaces)
         tasks = self._decide(now_s) if now_s >= self._next_decision_s else None
         if tasks or not rested or self.mover.wait_s() is not None:  # else there is nothing to guard
             self.guards.check(now_s, Context(int(ages[: AGE_MAX + 1].sum()) * PAGE_BYTES, self._refault_bytes))
@@ -458,9 +465,6 @@ class Engine:
             self._errors.append(error)
             logger.warning("{}", error)
 
-    def _histogram(self) -> NDArray[np.int64]:
-        return sum((own.histogram() for own in self.pages.values()), np.zeros(256, np.int64))
-
     def _report(self, now_s: float, scan_seconds: float, pages: NDArray[np.int64]) -> StepReport:
         errors, self._errors = tuple(self._errors), []
         return StepReport(
@@ -482,6 +486,7 @@ class Engine:
             errors=errors,
             guards=self.guards.verdict.states,
             skipped={process.pid: why for process, why in self.guards.skipped.items()},
+            sharers={space.process.pid: space.sharers for space in self.spaces if space.shared_bytes},
             kept={space.process.pid: kept for space in self.spaces if (kept := space.kept_bytes())},
             left_out_bytes=sum(space.left_out.total_bytes for space in self.spaces if len(space.left_out)),
             refaults=self.refaults.stats(now_s),

@@ -48,6 +48,8 @@ class StepReport:
     """Processes that memory was wanted of and that are left alone, by pid, and why."""
     kept: Mapping[int, Mapping[Why, int]] = field(default_factory=dict)
     """Bytes that are idle and stay in RAM all the same, by pid and why."""
+    sharers: Mapping[int, int] = field(default_factory=dict)
+    """Processes that share memory after a fork, by pid: what they share is counted once in `resident_bytes`."""
     left_out_bytes: int = 0
     """Address space that is not looked at, since this kernel offers no cheap way through its holes."""
     refaults: RefaultStats = field(default_factory=RefaultStats)

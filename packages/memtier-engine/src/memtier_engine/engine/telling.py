@@ -23,12 +23,14 @@ REASONS: Mapping[Why, str] = {
 }
 
 
-def tell(space: AddressSpace, sharers: int = 1) -> None:
-    """Say what is new about a space. `sharers`: processes tracked beside each other that come from one program."""
+def tell(space: AddressSpace) -> None:
+    """Say what is new about a space."""
     for why, amount in space.kept_bytes().items():
         if amount >= max(TOLD_FROM_BYTES, AGAIN_FACTOR * space.told.get(why, 0)):
             space.told[why] = amount
-            logger.info("pid {}: {:.0f} MiB stay in RAM: {}", space.process.pid, amount / MIB, reason(why, sharers))
+            logger.info(
+                "pid {}: {:.0f} MiB stay in RAM: {}", space.process.pid, amount / MIB, reason(why, space.sharers)
+            )
     if len(space.left_out) and not space.told_left_out:
         space.told_left_out = True
         logger.warning(

@@ -11,6 +11,7 @@ import numpy as np
 
 from memtier_engine.abi.constants import (
     PAGE_IS_SWAPPED,
+    PM_FILE,
     PM_MMAP_EXCLUSIVE,
     PM_PFRAME_MASK,
     PM_PRESENT,
@@ -54,6 +55,11 @@ def soft_dirty(words: U64) -> Bools:
 def exclusive(words: U64) -> Bools:
     """bool[n]: mapped by this process only (bit 56)."""
     return _has(words, PM_MMAP_EXCLUSIVE)
+
+
+def is_file(words: U64) -> Bools:
+    """bool[n]: a page of a file, or shared anonymous memory (bit 61), of words that are `present`."""
+    return _has(words, PM_FILE)
 
 
 def pfns(words: U64) -> U64:

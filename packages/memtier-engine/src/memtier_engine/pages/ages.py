@@ -232,16 +232,17 @@ class ProcessPages:
         if self.streaks is not None:
             self.streaks[:] = 0
 
-    def histogram(self, *, leave_kept: bool = False) -> NDArray[np.int64]:
+    def histogram(self, *, leave: Collection[int] | None = None) -> NDArray[np.int64]:
         """int64[256]: pages of each age, with `PAGED_OUT` and `NOT_RESIDENT` at their own values.
 
-        `leave_kept`: without pages that could not be paged out, see `keep`.
+        `leave`: without pages that are kept for one of these reasons, see `keep`.
         """
         counts = np.zeros(256, np.int64)
+        left = None if self.kept is None or not leave else list(leave)
         for first in range(0, len(self.ages), CHUNK_PAGES):
             ages = self.ages[first : first + CHUNK_PAGES]
-            if leave_kept and self.kept is not None:
-                ages = ages[self.kept[first : first + CHUNK_PAGES] == 0]
+            if left is not None and self.kept is not None:
+                ages = ages[~np.isin(self.kept[first : first + CHUNK_PAGES], left)]
             counts += np.bincount(ages, minlength=256)
         return counts
 

@@ -6,6 +6,7 @@ read and cleared once. What is kept of it lives and dies together, in one place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -51,6 +52,14 @@ class AddressSpace:
     """Memory that it had in RAM or out when it was last looked at."""
     left_out: Spans = field(default_factory=Spans.empty)
     """Mappings that are too large and too empty to be looked at on this kernel."""
+    shared_bytes: int = 0
+    """In RAM, and shared with other processes of its family; see `engine.families`."""
+    sharers: int = 1
+    """Processes of its family that are tracked."""
+    family: tuple[int, int] = (0, 0)
+    """Where its code and stack are: the same for all of a family."""
+    shared_s: float = -math.inf
+    """When it was last asked what it shares."""
     told: dict[Why, int] = field(default_factory=dict)
     """How many bytes that stay in RAM a message said last, by why."""
     told_left_out: bool = False

@@ -30,7 +30,7 @@ from typing import Protocol
 import numpy as np
 
 from memtier_engine.errors import ConfigError
-from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId, Why
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.pages.refaults import BIN_S
 from memtier_engine.policies.base import BasePolicy
@@ -165,7 +165,8 @@ class AutoPolicy(BasePolicy):
         if budget_bytes is not None:
             budget = max(1, budget_bytes // PAGE_BYTES)
             wanted = budget if wanted is None else min(wanted, budget)
-        return _oldest(pages, ages, max(1, least), wanted, self.state.share)
+        movable: I64 = sum((own.histogram(leave=tuple(Why)) for own in pages.values()), np.zeros(256, np.int64))
+        return _oldest(pages, movable, max(1, least), wanted, self.state.share)
 
     def _measure(self, at_risk: I64, now_s: float) -> None:
         """Take over what was touched since the last decision, and who could have been."""

@@ -1,0 +1,122 @@
+"""Memory that processes of one program share after fork(2): counted once, and never promised.
+
+A master that forks its workers shares its memory with all of them until somebody writes. Each sees all of it in RAM;
+paging it out of one frees nothing, for the others still map it. Only pagemap tells (bit 56: mapped by one process
+only), in 7 ms per GiB, so only processes that have a relative among those tracked are asked, once a minute.
+
+Relatives by fork(2) without exec(2) have code and stack at the same addresses, which are random for everybody else.
+Source: proc_pid_stat(5), fields 26 and 28; 0 without the right to ptrace the process.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memtier_engine.errors import KernelCallError
+from memtier_engine.hostfs.handles import OpenProcesses
+from memtier_engine.hostfs.maps import NO_LAYOUT, Layout, layout_of
+from memtier_engine.hostfs.pagemap import Pagemap, exclusive, is_file, present
+from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U64, ProcessId, Spans, Why
+from memtier_engine.pages.ages import true_runs
+from memtier_engine.pages.space import AddressSpace
+
+EVERY_S = 60.0
+PAGES_A_ROUND = 1 << 19
+"""2 GiB: what is looked at in one scan; the rest follows in the next ones."""
+_CHUNK_BYTES = CHUNK_PAGES * PAGE_BYTES
+
+
+class Families:
+    """One per engine."""
+
+    def __init__(self, files: OpenProcesses) -> None:
+        self._files = files
+        self._layouts: dict[ProcessId, Layout] = {}
+        self._asked_s = -np.inf
+
+    def count(self, spaces: Iterable[AddressSpace], now_s: float) -> None:
+        """Look at those whose turn it is; `shared_bytes`, `sharers` and what `kept` says of them are new then."""
+        found = list(spaces)
+        if len(found) < 2:
+            for space in found:
+                _alone(space)
+            return
+        if now_s - self._asked_s >= EVERY_S:  # an exec gives a process another layout
+            self._layouts.clear()
+            self._asked_s = now_s
+        families = self._families(found)
+        left = PAGES_A_ROUND
+        for space in sorted(found, key=lambda each: each.shared_s):
+            size = 1 if space.family == NO_LAYOUT else families[space.family]
+            if size < 2:
+                _alone(space)
+            elif now_s - space.shared_s >= EVERY_S and left > 0:
+                space.shared_s, space.sharers = now_s, size
+                left -= len(space.pages.ages)
+                try:
+                    self._look(space)
+                except KernelCallError:  # it exits: the next scan will say so
+                    _alone(space)
+
+    def _families(self, spaces: list[AddressSpace]) -> Counter[Layout]:
+        """How many there are of each layout."""
+        for process in self._layouts.keys() - {space.process for space in spaces}:
+            del self._layouts[process]
+        for space in spaces:
+            known = self._layouts.get(space.process)
+            if known is None:
+                known = self._layouts[space.process] = self._layout(space.process)
+            space.family = known
+        return Counter(space.family for space in spaces)
+
+    def _layout(self, process: ProcessId) -> Layout:
+        try:
+            with self._files.of(process) as files:
+                return layout_of(files.read("stat"), process.pid)
+        except KernelCallError:
+            return NO_LAYOUT
+
+    def _look(self, space: AddressSpace) -> None:
+        own = space.pages
+        shared: list[U64] = []
+        buffer = np.empty(CHUNK_PAGES, np.uint64)
+        with self._files.of(space.process) as files:
+            for start, end in zip(own.spans.starts.tolist(), own.spans.ends.tolist(), strict=True):
+                for first in range(start, end, _CHUNK_BYTES):
+                    shared.append(_shared_runs(files.pagemap, first, min(first + _CHUNK_BYTES, end), buffer))
+        rows = np.concatenate(shared) if shared else np.zeros((0, 2), np.uint64)
+        spans = Spans(rows[:, 0].copy(), rows[:, 1].copy())
+        space.shared_bytes = spans.total_bytes
+        own.release((Why.SHARED,))
+        if len(spans):
+            own.keep(spans, Why.SHARED)
+
+
+def _shared_runs(pagemap: Pagemap, start: int, end: int, buffer: U64) -> U64:
+    words = pagemap.read(start, end, buffer)
+    runs = true_runs(present(words) & ~exclusive(words) & ~is_file(words)).astype(np.uint64)
+    found: U64 = np.uint64(start) + (runs << np.uint64(PAGE_SHIFT))
+    return found
+
+
+def _alone(space: AddressSpace) -> None:
+    if space.shared_bytes:
+        space.pages.release((Why.SHARED,))
+    space.shared_bytes, space.sharers, space.shared_s = 0, 1, -np.inf
+
+
+def histogram_of(spaces: Iterable[AddressSpace]) -> NDArray[np.int64]:
+    """int64[256]: pages of each age in all spaces; what the members of a family share is counted once."""
+    tells: dict[Layout, AddressSpace] = {}
+    for space in spaces:
+        if space.shared_bytes and space.shared_bytes > getattr(tells.get(space.family), "shared_bytes", 0):
+            tells[space.family] = space
+    counts = np.zeros(256, np.int64)
+    for space in spaces:
+        once = space.shared_bytes and tells.get(space.family) is not space
+        counts += space.pages.histogram(leave=(Why.SHARED,) if once else None)
+    return counts
