@@ -16,6 +16,7 @@ from pathlib import Path
 from memtier_engine.errors import KernelCallError, ProcessGone, Unavailable
 
 _READ_BYTES = 1 << 18
+_TEXT_BYTES = 1 << 12
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -125,6 +126,33 @@ class Host:
             raise self.error(path, error) from None
         finally:
             os.close(fd)
+
+    def read_proc(self, pid: int, name: str) -> bytes:
+        """As `read_bytes` of /proc/PID/`name`, at a third of its price: for what is read of many processes."""
+        # No Path objects (5 us), and no more at a time than the kernel gives: its text files are made in a buffer of
+        # one page, however much is asked for. Source: fs/seq_file.c, seq_read_iter.
+        try:
+            fd = os.open(f"{self._prefix}/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self.error(self.proc(pid, name), error, "open") from None
+        try:
+            first = os.read(fd, _TEXT_BYTES)
+            part = os.read(fd, _TEXT_BYTES) if first else first
+            if not part:
+                return first
+            parts = [first]
+            while part:
+                parts.append(part)
+                part = os.read(fd, _TEXT_BYTES)
+            return b"".join(parts)
+        except OSError as error:
+            raise self.error(self.proc(pid, name), error) from None
+        finally:
+            os.close(fd)
+
+    @cached_property
+    def _prefix(self) -> str:
+        return str(self.root).rstrip("/")
 
     def read_text(self, path: Path) -> str:
         """The whole file as text; bytes that are not UTF-8 become surrogates."""
