@@ -173,3 +173,7 @@ class Capability(IntEnum):
     CAP_SYS_RESOURCE = 24
     CAP_PERFMON = 38
     CAP_BPF = 39
+
+
+KCMP_VM = 1
+"""What kcmp(2) compares: whether two tasks have one address space. Source: include/uapi/linux/kcmp.h."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.abi import structs
-from memtier_engine.abi.constants import MPOL_MF_MOVE, UFFD_API, UIO_MAXIOV
+from memtier_engine.abi.constants import KCMP_VM, MPOL_MF_MOVE, UFFD_API, UIO_MAXIOV
 from memtier_engine.abi.numbers import syscall_number
 from memtier_engine.errors import KernelCallError
 from memtier_engine.model import U64
@@ -80,6 +80,23 @@ def process_madvise(pidfd: int, starts: U64, lengths: U64, advice: int) -> int:
     if advised < 0:
         raise _failed(f"process_madvise(pidfd={pidfd}, spans={len(iovecs)}, advice={advice})")
     return int(advised)
+
+
+def kcmp_vm(one: int, other: int) -> int:
+    """How the address spaces of two tasks stand in an order of the kernel's: 0 the same, 1 less, 2 greater. Linux 3.5.
+
+    The order stays while both live. A task without an address space (a zombie) compares equal to another such.
+
+    Args:
+        one: a process or thread of the caller's pid namespace, which it may read as by ptrace(2).
+        other: another one.
+    """
+    answer = _syscall(
+        c_long(syscall_number("kcmp")), c_long(one), c_long(other), c_long(KCMP_VM), c_ulong(0), c_ulong(0)
+    )
+    if answer < 0:
+        raise _failed(f"kcmp({one}, {other}, KCMP_VM)")
+    return int(answer)
 
 
 def move_pages(pid: int, addresses: U64, node: int | None, *, flags: int = MPOL_MF_MOVE) -> NDArray[np.int32]:

@@ -102,6 +102,11 @@ class Host:
         except (OSError, ValueError):  # a dressed folder
             return os.getpid()
 
+    @cached_property
+    def own_namespace(self) -> bool:
+        """Whether its /proc numbers processes as our system calls do: no container with the /proc of its host."""
+        return self.own_pid == os.getpid()
+
     def open(self, path: Path, flags: int = os.O_RDONLY) -> int:
         """A close-on-exec file descriptor, which the caller closes; errors as `read_bytes`."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from memtier_engine.errors import KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import U8, U64, Bools, ProcessId, Spans
 
+_THREADS_FIELD = 20
 _START_TICKS_FIELD = 22
 _CODE_FIELD, _STACK_FIELD = 26, 28
+_DEAD = (b"Z", b"X")
 _NEWLINE, _BLANK, _DASH = b"\n -"
 _PAD = 32
 """Bytes before and behind the text, so that what is looked at around a number is always there."""
@@ -243,7 +246,14 @@ def read_mappings(host: Host, pid: int) -> Mappings:
         ProcessGone: it exited.
         AccessDenied: needs the same user, or CAP_SYS_PTRACE.
     """
-    return parse_mappings(host.read_proc(pid, "maps"))
+    return parse_mappings(_read_maps(host, pid))
+
+
+def _read_maps(host: Host, pid: int) -> bytes:
+    text = host.read_proc(pid, "maps")
+    if not text and (thread := live_thread(host, pid)) is not None:
+        return host.read_proc(pid, f"task/{thread}/maps")
+    return text
 
 
 class MappingsCache:
@@ -260,7 +270,7 @@ class MappingsCache:
 
     def read(self, host: Host, process: ProcessId) -> Mappings:
         """The mappings that `process` has now; errors as `read_mappings`."""
-        return self.parse(process, host.read_proc(process.pid, "maps"))
+        return self.parse(process, _read_maps(host, process.pid))
 
     def parse(self, process: ProcessId, text: bytes) -> Mappings:
         """The same from the text of its maps, however it was read."""
@@ -308,7 +318,7 @@ def read_start_ticks(host: Host, pid: int) -> int:
 def start_ticks_of(stat: bytes, pid: int) -> int:
     """As `read_start_ticks`, from the text of /proc/PID/stat."""
     fields = _fields_of(stat, pid)
-    if fields[0] in (b"Z", b"X"):
+    if has_exited(fields):
         raise ProcessGone(f"process {pid} exited", errno.ESRCH)
     return int(fields[_START_TICKS_FIELD - 3])
 
@@ -334,3 +344,41 @@ def process_id(host: Host, pid: int) -> ProcessId:
         ProcessGone: nobody has.
     """
     return ProcessId(pid, read_start_ticks(host, pid))
+
+
+def has_exited(stat_fields: list[bytes]) -> bool:
+    """Whether a process is over, by its fields of `read_stat_fields`: a zombie whose threads have all ended."""
+    return stat_fields[0] in _DEAD and not leader_ended(stat_fields)
+
+
+def leader_ended(stat_fields: list[bytes]) -> bool:
+    """Whether the first thread of a process is over, by its fields of `read_stat_fields`, while others live.
+
+    A program may end its main thread by pthread_exit(3). /proc/PID then says "zombie", and its files about memory are
+    empty or say ESRCH: the first thread's `mm` is gone. That of another thread is the same and is there, below
+    /proc/PID/task/TID. What goes by the number of a thread (move_pages, kcmp) works with such a TID; process_madvise(2)
+    does not (ESRCH on 6.18, with PIDFD_THREAD too: pidfd_get_task() looks for a process), so nothing of it can be
+    paged out.
+    """
+    # A zombie counts as a thread until its parent has waited for it.
+    return stat_fields[0] in _DEAD and int(stat_fields[_THREADS_FIELD - 3]) > 1
+
+
+def live_thread(host: Host, pid: int) -> int | None:
+    """The thread that has the memory of a process whose `leader_ended`. None: not such a process, or no more.
+
+    It may end while others go on; then ask again.
+    """
+    try:
+        if not leader_ended(read_stat_fields(host, pid)):
+            return None
+        threads = sorted(map(int, os.listdir(host.proc(pid, "task"))))
+    except (KernelCallError, OSError):
+        return None
+    for thread in threads:
+        try:
+            if _fields_of(host.read_proc(pid, f"task/{thread}/stat"), pid)[0] not in _DEAD:
+                return thread
+        except KernelCallError:
+            continue
+    return None

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.maps import read_stat_fields
+from memtier_engine.hostfs.maps import has_exited, read_stat_fields
 from memtier_engine.model import ProcessId, Spans
 
 PF_KTHREAD = 0x00200000
@@ -80,7 +80,7 @@ def identify(host: Host, pids: Iterable[int]) -> frozenset[ProcessId]:
             fields = read_stat_fields(host, pid)
         except KernelCallError:
             continue
-        if fields[0] in (b"Z", b"X") or int(fields[_FLAGS_FIELD - 3]) & PF_KTHREAD:
+        if has_exited(fields) or int(fields[_FLAGS_FIELD - 3]) & PF_KTHREAD:
             continue
         found.add(ProcessId(pid, int(fields[_START_TICKS_FIELD - 3])))
     return frozenset(found)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection
 
 from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.maps import live_thread
 from memtier_engine.model import ProcessId
 from memtier_engine.targets.base import identify
 
@@ -27,11 +28,12 @@ class ProcTarget:
 
     def those_of(self, pids: Collection[int]) -> frozenset[ProcessId]:
         """See `SelectiveTarget.those_of`."""
-        return identify(self._host, (pid for pid in pids if self._has_exe(str(pid))))
+        proc = str(self._host.path("proc"))
+        return identify(self._host, (pid for pid in pids if self._has_exe(proc, pid)))
 
-    def _has_exe(self, name: str) -> bool:
+    def _has_exe(self, proc: str, pid: int) -> bool:
         try:
-            os.readlink(self._host.path("proc", name, "exe"))
+            os.readlink(f"{proc}/{pid}/exe")
         except OSError:
-            return False
+            return live_thread(self._host, pid) is not None  # its first thread is over and has no program any more
         return True
