@@ -1,0 +1,307 @@
+"""Who observes which process on this machine, so that no process has two observers that blind each other.
+
+To see what is touched, an observer clears the accessed bits of a process. Two of them on one address space each take
+what the other has yet to see, and pages in use look idle to both, also where one of them only looks (`--dry-run`).
+
+One file for all observers, `/run/memtier/observers/by-pid`; whoever observes process N holds a write lock of its byte N
+(fcntl(2), F_SETLK). So it takes one file descriptor, however many processes; the kernel says who holds a lock; and
+it lets go when the holder ends, by SIGKILL too. A container takes part if it has the host's /run/memtier and its pids.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from memtier_engine.closing import Closing
+from memtier_engine.errors import KernelCallError, Unavailable
+from memtier_engine.hostfs.host import Host
+from memtier_engine.model import ProcessId
+
+DIRECTORY = "run/memtier/observers"
+FILE = "by-pid"
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_FLOCK = struct.Struct("@hhqqi4x")  # struct flock with 64-bit off_t: type, whence, start, length, pid
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_PROGRAM_CHARACTERS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who observes a process already."""
+
+    process: ProcessId
+    """The observed one."""
+    pid: int | None
+    """The observer's. None: it is of a pid namespace that we do not see."""
+    program: str
+    """Its command line, in short."""
+
+    def __str__(self) -> str:
+        who = "a program of another pid namespace"
+        if self.pid == os.getpid():
+            who = "another engine of this program"
+        elif self.pid is not None:
+            who = f"`{self.program}` (pid {self.pid})" if self.program else f"pid {self.pid}"
+        return f"process {self.process.pid} is observed already by {who}"
+
+
+class Claim(Closing):
+    """The right to observe some processes, until it is released or this program ends."""
+
+    def __init__(self, table: _Table, processes: tuple[ProcessId, ...]) -> None:
+        """Not to be called; see `Observers.claim`."""
+        self.processes = processes
+        self._table = table
+
+    def release(self) -> None:
+        """Others may observe them. Safe to call twice, and after another process got one of these pids."""
+        self._table.release(self)
+
+    close = release
+
+
+class Observers(Closing):
+    """The machine's list of who observes what. Methods may be called from any thread."""
+
+    def __init__(self, host: Host, *, directory: Path | None = None) -> None:
+        """Open the list; `directory` is made where it is missing. None: the one of the machine, for root.
+
+        Others cannot make theirs in it and have one for each user, where only programs of that user are seen.
+        """
+        self._host = host
+        self.directory = directory or _default_directory(host)
+        self._table = _table_of(self.directory)
+        self._claims: set[Claim] = set()
+
+    @property
+    def why_alone(self) -> str | None:
+        """Why only engines of this program are seen; None: all are."""
+        return self._table.why_alone
+
+    def claim(self, *processes: ProcessId) -> Claim | Holder:
+        """The right to observe `processes`, all of them (those of one address space): a `Claim`, or who has one.
+
+        A dead process whose pid is another's by now counts as not observed if its observer is this program; another
+        program has it until that notices.
+        """
+        taken = self._table.take(processes)
+        if isinstance(taken, Claim):
+            self._claims.add(taken)
+            if len(self._claims) > 2 * max(64, len(self._table.owners)):
+                self._claims = {claim for claim in self._claims if self._table.has(claim)}
+            return taken
+        process, pid = taken
+        return Holder(process, pid, "" if pid is None else _program(pid))
+
+    def close(self) -> None:
+        """Release all claims that were made here. Safe to call twice."""
+        for claim in list(self._claims):
+            claim.release()
+        self._claims.clear()
+
+
+class _Table:
+    """The lock file, open once in this program: whoever closes it anywhere in the program loses all its locks."""
+
+    def __init__(self, directory: Path) -> None:
+        self.why_alone: str | None = None
+        self.owners: dict[int, tuple[ProcessId, Claim]] = {}
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._fd = -1
+        self.open()
+
+    def open(self) -> None:
+        """If it could not be opened yet."""
+        with self._lock:
+            if self._fd < 0:
+                try:
+                    self._fd, self.why_alone = _open_file(self._directory), None
+                except Unavailable as failure:
+                    self.why_alone = str(failure)
+
+    def take(self, processes: tuple[ProcessId, ...]) -> Claim | tuple[ProcessId, int | None]:
+        with self._lock:
+            self._look_whether_it_is_there()
+            for process in processes:
+                owned = self.owners.get(process.pid)
+                # Another start time: the process that was claimed is no more, and we have the lock already.
+                if owned is not None and owned[0] == process:
+                    return process, os.getpid()
+            claim = Claim(self, processes)
+            locked: list[int] = []
+            for process in processes:
+                if process.pid in self.owners:
+                    continue
+                holder = self._lock_byte(process.pid)
+                if holder is not None:
+                    for pid in locked:
+                        self._unlock_byte(pid)
+                    return process, holder or None
+                locked.append(process.pid)
+            self.owners.update((process.pid, (process, claim)) for process in processes)
+            return claim
+
+    def release(self, claim: Claim) -> None:
+        with self._lock:
+            for process in claim.processes:
+                owned = self.owners.get(process.pid)
+                if owned is not None and owned[1] is claim:
+                    del self.owners[process.pid]
+                    self._unlock_byte(process.pid)
+
+    def has(self, claim: Claim) -> bool:
+        """Whether any of it is still held."""
+        held = (self.owners.get(process.pid) for process in claim.processes)
+        return any(owned is not None and owned[1] is claim for owned in held)
+
+    def after_fork(self) -> None:
+        """In the child of a fork, which has none of its parent's locks."""
+        self._lock = threading.Lock()
+        self.owners.clear()
+
+    def _lock_byte(self, pid: int) -> int | None:
+        """None: it is ours now; else the pid of who has it, 0 if it cannot be seen from here."""
+        while self._fd >= 0:
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, pid)
+                return None
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    return None  # no locks to be had (ENOLCK): better observed by two than not at all
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, pid, 1, 0)
+            kind, _, _, _, holder = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_GETLK, asked))
+            if kind != fcntl.F_UNLCK:  # else it was released meanwhile
+                return int(max(holder, 0))
+        return None
+
+    def _unlock_byte(self, pid: int) -> None:
+        if self._fd >= 0:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, pid)
+
+    def _look_whether_it_is_there(self) -> None:
+        """If somebody removed the file, others lock a new one: so do we."""
+        if self._fd < 0:
+            return
+        try:
+            now, ours = os.stat(self._directory / FILE), os.fstat(self._fd)
+            if (now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino):
+                return
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return
+        try:
+            fd = _open_file(self._directory)
+        except Unavailable:
+            return
+        os.dup2(fd, self._fd, inheritable=False)
+        os.close(fd)
+        for pid in self.owners:
+            self._lock_byte(pid)
+
+
+_tables: dict[Path, _Table] = {}
+_tables_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _tables_lock
+    _tables_lock = threading.Lock()
+    for table in _tables.values():
+        table.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _table_of(directory: Path) -> _Table:
+    """The table of `directory`: one in a program, which stays open as long as the program runs."""
+    # The two last names are ours and must be no links; what is above them is the system's.
+    where = directory.parent.parent.resolve() / directory.parent.name / directory.name
+    with _tables_lock:
+        table = _tables.get(where)
+        if table is None:
+            table = _tables[where] = _Table(where)
+    table.open()
+    return table
+
+
+def _open_file(directory: Path) -> int:
+    """The lock file below a directory that only this user can write to; what is missing is made.
+
+    Raises:
+        Unavailable: it cannot be made, or is not safe.
+    """
+    what = directory
+    try:
+        existing = directory
+        missing: list[str] = []
+        while len(missing) < 2 and existing != existing.parent:
+            missing.insert(0, existing.name)
+            existing = existing.parent
+        fd = os.open(existing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for name in missing:
+                what = existing = existing / name
+                try:
+                    os.mkdir(name, 0o700, dir_fd=fd)
+                except FileExistsError:
+                    pass
+                below = os.open(name, _OPEN_DIRECTORY, dir_fd=fd)
+                os.close(fd)
+                fd = below
+                _check(fd, what)
+            what = directory / FILE
+            file = os.open(FILE, _OPEN_FILE, 0o600, dir_fd=fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise Unavailable(
+            f"{what}: {os.strerror(error.errno or errno.EIO)}: other observers cannot be seen",
+            hint="see that no process is tracked twice",
+        ) from None
+    try:
+        _check(file, what)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _check(fd: int, path: Path) -> None:
+    found = os.fstat(fd)
+    if found.st_uid != os.geteuid() or found.st_mode & _WRITABLE_BY_OTHERS:
+        raise Unavailable(
+            f"{path} is user {found.st_uid}'s, mode {stat.S_IMODE(found.st_mode):o}: other observers cannot be seen",
+            hint=f"remove it; it has to be user {os.geteuid()}'s, and written to by nobody else",
+        )
+
+
+def _default_directory(host: Host) -> Path:
+    user = os.geteuid()
+    if user == 0:
+        return host.path(DIRECTORY)
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(runtime):
+        return Path(runtime, "memtier", "observers")
+    return Path(tempfile.gettempdir(), f"memtier-{user}", "observers")
+
+
+def _program(pid: int) -> str:
+    """The command line of a process of our own pid namespace, in short and printable."""
+    try:
+        words = Host().read_proc(pid, "cmdline").decode("utf-8", "replace").split("\0")
+    except KernelCallError:
+        return ""
+    text = " ".join([os.path.basename(words[0]), *words[1:]]).strip()
+    return "".join(c if c.isprintable() else "?" for c in text)[:_PROGRAM_CHARACTERS]
