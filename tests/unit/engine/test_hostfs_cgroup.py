@@ -79,6 +79,19 @@ def test_a_directory_that_vanishes_during_the_walk_costs_only_itself(folder: Hos
     assert cgroup.pids() == {10, 21}
 
 
+def test_those_that_vanish_do_not_mix_up_the_paths_of_the_others(folder: HostFolder) -> None:
+    names = [f"c{number}" for number in range(9)]
+    for name in names:
+        folder.cgroup(f"/sys/fs/cgroup/many/{name}/in", [20])
+    cgroup = Cgroup(find_cgroup(folder.host, "/many"), folder.host)
+    walk = cgroup.directories()
+    next(walk)
+    for name in names[::2]:
+        shutil.rmtree(cgroup.path / name)
+    left = {cgroup.path / name for name in names[1::2]}
+    assert set(walk) == left | {path / "in" for path in left}
+
+
 def test_links_are_not_followed_out_of_the_tree(folder: HostFolder) -> None:
     outside = folder.cgroup("/elsewhere", [666])
     (folder.root / "sys/fs/cgroup/pod/link").symlink_to(outside)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from memtier_engine.errors import ConfigError, KernelCallError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.psi import Pressure, read_pressure
 
+PATH_BYTES_MOST = 4000
+"""PATH_MAX is 4096, with the name of a file in it."""
+Trouble = Callable[[KernelCallError], None]
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_LEVELS_OPEN = 16
+_LIST_BYTES = 1 << 16
+_SHOWN_LEVELS = 8
 _GONE = (errno.ENOENT, errno.ENODEV, errno.ENOTDIR)
 """What files of a removed cgroup answer: by name ENOENT, through an open file descriptor ENODEV."""
 
@@ -43,6 +51,59 @@ def find_cgroup(host: Host, name: str) -> Path:
     return root.joinpath(*parts[1:]) if name.startswith("/") else root / name
 
 
+@dataclass(slots=True)
+class _Level:
+    """A directory of a walk: itself, and the names of those in it that are still to be visited."""
+
+    fd: int
+    names: list[str] = field(default_factory=list)
+    inode: int = 0
+
+    def list(self) -> None:
+        """Raises OSError."""
+        found = os.fstat(self.fd)
+        self.inode = found.st_ino
+        # In cgroupfs a directory has two links and one for each directory in it, so most need not be listed: there are
+        # 60 files in it. Source: fs/kernfs/inode.c, kernfs_refresh_inode. Some file systems do not count: 1.
+        if found.st_nlink != 2:
+            with os.scandir(self.fd) as entries:
+                self.names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+    def reopen(self, below: int) -> None:
+        """From an open directory in it. Raises OSError."""
+        self.fd = os.open("..", _OPEN_DIRECTORY, dir_fd=below)
+        if os.fstat(self.fd).st_ino != self.inode:  # cgroups cannot be moved; others can
+            self.close()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _numbers(directory: int, name: str) -> list[int] | None:
+    """What the list `name` of an open cgroup says; empty when it is removed, None when it has none: it is threaded.
+
+    Raises OSError.
+    """
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            parts = []
+            while part := os.read(fd, _LIST_BYTES):
+                parts.append(part)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno in _GONE:
+            return []
+        if error.errno == errno.EOPNOTSUPP:
+            return None
+        raise
+    return list(map(int, b"".join(parts).split()))
+
+
 class Cgroup:
     """One cgroup directory (v2; of v1 hierarchies only the processes are the same).
 
@@ -69,35 +130,123 @@ class Cgroup:
         """Whether the directory is there now."""
         return self.inode is not None
 
-    def directories(self) -> Iterator[Path]:
-        """This directory and all below it; those that vanish during the walk are left out."""
-        stack = [self.path]
-        while stack:
-            directory = stack.pop()
-            try:
-                with os.scandir(directory) as entries:
-                    stack.extend(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
-            except OSError as error:
-                if error.errno in _GONE:
-                    continue
-                raise self.host.error(directory, error) from None
-            yield directory
+    def directories(self, trouble: Trouble | None = None) -> Iterator[Path]:
+        """This directory and all below it; those that vanish during the walk are left out.
 
-    def pids(self, *, recursive: bool = True) -> frozenset[int]:
+        Those whose path is too long to be used (`PATH_BYTES_MOST`) are left out too; `pids` sees them.
+
+        Args:
+            trouble: called for each that cannot be used, the others are listed all the same. None: one that cannot be
+                opened is an error.
+        """
+        bytes_left = PATH_BYTES_MOST - len(os.fsencode(self.path))
+        for _, below in self._walk(trouble):
+            short = len(below) < PATH_BYTES_MOST // 2
+            if short and sum(len(os.fsencode(name)) + 1 for name in below) <= bytes_left:
+                yield self.path.joinpath(*below)
+            elif trouble is not None:
+                trouble(self._failure(below, OSError(errno.ENAMETOOLONG, "")))
+
+    def pids(self, *, recursive: bool = True, trouble: Trouble | None = None) -> frozenset[int]:
         """The processes in it and (recursive) below it. Empty when the directory is not there.
 
-        A process of another pid namespace that we cannot see reads as 0 and is left out.
+        A process of another pid namespace that we cannot see reads as 0 and is left out. A threaded cgroup does not
+        list its processes; of one that was asked for itself, recursively, these are those that have a thread in it.
+
+        Args:
+            recursive: False: only what its own list says.
+            trouble: called for each directory below that cannot be read, the others are read all the same. None: the
+                first one is an error.
         """
-        found: set[int] = set()
-        for directory in self.directories() if recursive else (self.path,):
+        if not recursive:
             try:
-                found.update(map(int, self.host.read_bytes(directory / "cgroup.procs").split()))
+                return frozenset(map(int, self.host.read_bytes(self.path / "cgroup.procs").split())) - {0}
             except KernelCallError as error:
-                # EOPNOTSUPP: a threaded cgroup; its processes are listed by its domain, above it.
-                if error.errno not in (*_GONE, errno.EOPNOTSUPP):
-                    raise
+                if error.errno in (*_GONE, errno.EOPNOTSUPP):
+                    return frozenset()
+                raise
+        found: set[int] = set()
+        threads: set[int] | None = None
+        for directory, below in self._walk(trouble):
+            try:
+                listed = _numbers(directory, "cgroup.procs")
+                if listed is not None:
+                    found.update(listed)
+                # Of a threaded cgroup below another one the processes are in the list of its domain.
+                elif not below or threads is not None:
+                    threads = (threads or set()).union(_numbers(directory, "cgroup.threads") or ())
+            except OSError as error:
+                failure = self._failure([*below, "cgroup.procs"], error, "read")
+                if trouble is None or not below:
+                    raise failure from None
+                trouble(failure)
+        if threads:
+            found |= self._processes_of(threads - {0})
         found.discard(0)
         return frozenset(found)
+
+    def _processes_of(self, threads: set[int]) -> set[int]:
+        """The processes that have these threads: two reads for a process, however many threads it has."""
+        found: set[int] = set()
+        left = set(threads)
+        while left:
+            thread = left.pop()
+            try:
+                status = self.host.read_proc(thread, "status")
+                process = int(status.partition(b"\nTgid:")[2].split(maxsplit=1)[0])
+                left.difference_update(map(int, os.listdir(self.host.proc(process, "task"))))
+            except (KernelCallError, OSError, IndexError):
+                continue  # it ended
+            found.add(process)
+        return found
+
+    def _walk(self, trouble: Trouble | None) -> Iterator[tuple[int, list[str]]]:
+        """(open directory, names that lead to it) of this one and all below it, valid until the next is asked for.
+
+        Paths may be longer than the kernel takes (PATH_MAX), so each directory is opened from its parent, and beyond
+        some levels the parent from it again: a few files are open and the effort is linear, however deep it goes.
+        """
+        levels: list[_Level] = []
+        below: list[str] = []
+        name, parent = str(self.path), None
+        try:
+            while True:
+                try:
+                    level = _Level(os.open(name, _OPEN_DIRECTORY, dir_fd=parent))
+                    levels.append(level)
+                    if len(levels) > _LEVELS_OPEN:
+                        levels[-2].close()
+                    level.list()
+                    yield level.fd, below
+                except OSError as error:
+                    if error.errno not in _GONE:
+                        if trouble is None or not below:
+                            raise self._failure(below, error) from None
+                        trouble(self._failure(below, error))
+                del below[max(0, len(levels) - 1) :]  # what could not be opened is no level
+                while levels and not levels[-1].names:
+                    done = levels.pop()
+                    del below[-1:]
+                    if levels and levels[-1].fd < 0:
+                        try:
+                            levels[-1].reopen(done.fd)
+                        except OSError as error:
+                            if levels[-1].names and trouble is not None:
+                                trouble(self._failure(below, error))
+                            levels[-1].names.clear()
+                    done.close()
+                if not levels:
+                    return
+                name, parent = levels[-1].names.pop(), levels[-1].fd
+                below.append(name)
+        finally:
+            for level in levels:
+                level.close()
+
+    def _failure(self, below: list[str], error: OSError, action: str = "open") -> KernelCallError:
+        path = self.host.kernel_file(self.path.joinpath(*below[:_SHOWN_LEVELS]))
+        more = f"/... ({len(below)} levels below)" if len(below) > _SHOWN_LEVELS else ""
+        return KernelCallError.from_errno(f"{action} {path}{more}", error.errno or errno.EIO)
 
     def read_text(self, name: str) -> str | None:
         """The content of file `name`; None when it is not there."""

@@ -29,6 +29,7 @@ class CgroupsTarget:
             check_cgroup_name(name)
         self._found: dict[str, Path] = {}  # those that were there at the last poll
         self._silent: set[str] = set()  # names already complained about
+        self._partly: set[str] = set()  # and those of which a part cannot be read
 
     def poll(self) -> frozenset[ProcessId]:
         """All processes in the cgroups and below. One that cannot be read never costs the others theirs."""
@@ -38,8 +39,10 @@ class CgroupsTarget:
                 cgroup = Cgroup(self._directory(name), self._host)
                 if cgroup.exists():
                     self._found[name] = cgroup.path
-                    pids |= cgroup.pids()
+                    below: list[KernelCallError] = []
+                    pids |= cgroup.pids(trouble=below.append)
                     self._silent.discard(name)
+                    self._tell_of(name, below)
                 else:
                     self._found.pop(name, None)
                     self._complain(name, "does not exist")
@@ -69,6 +72,15 @@ class CgroupsTarget:
 
     def _directory(self, name: str) -> Path:
         return self._found.get(name) or find_cgroup(self._host, name)
+
+    def _tell_of(self, name: str, below: list[KernelCallError]) -> None:
+        """One line about all the directories below that cannot be read, until all can."""
+        if not below:
+            self._partly.discard(name)
+        elif name not in self._partly:
+            self._partly.add(name)
+            more = f" and {len(below) - 1} more" if len(below) > 1 else ""
+            logger.warning("cgroup {}: {}{}; the processes in there are left out, the others not", name, below[0], more)
 
     def _complain(self, name: str, what: str) -> None:
         """Once, until it has been there again."""
