@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -67,6 +69,37 @@ def test_the_least_age_for_a_duration_follows_the_real_scan_times() -> None:
     assert clock.least_age(10.5) == 2
     assert clock.least_age(40.0) == 3
     assert clock.least_age(40.5) is None
+
+
+def test_a_pause_between_two_scans_counts_for_three_intervals() -> None:
+    """Nobody knows what a stopped engine did not see. Longer windows up to that count as they are."""
+    clock = AgeClock()
+    for now_s in (0.0, 5.0, 3605.0, 3617.0):
+        clock.begin_scan(now_s, interval_s=5.0)
+    assert clock.idle_s()[:4].tolist() == [0.0, 12.0, 27.0, 32.0]
+    assert clock.now_s == 3617.0
+    assert clock.least_age(33.0) is None
+
+
+def test_a_clock_set_back_makes_no_page_younger_or_older() -> None:
+    clock = AgeClock()
+    for now_s in (1000.0, 1005.0, 10.0, 15.0):
+        clock.begin_scan(now_s, interval_s=5.0)
+    assert clock.idle_s()[:4].tolist() == [0.0, 5.0, 5.0, 10.0]
+
+
+def test_what_we_paged_out_and_the_process_freed_is_no_longer_out() -> None:
+    """MADV_DONTNEED drops the swap slot: neither in RAM nor in swap. Where swap is not known it stays out."""
+    pages, clock = aged((0, 4))
+    scan(pages, clock, 0, [0] * 4)
+    pages.ages[:3] = PAGED_OUT
+    seen = replace(chunk(0, [0] * 4, [0, 0, 1, 0]), swapped=np.array([True, False, False, False]))
+    clock.begin_scan(1)
+    assert pages.update(seen, clock.step_table()) == 1
+    assert pages.ages.tolist() == [PAGED_OUT, NOT_RESIDENT, 0, NOT_RESIDENT]
+    pages.ages[:] = PAGED_OUT
+    pages.update(replace(seen, swapped=None), clock.step_table())
+    assert pages.ages.tolist() == [PAGED_OUT, PAGED_OUT, 0, PAGED_OUT]
 
 
 def test_absent_pages_have_no_age_and_begin_at_zero_when_they_come() -> None:

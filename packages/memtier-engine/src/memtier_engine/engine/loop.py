@@ -244,7 +244,7 @@ class Engine:
         began_s, began_cpu_s = time.monotonic(), time.thread_time()
         self._changed.clear()
         self._follow(now_s)
-        self.age_clock.begin_scan(now_s)
+        self.age_clock.begin_scan(now_s, self.scan_interval_s)
         table = self.age_clock.step_table()
         rested = self._may_rest()
         if rested:

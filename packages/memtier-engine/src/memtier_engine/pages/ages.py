@@ -44,24 +44,37 @@ _ON_ABSENT = np.full(256, NOT_RESIDENT, np.uint8)
 _ON_ABSENT[PAGED_OUT] = PAGED_OUT
 
 
+WINDOW_INTERVALS_MAX = 3
+"""A window counts for at most so many intervals. Whoever was stopped between two scans (SIGSTOP, a debugger, a frozen
+VM whose CLOCK_MONOTONIC was set on) saw one window of unknown use, not hours of idleness."""
+
+
 class AgeClock:
     """Counts scans and remembers when they were, to turn ages into seconds."""
 
     def __init__(self) -> None:
         self.scans = 0
-        self._times_s = np.full(int(MIN_SCANS[AGE_MAX]) + 1, -np.inf)
+        self.now_s = -np.inf
+        """Time of the last scan; -inf before the first."""
+        self.counted_s = 0.0
+        """Time that counts since the first scan: less than what passed where a window was too long."""
+        self._times_s = np.full(int(MIN_SCANS[AGE_MAX]) + 1, -np.inf)  # of `counted_s`
         self._idle_s: NDArray[np.float64] | None = None
 
-    def begin_scan(self, now_s: float) -> None:
-        """A new scan starts now."""
-        self.scans += 1
-        self._idle_s = None
-        self._times_s[self.scans % len(self._times_s)] = now_s
+    def begin_scan(self, now_s: float, interval_s: float | None = None) -> None:
+        """A new scan starts now.
 
-    @property
-    def now_s(self) -> float:
-        """Time of the last scan; -inf before the first."""
-        return float(self._times_s[self.scans % len(self._times_s)])
+        `interval_s`: what the time since the last scan should be; it counts for at most `WINDOW_INTERVALS_MAX` times
+        as much. None: whatever it is.
+        """
+        passed_s = max(0.0, now_s - self.now_s) if np.isfinite(self.now_s) else 0.0
+        if interval_s is not None:
+            passed_s = min(passed_s, WINDOW_INTERVALS_MAX * interval_s)
+        self.scans += 1
+        self.now_s = now_s
+        self.counted_s += passed_s
+        self._idle_s = None
+        self._times_s[self.scans % len(self._times_s)] = self.counted_s
 
     def step_table(self) -> U8:
         """uint8[256]: the age after this scan of a resident page that was not touched."""
@@ -81,8 +94,7 @@ class AgeClock:
         back = MIN_SCANS[: AGE_MAX + 1]
         known = back < self.scans
         times = self._times_s[(self.scans - back) % len(self._times_s)]
-        now_s = self._times_s[self.scans % len(self._times_s)]
-        self._idle_s = np.where(known, now_s - times, np.inf)
+        self._idle_s = np.where(known, self.counted_s - times, np.inf)
         return self._idle_s
 
     def least_age(self, idle_s: float) -> int | None:
