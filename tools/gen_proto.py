@@ -2,6 +2,9 @@
 
 protoc's own Python output works only with the protobuf release it was made for, or newer. What is written here
 holds the compiled descriptor and builds the classes with whatever protobuf (4.21 or newer) is installed.
+
+protoc's output also puts every message into the one pool of the process, where a name can stand only once: two
+packages that carry NRI's messages could not be imported together. Ours are in a pool of their own (pb/pool.py).
 """
 
 from __future__ import annotations
@@ -26,6 +29,18 @@ HEADER = '"""Generated from proto/{source} by `make proto`. Do not edit."""\n'
 MODULE = (
     HEADER
     + """
+{imports}
+DESCRIPTOR = pool.add(
+{data},
+    [{dependencies}],
+    {module!r},
+    globals(),
+)
+"""
+)
+SHARED_MODULE = (
+    HEADER
+    + """
 {imports}from google.protobuf import descriptor_pool
 from google.protobuf.internal import builder
 
@@ -36,6 +51,7 @@ builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, globals())
 builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, {module!r}, globals())
 """
 )
+"""For the tests' own messages, which nobody else imports."""
 
 
 def compiled(source: str, package: str) -> descriptor_pb2.FileDescriptorProto:
@@ -59,19 +75,26 @@ def _protoc(*arguments: str) -> None:
 
 def generated() -> dict[Path, str]:
     """Every file that should be there, with its text."""
-    docs = '"""Generated protobuf modules: nri_pb2, ttrpc_pb2."""\n'
+    docs = (
+        '"""Generated protobuf modules: nri_pb2, ttrpc_pb2. Their classes are in a pool of our own: see pool.py."""\n'
+    )
     files = {ROOT / NRI_PACKAGE[0] / "nri_core/pb/__init__.py": docs}
     for source, (root, package, name) in FILES.items():
         out = ROOT / root / package.replace(".", "/")
         descriptor = compiled(source, package)
         data = descriptor.SerializeToString(deterministic=True)
         lines = [f"    {data[at : at + 64]!r}" for at in range(0, len(data), 64)]
-        imports = "".join(
-            f"from {Path(used).parent.as_posix().replace('/', '.')} import {Path(used).stem}_pb2  # noqa: F401\n"
-            for used in descriptor.dependency
-        )
-        files[out / f"{name}.py"] = MODULE.format(
-            source=source, imports=imports, data="\n".join(lines), module=f"{package}.{name}"
+        used = [Path(each) for each in descriptor.dependency]
+        imports = [f"from {each.parent.as_posix().replace('/', '.')} import {each.stem}_pb2" for each in used]
+        own_pool = package == NRI_PACKAGE[1]
+        if own_pool:
+            imports.append(f"from {package} import pool")
+        files[out / f"{name}.py"] = (MODULE if own_pool else SHARED_MODULE).format(
+            source=source,
+            imports="".join(f"{line}\n" for line in imports),
+            data="\n".join(lines),
+            dependencies=", ".join(f"{each.stem}_pb2.DESCRIPTOR" for each in used),
+            module=f"{package}.{name}",
         )
         with tempfile.TemporaryDirectory() as folder:
             _protoc(f"--pyi_out={folder}", source)
