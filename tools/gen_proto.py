@@ -22,6 +22,7 @@ NRI_PACKAGE = ("packages/nri-core/src", "nri_core.pb")
 FILES = {
     # source: (root of imports, package, module)
     "nri/api.proto": (*NRI_PACKAGE, "nri_pb2"),
+    "nri/heads.proto": (*NRI_PACKAGE, "heads_pb2"),
     "ttrpc/ttrpc.proto": (*NRI_PACKAGE, "ttrpc_pb2"),
     "cri/cri.proto": ("tests", "vm.guest", "cri_pb2"),
 }
@@ -76,7 +77,7 @@ def _protoc(*arguments: str) -> None:
 def generated() -> dict[Path, str]:
     """Every file that should be there, with its text."""
     docs = (
-        '"""Generated protobuf modules: nri_pb2, ttrpc_pb2. Their classes are in a pool of our own: see pool.py."""\n'
+        '"""Generated protobuf modules: nri_pb2, heads_pb2, ttrpc_pb2. Their classes are in a pool of our own: see pool.py."""\n'
     )
     files = {ROOT / NRI_PACKAGE[0] / "nri_core/pb/__init__.py": docs}
     for source, (root, package, name) in FILES.items():

@@ -30,7 +30,7 @@ from nri_core.errors import (
     RpcError,
     SessionError,
 )
-from nri_core.plugin import Plugin, Rejected, Validation
+from nri_core.plugin import FailurePolicy, Plugin, Rejected, Validation
 
 __all__ = [
     "Adjustment",
@@ -43,6 +43,7 @@ __all__ = [
     "ContainerState",
     "Device",
     "EventMask",
+    "FailurePolicy",
     "LocalProtocolError",
     "MessageTooLarge",
     "Mount",

@@ -34,12 +34,31 @@ class Rejected(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class FailurePolicy:
+    """What the runtime shall do when this plugin does not answer (NRI v0.12.4; older runtimes drop it and go on)."""
+
+    fail_request: bool = False
+    """Fail the request. So do we, then, when a method is late. False: it goes on without us."""
+    keep_connected: bool = False
+    """Keep a plugin that was too late; each of its requests then takes the whole time limit."""
+
+    def to_message(self) -> nri_pb2.FailurePolicy:
+        """The message."""
+        return nri_pb2.FailurePolicy(fail_request=self.fail_request, keep_connected=self.keep_connected)
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """What there is to judge: the container as asked for, and what all plugins together make of it."""
 
     pod: Pod
     container: Container
     raw: nri_pb2.ValidateContainerAdjustmentRequest
+
+    @property
+    def plugins(self) -> tuple[tuple[str, str], ...]:
+        """(index, name) of every plugin that was asked, ours among them."""
+        return tuple((each.index, each.name) for each in self.raw.plugins)
 
 
 class Plugin:
@@ -55,6 +74,8 @@ class Plugin:
     """Two digits; plugins are called in the order of their index."""
     required: EventMask = EventMask(0)
     """Events without which the plugin is of no use: a runtime that does not know them is an error, not a warning."""
+    failure_policy: FailurePolicy | None = None
+    """None: the runtime's own, which is to go on without a plugin that does not answer, and to drop it."""
     stub: Stub | None = None
     """The connection's driver while running: `await self.stub.update_containers([...])`, not in a handler."""
 

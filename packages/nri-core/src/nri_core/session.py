@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import Any, TypeVar
 
 from nri_core.api.events import EventMask, known_events, pretty
 from nri_core.api.model import Runtime
 from nri_core.errors import ConfigurationRefused, LocalProtocolError, RemoteProtocolError
 from nri_core.pb import nri_pb2
+from nri_core.wire import BYTES, VARINT, fields
 
 DEFAULT_REGISTRATION_TIMEOUT_S = 5.0
 DEFAULT_REQUEST_TIMEOUT_S = 2.0
 MAX_SYNCHRONIZED_BYTES = 128 << 20
 """Collected from a split Synchronize, as encoded; 2 000 containers make about 10 MiB. More is an attack."""
-
+MAX_SYNCHRONIZED = 1 << 16
+"""Pods and containers together, in all parts of one Synchronize: an empty one is two bytes on the wire."""
 
 NOTHING = EventMask(0)
+_PODS, _CONTAINERS, _MORE = (
+    nri_pb2.SynchronizeRequest.DESCRIPTOR.fields_by_name[name].number for name in ("pods", "containers", "more")
+)
+T = TypeVar("T")
+C = TypeVar("C")
 
 
 class State(Enum):
@@ -84,8 +92,8 @@ class Session:
         self.state = State.CONNECTED
         self.runtime: Runtime | None = None
         self.subscribed = EventMask(0)
-        self._pods: list[nri_pb2.PodSandbox] = []
-        self._containers: list[nri_pb2.Container] = []
+        self._pods: list[Any] = []
+        self._containers: list[Any] = []
         self._bytes = 0
 
     def step(self, step: Step) -> None:
@@ -97,7 +105,7 @@ class Session:
         """
         if step is Step.CLOSE:
             self.state = State.CLOSED
-            self._pods, self._containers, self._bytes = [], [], 0
+            self._take_synchronized()
             return
         after = LIFE[self.state].get(step)
         if after is None:
@@ -148,15 +156,46 @@ class Session:
         Raises:
             RemoteProtocolError: it does not fit here, or is too much.
         """
-        self.step(Step.SYNCHRONIZE_PART if request.more else Step.SYNCHRONIZE)
-        self._bytes += request.ByteSize()
-        if self._bytes > MAX_SYNCHRONIZED_BYTES:
-            self._pods, self._containers = [], []
-            raise RemoteProtocolError(f"Synchronize with more than {MAX_SYNCHRONIZED_BYTES} bytes")
-        self._pods.extend(request.pods)
-        self._containers.extend(request.containers)
-        if request.more:
-            return None
+        return self._collected(request.more, request.pods, request.containers, request.ByteSize())
+
+    def synchronized_bytes(self, data: bytes) -> tuple[list[bytes], list[bytes]] | None:
+        """As `synchronized`, of an encoded SynchronizeRequest, whose pods and containers stay as they are.
+
+        Raises:
+            ValueError: it is no SynchronizeRequest.
+        """
+        pods: list[bytes] = []
+        containers: list[bytes] = []
+        more = False
+        for number, kind, value in fields(data):
+            if number == _PODS and kind == BYTES:
+                pods.append(value)
+            elif number == _CONTAINERS and kind == BYTES:
+                containers.append(value)
+            elif number == _MORE and kind == VARINT:
+                more = bool(value)
+            if len(pods) + len(containers) > MAX_SYNCHRONIZED:
+                break
+        return self._collected(more, pods, containers, len(data))
+
+    def _collected(
+        self, more: bool, pods: Sequence[T], containers: Sequence[C], size: int
+    ) -> tuple[list[T], list[C]] | None:
+        self.step(Step.SYNCHRONIZE_PART if more else Step.SYNCHRONIZE)
+        self._bytes += size
+        count = len(self._pods) + len(self._containers) + len(pods) + len(containers)
+        if self._bytes > MAX_SYNCHRONIZED_BYTES or count > MAX_SYNCHRONIZED:
+            self._take_synchronized()
+            raise RemoteProtocolError(
+                f"Synchronize with more than {MAX_SYNCHRONIZED_BYTES} bytes, "
+                f"or more than {MAX_SYNCHRONIZED} pods and containers"
+            )
+        self._pods.extend(pods)
+        self._containers.extend(containers)
+        return None if more else self._take_synchronized()
+
+    def _take_synchronized(self) -> tuple[list[Any], list[Any]]:
+        """What was collected, which is not held any more: the next Synchronize begins with nothing."""
         everything = self._pods, self._containers
         self._pods, self._containers, self._bytes = [], [], 0
         return everything

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import inspect
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from google.protobuf.message import DecodeError, Message
-
+from nri_core.aio.hooks import Handling as Handling
+from nri_core.aio.hooks import Hooks
 from nri_core.aio.rpc import Call, Handler, Services
-from nri_core.api.adjust import Adjustment, Update
+from nri_core.api import answers
 from nri_core.api.events import HANDLERS, EventMask
-from nri_core.api.model import Container, Pod, container_from_message, pod_from_message
+from nri_core.api.model import (
+    Allowance,
+    Container,
+    Pod,
+    container_from_bytes,
+    container_from_message,
+    pod_from_bytes,
+    pod_from_message,
+)
 from nri_core.api.resources import resources_from_message
 from nri_core.errors import (
     Code,
@@ -32,30 +38,14 @@ from nri_core.pb import nri_pb2
 from nri_core.plugin import Plugin, Rejected, Validation
 from nri_core.session import Session, Step
 from nri_core.ttrpc.connection import Kind
+from nri_core.wire import M, TooManyParts, decoded
 
 log = logging.getLogger("nri_core")
 
 PLUGIN_SERVICE_NAME = "nri.pkg.api.v1alpha1.Plugin"
 RUNTIME_SERVICE_NAME = "nri.pkg.api.v1alpha1.Runtime"
-MARGIN_SHARE = 0.15
-MARGIN_LEAST_S = 0.05
-"""An answer is given this long before the runtime's limit: 15 % of it, at least 50 ms."""
-
-
-@dataclass(eq=False)
-class Handling:
-    """One call of the runtime that a method of the plugin is working on."""
-
-    answered: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[Any] | None = None
-
-    def finished(self, _: asyncio.Task[Any]) -> None:
-        """Let go of the task: its context refers to us, and a cycle would wait for the garbage collector."""
-        self.task = None
-
-
-handling: contextvars.ContextVar[Handling | None] = contextvars.ContextVar("handling", default=None)
-"""What the code that runs was called for, also in tasks that it started."""
+RECORDS_AT_ONCE = 1000
+T = TypeVar("T")
 
 _POD_EVENTS = ("run_pod_sandbox", "post_update_pod_sandbox", "stop_pod_sandbox", "remove_pod_sandbox")
 _CONTAINER_EVENTS = (
@@ -71,14 +61,19 @@ class Dispatcher:
     """Serves the Plugin service for one connection."""
 
     def __init__(
-        self, plugin: Plugin, session: Session, executor: ThreadPoolExecutor, fatal: Callable[[NriError], None]
+        self,
+        plugin: Plugin,
+        session: Session,
+        executor: ThreadPoolExecutor,
+        fatal: Callable[[NriError], None],
+        name: str = "",
     ) -> None:
-        """`fatal`: called with what makes the connection useless."""
+        """`fatal`: called with what makes the connection useless. `name`: `NN-name` of the plugin."""
         self._fatal = fatal
         self._plugin = plugin
+        self._name = name
         self._session = session
-        self._executor = executor
-        self._running: set[asyncio.Task[Any]] = set()
+        self._hooks = Hooks(plugin, session, executor)
         self.synchronized: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def services(self) -> Services:
@@ -99,6 +94,10 @@ class Dispatcher:
             handlers[name] = self._notification(method, name)
         return {PLUGIN_SERVICE_NAME: {name: (Kind.UNARY, self._guarded(handler)) for name, handler in handlers.items()}}
 
+    async def close(self) -> None:
+        """The connection has ended: see `Hooks.close`."""
+        await self._hooks.close()
+
     def _guarded(self, handler: Handler) -> Handler:
         async def handle(call: Call) -> bytes | None:
             try:
@@ -116,15 +115,22 @@ class Dispatcher:
         missing = self._session.missing_events(wanted)
         if missing:
             log.warning("%s %s does not know the events %s", request.runtime_name, request.runtime_version, missing)
-        await self._run("configure", call, self._plugin.configure, request.config, self._session.runtime)
-        return nri_pb2.ConfigureResponse(events=int(events)).SerializeToString()
+        self._hooks.nothing(
+            "configure",
+            request.runtime_name,
+            await self._hooks.run("configure", call, request.runtime_name, request.config, self._session.runtime),
+        )
+        response = nri_pb2.ConfigureResponse(events=int(events))
+        if self._plugin.failure_policy is not None:
+            response.failure_policy.CopyFrom(self._plugin.failure_policy.to_message())
+        return response.SerializeToString()
 
     async def _synchronize(self, call: Call) -> bytes:
-        began_s, limit_s = time.monotonic(), self._limit_s(call)
+        limit_s = self._hooks.limit_s(call)
         try:
             answer = await self._synchronize_in_time(call)
         finally:
-            if limit_s is not None and time.monotonic() - began_s > limit_s:
+            if limit_s is not None and time.monotonic() - call.arrived_s > limit_s:
                 # Older runtimes now leave the connection open, and never send an event.
                 late = ConnectionLost(
                     f"Synchronize took longer than the runtime's limit of {limit_s:g} s",
@@ -134,16 +140,23 @@ class Dispatcher:
         return answer
 
     async def _synchronize_in_time(self, call: Call) -> bytes:
-        request = _decode(nri_pb2.SynchronizeRequest(), call)
-        everything = self._session.synchronized(request)
+        try:
+            everything = self._session.synchronized_bytes(call.head.payload)
+        except ValueError as error:
+            raise _undecodable(error) from None
         if everything is None:
             return nri_pb2.SynchronizeResponse(more=True).SerializeToString()
-        pods = [pod_from_message(pod) for pod in everything[0]]
-        containers = [container_from_message(container) for container in everything[1]]
-        updates = await self._run("synchronize", call, self._plugin.synchronize, pods, containers)
+        allowance = Allowance()
+        pods = await _records("pods", everything[0], pod_from_bytes, allowance)
+        containers = await _records("containers", everything[1], container_from_bytes, allowance)
+        subject = f"{len(pods)} pods and {len(containers)} containers"
+        found = await self._hooks.run("synchronize", call, subject, pods, containers)
+        response = nri_pb2.SynchronizeResponse()
+        with _logged("synchronize", subject):
+            response.update.extend(answers.updates("synchronize", found))
         if not self.synchronized.done():
             self.synchronized.set_result(None)
-        return nri_pb2.SynchronizeResponse(update=_updates(updates)).SerializeToString()
+        return response.SerializeToString()
 
     async def _shutdown(self, call: Call) -> bytes:
         log.info("the runtime says it is shutting down")
@@ -164,149 +177,122 @@ class Dispatcher:
 
         async def handle(call: Call) -> bytes:
             request = _decode(kind(), call)
-            arguments: list[Pod | Container] = [pod_from_message(request.pod)]
-            if with_container:
-                arguments.append(container_from_message(request.container))
-            await self._notify(method, call, *arguments)
+            container = container_from_message(request.container) if with_container else None
+            await self._notify(method, call, pod_from_message(request.pod), container)
             return b""
 
         return handle
 
-    async def _notify(self, method: str, call: Call, *arguments: Pod | Container) -> None:
+    async def _notify(self, method: str, call: Call, pod: Pod, container: Container | None = None) -> None:
+        arguments = (pod,) if container is None else (pod, container)
+        subject = subject_of(pod, container)
+        self._hooks.nothing(method, subject, await self._event(method, call, subject, *arguments))
+
+    async def _event(self, hook: str, call: Call, subject: str, *arguments: Any) -> Any:
+        """Run the method of an event."""
         self._session.step(Step.EVENT)
-        await self._run(method, call, getattr(self._plugin, method), *arguments)
+        late: Exception | None = None
+        if hook == "validate_container_adjustment":
+            late = Rejected("the validating plugin did not decide in time")  # fails closed, as runtimes do
+        elif self._plugin.failure_policy is not None and self._plugin.failure_policy.fail_request:
+            # The runtime would fail the request, and so do we; not by its time limit, which could drop us too.
+            late = RpcError(Code.ABORTED, f"{hook} of plugin {self._name} did not answer in time")
+        return await self._hooks.run(hook, call, subject, *arguments, late=late)
 
     async def _create_container(self, call: Call) -> bytes:
         request = _decode(nri_pb2.CreateContainerRequest(), call)
-        self._session.step(Step.EVENT)
         pod, container = pod_from_message(request.pod), container_from_message(request.container)
-        found = await self._run("create_container", call, self._plugin.create_container, pod, container)
-        adjustment, updates = found if isinstance(found, tuple) else (found, ())
-        response = nri_pb2.CreateContainerResponse()
-        if adjustment is not None:
-            if not isinstance(adjustment, Adjustment):
-                raise TypeError(f"create_container returned {type(adjustment).__name__}, not an Adjustment")
-            if adjustment:
-                response.adjust.CopyFrom(adjustment.to_message())
-        for update in updates:
-            if update.container_id == container.id:
-                raise LocalProtocolError(
-                    f"an update of the container under creation, {container.id}", hint="use the adjustment"
-                )
-        response.update.extend(_updates(updates))
-        return response.SerializeToString()
+        subject = subject_of(pod, container)
+        found = await self._event("create_container", call, subject, pod, container)
+        with _logged("create_container", subject):
+            return answers.creation(found, container.id).SerializeToString()
 
     async def _update_container(self, call: Call) -> bytes:
         request = _decode(nri_pb2.UpdateContainerRequest(), call)
-        self._session.step(Step.EVENT)
         pod, container = pod_from_message(request.pod), container_from_message(request.container)
         wanted = resources_from_message(request.linux_resources)
-        updates = await self._run("update_container", call, self._plugin.update_container, pod, container, wanted)
-        return nri_pb2.UpdateContainerResponse(update=_updates(updates)).SerializeToString()
+        subject = subject_of(pod, container)
+        found = await self._event("update_container", call, subject, pod, container, wanted)
+        with _logged("update_container", subject):
+            updates = answers.updates("update_container", found)
+        return nri_pb2.UpdateContainerResponse(update=updates).SerializeToString()
 
     async def _stop_container(self, call: Call) -> bytes:
         request = _decode(nri_pb2.StopContainerRequest(), call)
-        self._session.step(Step.EVENT)
         pod, container = pod_from_message(request.pod), container_from_message(request.container)
-        updates = await self._run("stop_container", call, self._plugin.stop_container, pod, container)
-        return nri_pb2.StopContainerResponse(update=_updates(updates)).SerializeToString()
+        subject = subject_of(pod, container)
+        found = await self._event("stop_container", call, subject, pod, container)
+        with _logged("stop_container", subject):
+            updates = answers.updates("stop_container", found)
+        return nri_pb2.StopContainerResponse(update=updates).SerializeToString()
 
     async def _update_pod_sandbox(self, call: Call) -> bytes:
         request = _decode(nri_pb2.UpdatePodSandboxRequest(), call)
-        self._session.step(Step.EVENT)
         overhead = resources_from_message(request.overhead_linux_resources)
         resources = resources_from_message(request.linux_resources)
         pod = pod_from_message(request.pod)
-        await self._run("update_pod_sandbox", call, self._plugin.update_pod_sandbox, pod, overhead, resources)
+        found = await self._event("update_pod_sandbox", call, subject_of(pod), pod, overhead, resources)
+        self._hooks.nothing("update_pod_sandbox", subject_of(pod), found)
         return b""
 
     async def _validate(self, call: Call) -> bytes:
         request = _decode(nri_pb2.ValidateContainerAdjustmentRequest(), call)
-        self._session.step(Step.EVENT)
         pod, container = pod_from_message(request.pod), container_from_message(request.container)
         response = nri_pb2.ValidateContainerAdjustmentResponse()
+        hook, subject = "validate_container_adjustment", subject_of(pod, container)
         try:
-            validation = Validation(pod, container, request)
-            await self._run(
-                "validate_container_adjustment",
-                call,
-                self._plugin.validate_container_adjustment,
-                validation,
-                late=Rejected("the validating plugin did not decide in time"),  # fails closed, as runtimes do
-            )
+            found = await self._event(hook, call, subject, Validation(pod, container, request))
+            with _logged(hook, subject):
+                if found is not None and found is not True:  # False was hardly meant as a yes
+                    raise answers.WrongAnswer(f"{hook} returned {answers.described(found)}: raise Rejected to refuse")
         except Rejected as rejected:
             response.reject, response.reason = True, str(rejected) or "rejected"
         return response.SerializeToString()
 
-    async def _run(
-        self, name: str, call: Call, method: Callable[..., Any], *arguments: Any, late: Exception | None = None
-    ) -> Any:
-        """The method's result; if it takes too long, None or `late` raised, while it runs on."""
-        if getattr(method, "__func__", None) is getattr(Plugin, name):
-            return None  # not overridden: no need for a thread to do nothing
-        limit_s = self._limit_s(call)
-        current = Handling()
-        task = current.task = asyncio.ensure_future(self._invoke(method, arguments, current))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        task.add_done_callback(current.finished)
-        wait_s = None if limit_s is None else max(0.0, limit_s - max(MARGIN_LEAST_S, MARGIN_SHARE * limit_s))
-        began_s = time.monotonic()
-        try:
-            done, _ = await asyncio.wait({task}, timeout=wait_s)
-        finally:
-            current.answered.set()
-        if done:
-            if task.cancelled():
-                raise RpcError(Code.CANCELED, f"{name} was cancelled")
-            error = task.exception()
-            if error is not None and not isinstance(error, NriError | Rejected):
-                log.error("%s failed", name, exc_info=error)
-            return task.result()
-        seconds = time.monotonic() - began_s
-        log.error("%s takes longer than %.2f s: answered without it, before the runtime drops us", name, seconds)
-        task.add_done_callback(lambda task: _report_late(name, began_s, task))
-        try:
-            self._plugin.late(name, seconds)
-        except Exception:
-            log.exception("late() failed")
-        if late is not None:
-            raise late
-        return None
 
-    def _limit_s(self, call: Call) -> float | None:
-        if call.timeout_s is not None:
-            return call.timeout_s
-        return self._session.runtime.request_timeout_s if self._session.runtime is not None else None
-
-    async def _invoke(self, method: Callable[..., Any], arguments: Sequence[Any], current: Handling) -> Any:
-        handling.set(current)  # this task's own context
-        if inspect.iscoroutinefunction(method):
-            return await method(*arguments)
-        context = contextvars.copy_context()
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._executor, lambda: context.run(method, *arguments)
-        )
-        return await found if inspect.isawaitable(found) else found
+def subject_of(pod: Pod, container: Container | None = None) -> str:
+    """`namespace/pod` or `namespace/pod:container (id)`, for messages."""
+    name = f"{pod.namespace}/{pod.name}"
+    return name if container is None else f"{name}:{container.name} ({container.id})"
 
 
-def _report_late(name: str, began_s: float, task: asyncio.Task[Any]) -> None:
-    seconds = time.monotonic() - began_s
-    if task.cancelled():
-        return
-    error = task.exception()
-    outcome = "its result is lost" if error is None else f"it failed: {error}"
-    log.warning("%s came to its end after %.2f s; %s", name, seconds, outcome)
-
-
-def _decode(message: Any, call: Call) -> Any:
-    assert isinstance(message, Message)
+@contextmanager
+def _logged(hook: str, subject: str) -> Iterator[None]:
+    """What a method returned wrongly fails the request: its author must find it in the plugin's own log too."""
     try:
-        message.ParseFromString(call.head.payload)
-    except DecodeError as error:
-        raise RpcError(Code.INTERNAL, f"ttrpc: error unmarshalling payload: {error}") from None
-    return message
+        yield
+    except (answers.WrongAnswer, LocalProtocolError) as error:
+        log.error("%s for %s: %s", hook, subject, error)
+        raise
 
 
-def _updates(updates: Sequence[Update] | None) -> list[nri_pb2.ContainerUpdate]:
-    return [update.to_message() for update in updates or ()]
+async def _records(
+    what: str, encoded: Sequence[bytes], convert: Callable[[bytes, Allowance], T], allowance: Allowance
+) -> list[T]:
+    """Records of a Synchronize; one that is no message is left out, and does not hurt the others."""
+    records: list[T] = []
+    first: ValueError | None = None
+    for number, data in enumerate(encoded):
+        if number % RECORDS_AT_ONCE == RECORDS_AT_ONCE - 1:
+            await asyncio.sleep(0)  # thousands of them should not hold up the loop
+        try:
+            records.append(convert(data, allowance))
+        except ValueError as error:
+            first = first or error
+    if first is not None:
+        bad = len(encoded) - len(records)
+        log.error("%d of %d %s of Synchronize are left out, they cannot be decoded: %s", bad, len(encoded), what, first)
+    return records
+
+
+def _decode(message: M, call: Call) -> M:
+    try:
+        return decoded(message, call.head.payload)
+    except TooManyParts as error:
+        raise RpcError(Code.RESOURCE_EXHAUSTED, str(error)) from None
+    except ValueError as error:
+        raise _undecodable(error) from None
+
+
+def _undecodable(error: ValueError) -> RpcError:
+    return RpcError(Code.INTERNAL, f"ttrpc: error unmarshalling payload: {error}")

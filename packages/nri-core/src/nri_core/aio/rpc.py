@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nri_core.errors import Code, ConnectionLost, MessageTooLarge, NriError, RpcError
 from nri_core.ttrpc.connection import (
@@ -32,25 +33,30 @@ MAX_CALLS_SERVED = 1000
 """The peer's at one time; more are answered with RESOURCE_EXHAUSTED."""
 MAX_HELD_BYTES = 64 << 20
 """Payloads of the calls being served and of messages that wait to be read, per endpoint; more is refused likewise."""
+MAX_HELD_MESSAGES = 1 << 16
+"""The same in pieces: an empty message is not free."""
 
 
 class Budget:
-    """Bytes of the peer's that an endpoint may hold at one time."""
+    """Pieces of the peer's that an endpoint may hold at one time, and their bytes."""
 
     def __init__(self, limit: int = MAX_HELD_BYTES) -> None:
         self.limit = limit
         self.used = 0
+        self.pieces = 0
 
     def take(self, count: int) -> bool:
-        """Account for `count` bytes; False if they are too many."""
-        if self.used + count > self.limit:
+        """Account for a piece of `count` bytes; False if that is too much."""
+        if self.used + count > self.limit or self.pieces >= MAX_HELD_MESSAGES:
             return False
         self.used += count
+        self.pieces += 1
         return True
 
     def give_back(self, count: int) -> None:
-        """They are no longer held."""
+        """It is no longer held."""
         self.used -= count
+        self.pieces -= 1
 
 
 class Stream:
@@ -187,15 +193,16 @@ class ClientEndpoint:
 
     def feed(self, data: bytes) -> None:
         """Bytes from the peer."""
-        self._core.receive_data(data)
-        while (event := self._core.next_event()) is not None:
-            if isinstance(event, CallEnded):
-                self._ended(event)
-            elif isinstance(event, MessageReceived):
-                self._message(event)
-            elif isinstance(event, Ignored):
-                log.debug("ignored on stream %d: %s", event.stream_id, event.what)
-        self._flush()
+        self._core.take_data(data)
+        while self._core.advance():
+            while (event := self._core.next_event()) is not None:
+                if isinstance(event, CallEnded):
+                    self._ended(event)
+                elif isinstance(event, MessageReceived):
+                    self._message(event)
+                elif isinstance(event, Ignored):
+                    log.debug("ignored on stream %d: %s", event.stream_id, event.what)
+            self._flush()
 
     def lose(self, error: NriError) -> None:
         """The connection ended: every call fails."""
@@ -242,6 +249,7 @@ class Call:
     head: CallHead
     stream: Stream | None = None
     """For streaming calls."""
+    arrived_s: float = field(default_factory=time.monotonic)
 
     @property
     def timeout_s(self) -> float | None:
@@ -270,13 +278,14 @@ class ServerEndpoint:
 
     def feed(self, data: bytes) -> None:
         """Bytes from the peer."""
-        self._core.receive_data(data)
-        while (event := self._core.next_event()) is not None:
-            if isinstance(event, CallStarted):
-                self._started(event)
-            elif isinstance(event, MessageReceived):
-                self._message(event)
-        self._flush()
+        self._core.take_data(data)
+        while self._core.advance():
+            while (event := self._core.next_event()) is not None:
+                if isinstance(event, CallStarted):
+                    self._started(event)
+                elif isinstance(event, MessageReceived):
+                    self._message(event)
+            self._flush()
 
     def lose(self, error: ConnectionLost) -> None:
         """The connection ended: handlers are cancelled."""
@@ -291,7 +300,7 @@ class ServerEndpoint:
             await asyncio.wait(list(self._tasks.values()))
 
     def _started(self, event: CallStarted) -> None:
-        size = len(event.head.payload)
+        size = len(event.head.payload) + sum(len(key) + len(value) for key, value in event.head.metadata)
         if len(self._tasks) >= MAX_CALLS_SERVED or not self._budget.take(size):
             self._core.fail(event.stream_id, Code.RESOURCE_EXHAUSTED, "too many calls at one time")
             return

@@ -18,7 +18,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from nri_core.aio.claim import claim
-from nri_core.aio.dispatch import RUNTIME_SERVICE_NAME, Dispatcher, handling
+from nri_core.aio.dispatch import RUNTIME_SERVICE_NAME, Dispatcher
+from nri_core.aio.hooks import handling
 from nri_core.aio.rpc import ClientEndpoint, ServerEndpoint
 from nri_core.aio.transport import DEFAULT_SOCKET, Trunk, connect, inherited
 from nri_core.api.adjust import Update, update_from_message
@@ -41,7 +42,7 @@ from nri_core.session import DEFAULT_REGISTRATION_TIMEOUT_S, DEFAULT_REQUEST_TIM
 
 log = logging.getLogger("nri_core")
 
-NRI_VERSION = "v0.12.2"
+NRI_VERSION = "v0.12.5"
 """The NRI release whose protocol this library speaks; told to runtimes."""
 
 
@@ -186,7 +187,7 @@ class Stub:
         """One connection, from registration to its end. Always raises, unless `stop` was called."""
         session = self.session = Session()
         trunk = self._trunk = Trunk()
-        dispatcher = Dispatcher(self.plugin, session, self._executor, trunk.close)
+        dispatcher = Dispatcher(self.plugin, session, self._executor, trunk.close, f"{self.index}-{self.name}")
         sends: dict[int, object] = {}
         # Runtimes before NRI v0.7 send a Synchronize of any size in one message.
         server = ServerEndpoint(
@@ -215,6 +216,7 @@ class Stub:
             session.step(Step.CLOSE)
             client.lose(lost)
             server.lose(lost)
+            await dispatcher.close()
             await self._tell_disconnected(None if self._stopping.is_set() else error)
         if not self._stopping.is_set():
             raise error

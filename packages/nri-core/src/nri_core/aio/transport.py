@@ -14,7 +14,6 @@ from nri_core.mux import MuxDecoder, wrap
 
 DEFAULT_SOCKET = "/var/run/nri/nri.sock"
 SOCKET_VARIABLE = "NRI_PLUGIN_SOCKET"
-READ_BYTES = 1 << 18
 MAX_UNSENT_BYTES = 64 << 20
 """A peer that does not read is given up when so much waits for it."""
 
@@ -80,6 +79,8 @@ class Wire(asyncio.Protocol):
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
         self._transport: asyncio.Transport | None = None
+        self._waiting = bytearray()  # asyncio keeps an object for each write: much for the small ones
+        self._paused = False
         self.closed: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -93,19 +94,24 @@ class Wire(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        transport.write(frame)
-        if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+        if self._paused:
+            self._waiting += frame
+        else:
+            transport.write(frame)
+        if len(self._waiting) + transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.close(RemoteProtocolError(f"the peer leaves more than {MAX_UNSENT_BYTES} bytes unread"))
 
     def close(self, error: BaseException | None = None) -> None:
         """End the connection; what was written is still delivered unless there is an error."""
         if error is not None and not self.closed.done():
             self.closed.set_result(error)
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             if error is None:
+                self._transport.write(bytes(self._waiting))
                 self._transport.close()
             else:
                 self._transport.abort()
+        self._waiting.clear()
 
     async def wait_closed(self) -> BaseException | None:
         """Wait for the end; None: the peer closed in an orderly way."""
@@ -115,7 +121,18 @@ class Wire(asyncio.Protocol):
         """Called by asyncio."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+
+    def pause_writing(self) -> None:
+        """Called by asyncio: the peer does not read for the moment."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """Called by asyncio."""
+        self._paused = False
+        if self._transport is not None and self._waiting:
+            data = bytes(self._waiting)
+            self._waiting.clear()
+            self._transport.write(data)
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
@@ -167,8 +184,16 @@ class Trunk:
 
     def _receive(self, data: bytes) -> None:
         self._decoder.receive_data(data)
+        # What is for one connection is handed over together: a portion can be 29 000 frames of one byte.
+        current, chunks = 0, list[bytes]()
         while (found := self._decoder.next_chunk()) is not None:
-            connection, chunk = found
-            feed = self._feeds.get(connection)
-            if feed is not None:
-                feed(chunk)
+            if found[0] != current:
+                self._feed(current, chunks)
+                current, chunks = found[0], []
+            chunks.append(found[1])
+        self._feed(current, chunks)
+
+    def _feed(self, connection: int, chunks: list[bytes]) -> None:
+        feed = self._feeds.get(connection)
+        if feed is not None and chunks:
+            feed(chunks[0] if len(chunks) == 1 else b"".join(chunks))

@@ -23,10 +23,14 @@ from nri_core.ttrpc.envelope import (
     encode_status,
 )
 from nri_core.ttrpc.frame import Frame, FrameDecoder, Oversized, encode_frame
+from nri_core.wire import TooManyParts
 
 MAX_STREAM_ID = (1 << 32) - 1
 LAST_USEFUL_STREAM_ID = (1 << 31) - 1
 """Go does not handle ids that wrap: a connection that made this many calls must be replaced."""
+
+MAX_STATUS_CHARACTERS = 1 << 16
+"""Of the text of a status; what is longer is cut."""
 
 
 class Kind(Enum):
@@ -101,13 +105,25 @@ class _Connection:
         return self._decoder.buffered_bytes
 
     def receive_data(self, data: bytes) -> None:
-        """Bytes from the peer, in any portions."""
+        """Bytes from the peer, in any portions, and all that follows from them."""
+        self.take_data(data)
+        while self.advance():
+            pass
+
+    def take_data(self, data: bytes) -> None:
+        """Bytes from the peer. Then `advance` until it gives False."""
         self._decoder.receive_data(data)
-        while (found := self._decoder.next_frame()) is not None:
-            if isinstance(found, Oversized):
-                self._oversized(found)
-            else:
-                self._frame(found)
+
+    def advance(self) -> bool:
+        """Handle one frame; False if there is no whole one. A portion can hold thousands: send what each calls for."""
+        found = self._decoder.next_frame()
+        if found is None:
+            return False
+        if isinstance(found, Oversized):
+            self._oversized(found)
+        else:
+            self._frame(found)
+        return True
 
     def next_event(self) -> Event | None:
         """The next thing that happened, or None."""
@@ -175,7 +191,7 @@ class ServerConnection(_Connection):
         """End any call with a status."""
         self._stream(stream_id)
         self._streams.pop(stream_id)
-        self._answer(stream_id, code, text[: wire.MAX_DATA_BYTES // 8])
+        self._answer(stream_id, code, text)
 
     def send_message(self, stream_id: int, payload: bytes) -> None:
         """One message of a server-streaming call. Raises MessageTooLarge; the call goes on then."""
@@ -197,7 +213,8 @@ class ServerConnection(_Connection):
             raise LocalProtocolError(f"stream {stream_id} is not open: it was answered before") from None
 
     def _answer(self, stream_id: int, code: int, text: str) -> None:
-        self._send(stream_id, wire.RESPONSE, 0, encode_status(code, text))
+        # The text may be the peer's own, such as the name of a service that nobody has.
+        self._send(stream_id, wire.RESPONSE, 0, encode_status(code, text[:MAX_STATUS_CHARACTERS]))
 
     def _oversized(self, found: Oversized) -> None:
         error = MessageTooLarge(found.length, self._decoder.max_data_bytes)
@@ -224,6 +241,9 @@ class ServerConnection(_Connection):
         self._last_id = frame.stream_id
         try:
             head = decode_request(frame.data)
+        except TooManyParts as error:
+            self._answer(frame.stream_id, Code.RESOURCE_EXHAUSTED, str(error))
+            return
         except ValueError as error:
             self._answer(frame.stream_id, Code.INVALID_ARGUMENT, f"unmarshal request error: {error}")
             return

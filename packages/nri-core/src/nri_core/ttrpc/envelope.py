@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-from google.protobuf.message import DecodeError
 
 from nri_core.errors import Code, RpcError
 from nri_core.pb import ttrpc_pb2
+from nri_core.wire import TooManyParts, decoded
 
 Metadata = tuple[tuple[str, str], ...]
 """(key, value) pairs; a key may stand several times, and is compared without case."""
+MAX_METADATA = 128
+"""Pairs of one call; runtimes send two or three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,10 @@ def encode_request(head: CallHead) -> bytes:
 
 
 def decode_request(data: bytes) -> CallHead:
-    """The inverse. Raises ValueError."""
-    message = _parsed(ttrpc_pb2.Request(), data)
+    """The inverse. Raises ValueError; TooManyParts with more than `MAX_METADATA` pairs."""
+    message = decoded(ttrpc_pb2.Request(), data)
+    if len(message.metadata) > MAX_METADATA:
+        raise TooManyParts(f"{len(message.metadata)} pairs of metadata; the most is {MAX_METADATA}")
     metadata = tuple((pair.key, pair.value) for pair in message.metadata)
     return CallHead(message.service, message.method, message.payload, message.timeout_nano, metadata)
 
@@ -60,21 +62,10 @@ def encode_status(code: int, text: str) -> bytes:
 
 def decode_response(data: bytes) -> bytes:
     """The payload. Raises ValueError if it is no Response, RpcError if it carries a status that is not OK."""
-    message = _parsed(ttrpc_pb2.Response(), data)
+    message = decoded(ttrpc_pb2.Response(), data)
     if message.HasField("status") and message.status.code != Code.OK:
         raise RpcError(message.status.code, message.status.message)
     return message.payload
-
-
-_M = TypeVar("_M", ttrpc_pb2.Request, ttrpc_pb2.Response)
-
-
-def _parsed(message: _M, data: bytes) -> _M:
-    try:
-        message.ParseFromString(data)
-    except (DecodeError, UnicodeDecodeError, RecursionError) as error:  # the last two: protobuf without C
-        raise ValueError(str(error)) from None
-    return message
 
 
 _CODES: Sequence[tuple[type[BaseException], Code]] = (
