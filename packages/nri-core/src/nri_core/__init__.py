@@ -11,7 +11,7 @@ class Swap(Plugin):
 run(Swap())
 """
 
-from nri_core.aio.stub import Backoff, Stub, run
+from nri_core.aio.stub import Backoff, Outcome, Stub, run
 from nri_core.api.adjust import Adjustment, Device, Rlimit, Update
 from nri_core.api.events import EventMask, parse_events
 from nri_core.api.model import Container, ContainerState, Mount, Pod, Runtime
@@ -48,6 +48,7 @@ __all__ = [
     "MessageTooLarge",
     "Mount",
     "NriError",
+    "Outcome",
     "Plugin",
     "PluginAlreadyRunning",
     "Pod",

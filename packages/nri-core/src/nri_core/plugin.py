@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +74,11 @@ class Plugin:
     """Two digits; plugins are called in the order of their index."""
     required: EventMask = EventMask(0)
     """Events without which the plugin is of no use: a runtime that does not know them is an error, not a warning."""
+    exclusive: str | None = None
+    """A kind, such as `memtierd`, of which only one plugin may be connected to a node, whatever index and name."""
+    rivals: Collection[str] = ()
+    """Programs that are of this kind and know nothing of `exclusive`, such as one written in Go. One that can be seen
+    to be connected (as root, with the host's processes and sockets) keeps this plugin out as well."""
     failure_policy: FailurePolicy | None = None
     """None: the runtime's own, which is to go on without a plugin that does not answer, and to drop it."""
     stub: Stub | None = None

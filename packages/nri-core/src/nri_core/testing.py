@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,11 +23,15 @@ from nri_core.aio.rpc import Call, ClientEndpoint, ServerEndpoint
 from nri_core.aio.transport import Trunk
 from nri_core.api.events import EventMask, known_events
 from nri_core.api.model import Container, Pod, container_to_message, pod_to_message
-from nri_core.errors import Code, ConnectionLost, MessageTooLarge, NriError, RpcError
+from nri_core.errors import Code, ConnectionLost, NriError, RpcError
 from nri_core.mux import PLUGIN_SERVICE, RUNTIME_SERVICE
 from nri_core.pb import nri_pb2
+from nri_core.plugin import FailurePolicy
 from nri_core.ttrpc.connection import Kind
+from nri_core.ttrpc.frame import MAX_DATA_BYTES
 
+MAX_SYNCHRONIZE_BYTES = MAX_DATA_BYTES - 1024
+"""Room for what is around it in the frame."""
 OnUpdate = Callable[[Sequence[nri_pb2.ContainerUpdate]], Sequence[nri_pb2.ContainerUpdate]]
 _OLD_STYLE_EVENTS = {
     "RunPodSandbox": 1,
@@ -50,6 +55,8 @@ class PluginConnection:
         self.name = ""
         self.index = ""
         self.events = EventMask(0)
+        self.policy = FailurePolicy()
+        """What the plugin wants to happen when it does not answer; heeded from NRI v0.12.4 on."""
         self.updates: list[nri_pb2.ContainerUpdate] = []
         """Updates in the answer to Synchronize."""
         self._registered = asyncio.Event()
@@ -87,6 +94,9 @@ class PluginConnection:
         )
         response = await self.call("Configure", request, nri_pb2.ConfigureResponse())
         self.events = EventMask(response.events & 0x3FFF)
+        if _numbers(runtime.nri_version) >= (0, 12, 4):
+            told = response.failure_policy
+            self.policy = FailurePolicy(fail_request=told.fail_request, keep_connected=told.keep_connected)
         known = known_events(runtime.name, runtime.version, runtime.nri_version)
         if response.events & ~int(known):
             self.close()
@@ -95,22 +105,11 @@ class PluginConnection:
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container], *, parts: int = 1) -> None:
         """Tell the plugin what there is, in `parts` messages, or in more if one would be too long."""
-        try:
-            await self._synchronize(pods, containers, parts)
-        except MessageTooLarge:
-            await self.synchronize(pods, containers, parts=parts * 2)
-
-    async def _synchronize(self, pods: Sequence[Pod], containers: Sequence[Container], parts: int) -> None:
-        pod_share, container_share = -(-len(pods) // parts) or 1, -(-len(containers) // parts) or 1
-        for part in range(parts):
-            request = nri_pb2.SynchronizeRequest(
-                pods=[pod_to_message(pod) for pod in pods[part * pod_share : (part + 1) * pod_share]],
-                containers=[
-                    container_to_message(container)
-                    for container in containers[part * container_share : (part + 1) * container_share]
-                ],
-                more=part < parts - 1,
-            )
+        requests = _synchronize_requests(pods, containers, parts)
+        while max(request.ByteSize() for request in requests) > MAX_SYNCHRONIZE_BYTES:
+            parts *= 2
+            requests = _synchronize_requests(pods, containers, parts)
+        for request in requests:
             response = await self.call("Synchronize", request, nri_pb2.SynchronizeResponse())
             if response.more != request.more or (request.more and response.update):
                 self.close()
@@ -196,7 +195,9 @@ class PluginConnection:
                 timeout_s=self._runtime.request_timeout_s,
             )
         except TimeoutError:
-            if not self._runtime.patient:
+            # Configure and Synchronize are not requests that the policy is about.
+            kept = self.policy.keep_connected and method not in ("Configure", "Synchronize")
+            if not self._runtime.patient and not kept:
                 self.close()
             raise
         response.ParseFromString(answer)
@@ -241,7 +242,7 @@ class FakeRuntime:
         *,
         name: str = "containerd",
         version: str = "v2.3.0",
-        nri_version: str = "v0.12.0",
+        nri_version: str = "v0.12.5",
         old_style: bool = False,
         pods: Sequence[Pod] = (),
         containers: Sequence[Container] = (),
@@ -320,6 +321,27 @@ class FakeRuntime:
                         plugin.close()
                     continue
                 self._queue.put_nowait(plugin)
+
+
+def _synchronize_requests(
+    pods: Sequence[Pod], containers: Sequence[Container], parts: int
+) -> list[nri_pb2.SynchronizeRequest]:
+    pod_share, container_share = -(-len(pods) // parts) or 1, -(-len(containers) // parts) or 1
+    return [
+        nri_pb2.SynchronizeRequest(
+            pods=[pod_to_message(pod) for pod in pods[part * pod_share : (part + 1) * pod_share]],
+            containers=[
+                container_to_message(container)
+                for container in containers[part * container_share : (part + 1) * container_share]
+            ],
+            more=part < parts - 1,
+        )
+        for part in range(parts)
+    ]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"[0-9]+", version)[:3])
 
 
 def _snake(method: str) -> str:

@@ -9,17 +9,17 @@ import random
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
-from nri_core.aio.claim import claim
+from nri_core.aio.claim import HINT, Claim
 from nri_core.aio.dispatch import RUNTIME_SERVICE_NAME, Dispatcher
 from nri_core.aio.hooks import handling
+from nri_core.aio.rivals import find_rival
 from nri_core.aio.rpc import ClientEndpoint, ServerEndpoint
 from nri_core.aio.transport import DEFAULT_SOCKET, Trunk, connect, inherited
 from nri_core.api.adjust import Update, update_from_message
@@ -30,15 +30,18 @@ from nri_core.errors import (
     ConnectionLost,
     LocalProtocolError,
     NriError,
+    PluginAlreadyRunning,
     RegistrationRefused,
     RemoteProtocolError,
     RpcError,
     SessionError,
 )
+from nri_core.lint import remarks
 from nri_core.mux import MAX_PAYLOAD_BYTES, PLUGIN_SERVICE, RUNTIME_SERVICE
 from nri_core.pb import nri_pb2
 from nri_core.plugin import Plugin, identity
 from nri_core.session import DEFAULT_REGISTRATION_TIMEOUT_S, DEFAULT_REQUEST_TIMEOUT_S, Session, State, Step
+from nri_core.wire import decoded
 
 log = logging.getLogger("nri_core")
 
@@ -49,6 +52,21 @@ NRI_VERSION = "v0.12.5"
 REGISTRATION_WAIT_S = 20.0
 """Longer than the runtime's own limit, 5 s: it takes plugins one at a time, and those before us count for us too."""
 
+SLICE_TIMEOUT_S = 30.0
+"""For the updates of one slice: nobody waits for them but us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one slice of updates."""
+
+    applied: tuple[Update, ...]
+    """Confirmed by the runtime."""
+    failed: tuple[Update, ...]
+    """Not applied according to the runtime; with a TimeoutError nobody knows."""
+    error: Exception | None
+    """Why all of them failed; None: the runtime answered."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
@@ -56,6 +74,13 @@ class Backoff:
 
     least_s: float = 0.5
     most_s: float = 30.0
+    healthy_s: float = 10.0
+    """A connection that served for so long makes the waits short again. A shorter one does not: a runtime that takes
+    the plugin and drops it at once would be asked several times a second, for ever."""
+
+    def attempt_after(self, attempt: int, served_s: float) -> int:
+        """Which attempt comes after a connection that served for `served_s` (0: it did not) ended."""
+        return 0 if served_s >= self.healthy_s else attempt
 
     def wait_s(self, attempt: int, chance: float) -> float:
         """Seconds before `attempt` (from 0); `chance` in [0, 1) spreads many plugins of one node."""
@@ -88,6 +113,8 @@ class Stub:
                 f"events() of plugin {self.index}-{self.name} has bits of no event: {int(unknown):#x}",
                 hint="combine members of EventMask",
             )
+        for remark in remarks(plugin):
+            log.warning("plugin %s-%s: %s", self.index, self.name, remark)
         self.session = Session()
         plugin.stub = self
         self._path = socket_path
@@ -95,7 +122,7 @@ class Stub:
         self._backoff = backoff or Backoff()
         self._registration_timeout_s = registration_timeout_s
         self._stopping = asyncio.Event()
-        self._synchronized = False
+        self._serving_since_s: float | None = None
         self._trunk: Trunk | None = None
         self._client: ClientEndpoint | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"nri-{self.name}")
@@ -112,15 +139,19 @@ class Stub:
         """
         given = inherited()
         attempt = 0
+        # Held until the end, also while there is no connection: what a plugin does to containers goes on meanwhile.
+        claimed = Claim(self._path, self.index, self.name, self.plugin.exclusive)
         try:
             while not self._stopping.is_set():
-                self._synchronized = False
+                self._serving_since_s = None
                 try:
+                    if given is None or self.plugin.exclusive is not None:
+                        claimed.take()
+                        self._refuse_rivals()
                     if given is not None:
                         await self._serve(given, pre_launched=True)
                     else:
-                        with claim(self._path, self.index, self.name):
-                            await self._serve(await connect(self._path))
+                        await self._serve(await connect(self._path))
                 except (SessionError, LocalProtocolError):
                     raise
                 except NriError as error:
@@ -131,8 +162,7 @@ class Stub:
                         return
                     if given is not None or not self._reconnect:
                         raise
-                    # Only a connection that came to serve makes the waits short again.
-                    attempt = 0 if self._synchronized else attempt
+                    attempt = self._backoff.attempt_after(attempt, self._served_s())
                     wait_s = self._backoff.wait_s(attempt, random.random())
                     attempt += 1
                     log.warning("%s; trying again in %.1f s", error, wait_s)
@@ -140,7 +170,17 @@ class Stub:
                         async with asyncio.timeout(wait_s):
                             await self._stopping.wait()
         finally:
+            claimed.release()
             self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _served_s(self) -> float:
+        """How long the last connection served."""
+        return 0.0 if self._serving_since_s is None else asyncio.get_running_loop().time() - self._serving_since_s
+
+    def _refuse_rivals(self) -> None:
+        rival = find_rival(self._path, self.plugin.rivals)
+        if rival is not None:
+            raise PluginAlreadyRunning(f"{rival} is already connected to {self._path}", hint=HINT)
 
     def stop(self) -> None:
         """End `run` soon."""
@@ -178,10 +218,39 @@ class Stub:
         )
         response = nri_pb2.UpdateContainersResponse()
         try:
-            response.ParseFromString(answer)
-        except DecodeError as error:
+            decoded(response, answer)
+        except ValueError as error:
             raise RemoteProtocolError(f"the answer to UpdateContainers cannot be decoded: {error}") from None
         return [update_from_message(update) for update in response.failed]
+
+    async def update_in_slices(
+        self, updates: Iterable[Update], *, at_once: int = 20, timeout_s: float = SLICE_TIMEOUT_S
+    ) -> AsyncIterator[Outcome]:
+        """Ask for many changes, a few at a time, and tell after each slice what the runtime has confirmed.
+
+        For what an answer in the time limit has no room for: a runtime applies updates one after another, some
+        10 ms each, and holds up pods meanwhile; so slices are small, and pods come in between them. `updates` may be
+        a generator: a slice is taken from it when its turn comes.
+
+        A slice that is refused or not answered is an Outcome with an error, and the next one follows.
+
+        Raises:
+            ConnectionLost: the connection ended; the rest was not asked for, the slice under way may be applied.
+            LocalProtocolError: see `update_containers`.
+        """
+        rest = iter(updates)
+        while asked := tuple(islice(rest, at_once)):
+            try:
+                failed = await self.update_containers(asked, timeout_s=timeout_s)
+            except (RpcError, RemoteProtocolError, TimeoutError) as error:
+                yield Outcome((), asked, error)
+                continue
+            refused = {update.container_id for update in failed}
+            yield Outcome(
+                tuple(update for update in asked if update.container_id not in refused),
+                tuple(update for update in asked if update.container_id in refused),
+                None,
+            )
 
     async def _serve(self, sock: socket.socket, *, pre_launched: bool = False) -> None:
         """One connection, from registration to its end. Always raises, unless `stop` was called."""
@@ -246,7 +315,7 @@ class Stub:
             # Runtimes before NRI v0.7 do not synchronize what they launched themselves.
             if not pre_launched or runtime is None:
                 raise ConnectionLost(f"registered, but not synchronized within {wait_s:g} s: the runtime gave us up")
-        self._synchronized = True
+        self._serving_since_s = asyncio.get_running_loop().time()
         if runtime is not None:
             log.info("connected to %s %s as %s-%s", runtime.name, runtime.version, self.index, self.name)
 
@@ -310,4 +379,4 @@ def run(plugin: Plugin, *, socket_path: str | os.PathLike[str] = DEFAULT_SOCKET,
     asyncio.run(main())
 
 
-__all__ = ["Backoff", "ConnectError", "Stub", "run"]
+__all__ = ["Backoff", "ConnectError", "Outcome", "Stub", "run"]

@@ -62,9 +62,8 @@ def inherited() -> socket.socket | None:
     if text is None:
         return None
     try:
-        number = int(text)
-        os.set_inheritable(number, False)
-        made = socket.socket(fileno=number)
+        made = socket.socket(fileno=int(text))
+        made.set_inheritable(False)
     except (ValueError, OSError) as error:
         raise ConnectError(
             f"{SOCKET_VARIABLE}={text!r} is no open socket: {error}", hint="only a runtime should set it"

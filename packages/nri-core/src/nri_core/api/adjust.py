@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from nri_core.api.model import Mount
-from nri_core.api.resources import Resources, resources_from_message
+from nri_core.api.resources import Resources, checked, resources_from_message
 from nri_core.errors import LocalProtocolError
 from nri_core.pb import nri_pb2
 
@@ -23,11 +23,15 @@ V = TypeVar("V")
 
 
 def _checked(key: str, what: str) -> str:
-    if not key or key.startswith(REMOVE):
+    if not checked(key, str, f"{what}: a key") or key.startswith(REMOVE):
         raise LocalProtocolError(
             f"{what} {key!r}: a key must not be empty or begin with '-'", hint="use the remove_... method"
         )
     return key
+
+
+def _pair(key: str, value: str, what: str) -> dict[str, str]:
+    return {_checked(key, what): checked(value, str, f"{what} {key!r}")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ class Adjustment:
 
     def annotation(self, key: str, value: str) -> Adjustment:
         """Set an annotation of the OCI container (not of the Kubernetes object)."""
-        return replace(self, set_annotations={**self.set_annotations, _checked(key, "annotation"): value})
+        return replace(self, set_annotations={**self.set_annotations, **_pair(key, value, "annotation")})
 
     def remove_annotation(self, key: str) -> Adjustment:
         """Remove an annotation."""
@@ -103,7 +107,7 @@ class Adjustment:
 
     def env(self, name: str, value: str) -> Adjustment:
         """Set an environment variable."""
-        return replace(self, set_env={**self.set_env, _checked(name, "env"): value})
+        return replace(self, set_env={**self.set_env, **_pair(name, value, "env")})
 
     def remove_env(self, name: str) -> Adjustment:
         """Withdraw what an earlier plugin set; runtimes keep a variable of the pod's own."""
@@ -121,7 +125,7 @@ class Adjustment:
 
     def sysctl(self, key: str, value: str) -> Adjustment:
         """Set a sysctl of the container's namespaces (NRI v0.11)."""
-        return replace(self, set_sysctls={**self.set_sysctls, _checked(key, "sysctl"): value})
+        return replace(self, set_sysctls={**self.set_sysctls, **_pair(key, value, "sysctl")})
 
     def remove_sysctl(self, key: str) -> Adjustment:
         """Remove a sysctl (NRI v0.11)."""
@@ -130,7 +134,7 @@ class Adjustment:
 
     def namespace(self, type_: str, path: str = "") -> Adjustment:
         """Give the container a new namespace of this type, or the one at `path` (NRI v0.10)."""
-        return replace(self, set_namespaces={**self.set_namespaces, _checked(type_, "namespace"): path})
+        return replace(self, set_namespaces={**self.set_namespaces, **_pair(type_, path, "namespace")})
 
     def remove_namespace(self, type_: str) -> Adjustment:
         """Remove a namespace: the container shares the host's (NRI v0.10)."""
@@ -139,7 +143,7 @@ class Adjustment:
 
     def net_device(self, host_name: str, name: str = "") -> Adjustment:
         """Move a network device of the host into the container, as `name` (NRI v0.11)."""
-        return replace(self, set_net_devices={**self.set_net_devices, _checked(host_name, "net device"): name})
+        return replace(self, set_net_devices={**self.set_net_devices, **_pair(host_name, name, "net device")})
 
     def remove_net_device(self, host_name: str) -> Adjustment:
         """Remove a network device (NRI v0.11)."""
@@ -171,7 +175,7 @@ class Adjustment:
 
     def oom(self, score_adj: int) -> Adjustment:
         """Set oom_score_adj (NRI v0.7)."""
-        return replace(self, oom_score_adj=score_adj)
+        return replace(self, oom_score_adj=checked(score_adj, int, "oom_score_adj"))
 
     def merge(self, message: nri_pb2.ContainerAdjustment) -> Adjustment:
         """What has no method here: hooks, seccomp, scheduler, I/O priority, RDT, memory policy."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsIndex, TypeVar
 
+from nri_core.errors import LocalProtocolError
 from nri_core.pb import nri_pb2
 
 _OPTIONAL = {
@@ -20,6 +21,19 @@ _OPTIONAL = {
     "cpu_realtime_period_us": ("cpu", "realtime_period"),
 }
 """Fields that are a message around a number, so that 0 differs from absence."""
+
+
+T = TypeVar("T")
+
+
+def checked(value: T, kind: type, what: str) -> T:
+    """`value`, if it is a `kind`. Said where the value is made: protobuf would only say "bad argument type"."""
+    fits = isinstance(value, SupportsIndex) if kind is int else isinstance(value, kind)
+    if not fits or isinstance(value, bool):
+        raise LocalProtocolError(
+            f"{what}: the value {value!r} is of type {type(value).__name__}", hint=f"give it as {kind.__name__}"
+        )
+    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +60,21 @@ class Resources:
     """Page size, such as `2MB`, to bytes."""
     blockio_class: str | None = None
     rdt_class: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises: LocalProtocolError, for a value of a type that cannot be sent."""
+        for name in (*_OPTIONAL, "pids_limit"):
+            value = getattr(self, name)
+            if value is not None:
+                checked(value, int, name)
+        for name in ("cpuset_cpus", "cpuset_mems", "blockio_class", "rdt_class"):
+            value = getattr(self, name)
+            if value is not None:
+                checked(value, str, name)
+        for key, value in self.unified.items():
+            checked(value, str, f"unified {key!r}")
+        for key, value in self.hugepage_limits.items():
+            checked(value, int, f"hugepage limit {key!r}")
 
     def merged(self, other: Resources) -> Resources:
         """This, with what is set in `other` set anew."""
