@@ -136,7 +136,12 @@ def test_memtier_check_shows_each_source_and_loader_with_its_reason() -> None:
     """Without the rights, each names the capabilities; `auto`'s order comes with its reasons."""
     if shutil.which("setpriv") is None:
         pytest.skip("needs setpriv: apt install util-linux")
-    program = [sys.executable, "-c", "import sys; from memtier_cli.main import main; sys.exit(main())", "check"]
+    program = [
+        sys.executable,
+        "-c",
+        "import sys; from memtier_cli.memtier.program import main; sys.exit(main())",
+        "check",
+    ]
     dropped = ["setpriv", "--inh-caps=-all", "--bounding-set=-sys_admin,-bpf,-perfmon", *program, "--json"]
     found = json.loads(subprocess.run(dropped, capture_output=True, text=True, check=False).stdout)
     sources = found["bpf_sources"]

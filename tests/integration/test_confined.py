@@ -40,7 +40,7 @@ profile = json.load(open(sys.argv.pop(1)))
 for rule in profile["syscalls"]:
     rule["names"] = [name for name in rule["names"] if name not in ("execve", "execveat", "vfork")]
 load_seccomp(profile)
-from memtier_cli.compat.nri_memtierd import main
+from memtier_cli.nri_memtierd.program import main
 sys.exit(main())
 """
 """Loads the profile in the process that becomes the program: an exec would be needed otherwise."""

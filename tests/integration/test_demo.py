@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from memtier_cli.demo.scene import own_cgroup, workload
-from memtier_cli.demo.verdict import judge
-from memtier_cli.demo.zram import swap_for_now
+from memtier_cli.memtier.demo_scene.scene import own_cgroup, workload
+from memtier_cli.memtier.demo_scene.verdict import judge
+from memtier_cli.memtier.demo_scene.zram import swap_for_now
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.model import SWAP_NODE

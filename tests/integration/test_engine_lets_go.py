@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from memtier_cli.container_cgroup import ContainerCgroup
-from memtier_cli.fleet import Job
-from memtier_cli.inprocess import InProcessLauncher
-from memtier_cli.rundir import Place, RunDirectory
+from memtier_cli.nri_memtierd.container_cgroup import ContainerCgroup
+from memtier_cli.nri_memtierd.fleet import Job
+from memtier_cli.nri_memtierd.launch.inprocess import InProcessLauncher
+from memtier_cli.nri_memtierd.rundir import Place, RunDirectory
 from memtier_engine.hostfs.host import Host
 from support.cgroups import temporary_cgroup
 

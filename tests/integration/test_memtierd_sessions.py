@@ -16,7 +16,7 @@ from random import Random
 
 import pytest
 
-from memtier_cli.prompt.commands import COMMANDS
+from memtier_cli.memtierd.prompt.commands import COMMANDS
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import PAGE_BYTES
@@ -375,7 +375,7 @@ def test_a_terminal_that_goes_away_ends_it(tmp_path: Path) -> None:
 
 
 def test_the_program_starts_without_loading_the_prompt_for_its_usage() -> None:
-    code = "import sys; sys.argv = ['memtierd', '-h']; from memtier_cli.compat.memtierd import main; main(); "
+    code = "import sys; sys.argv = ['memtierd', '-h']; from memtier_cli.memtierd.program import main; main(); "
     code += "print('numpy' in sys.modules, 'readline' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"

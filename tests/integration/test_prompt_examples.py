@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from memtier_cli.prompt.commands import COMMANDS
+from memtier_cli.memtierd.prompt.commands import COMMANDS
 from support.prompt import PROMPT, memtierd
 from support.swap import temporary_zram_swap
 from support.toucher import Toucher, toucher

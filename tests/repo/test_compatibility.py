@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from memtier_cli import meme
-from memtier_cli.compat import memtierd, nri_memtierd
-from memtier_cli.prompt.commands import COMMANDS
+from memtier_cli.memtierd import program as memtierd
+from memtier_cli.memtierd.prompt.commands import COMMANDS
+from memtier_cli.nri_memtierd import program as nri_memtierd
 from memtier_engine.config.files import parse
 from memtier_engine.config.keys import COMPONENTS
 from memtier_engine.config.parts import TARGETS, TRACKERS

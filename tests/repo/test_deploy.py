@@ -21,9 +21,9 @@ import kubernetes_validate  # type: ignore[import-untyped,unused-ignore]
 import pytest
 import yaml
 
-from memtier_cli.classify import classify
-from memtier_cli.inprocess import check_template
-from memtier_cli.nri_config import load, load_file
+from memtier_cli.nri_memtierd.classify import classify
+from memtier_cli.nri_memtierd.config import load, load_file
+from memtier_cli.nri_memtierd.launch.inprocess import check_template
 from memtier_engine.hostfs.privileges import MOVERS, PLUGIN, PLUGIN_NEEDS, TRACKERS, least
 
 REPO = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-PROGRAM = (sys.executable, "-c", "import sys; from memtier_cli.compat.nri_memtierd import main; sys.exit(main())")
+PROGRAM = (sys.executable, "-c", "import sys; from memtier_cli.nri_memtierd.program import main; sys.exit(main())")
 
 
 def swap_class(

@@ -45,10 +45,10 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
         "reference_scene",
-        "memtier_cli.compat.memtierd",
-        "memtier_cli.prompt.session",
-        "memtier_cli.prompt.policy_part",
-        "memtier_cli.prompt.routine_part",
+        "memtier_cli.memtierd.program",
+        "memtier_cli.memtierd.prompt.session",
+        "memtier_cli.memtierd.prompt.policy_part",
+        "memtier_cli.memtierd.prompt.routine_part",
         "memtier_engine.trackers.idlepage",
         "memtier_engine.trackers.softdirty",
     ]
@@ -64,7 +64,7 @@ def _be_memtierd(arguments: list[str], cpu: int, stdin: str, stdout: str, stderr
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1)
-    from memtier_cli.compat import memtierd
+    from memtier_cli.memtierd import program as memtierd
 
     sys.argv = ["memtierd", *arguments]
     status = memtierd.main()

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memtier_cli.commands.demo import scan_interval_s
-from memtier_cli.demo.scene import Memory, readahead_pages
-from memtier_cli.demo.verdict import judge
-from memtier_cli.demo.workload import MIB, PAGE, lay_out
+from memtier_cli.memtier.demo import scan_interval_s
+from memtier_cli.memtier.demo_scene.scene import Memory, readahead_pages
+from memtier_cli.memtier.demo_scene.verdict import judge
+from memtier_cli.memtier.demo_scene.workload import MIB, PAGE, lay_out
 from support.hostfolder import HostFolder
 
 HOT, COLD = 128 * MIB, 384 * MIB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memtier_cli.compat.goflags import Flag, HelpWanted, Parsed, UsageError, parse, usage
+from memtier_cli.flags import Flag, HelpWanted, Parsed, UsageError, parse, usage
 
 FLAGS = (Flag("config", "a file", "FILE"), Flag("c", "commands", "STRING"), Flag("debug", "more messages"))
 

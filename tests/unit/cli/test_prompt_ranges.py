@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memtier_cli.prompt.ranges import RangeError, parse_ranges, range_text, restrict
+from memtier_cli.memtierd.prompt.ranges import RangeError, parse_ranges, range_text, restrict
 from memtier_engine.model import Spans
 
 

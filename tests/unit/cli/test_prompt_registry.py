@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from memtier_cli.compat.goflags import usage
-from memtier_cli.compat.memtierd import FLAGS
-from memtier_cli.prompt.commands import COMMANDS
-from memtier_cli.prompt.state import Command
+from memtier_cli.flags import usage
+from memtier_cli.memtierd.program import FLAGS
+from memtier_cli.memtierd.prompt.commands import COMMANDS
+from memtier_cli.memtierd.prompt.state import Command
 
 REFERENCE = {
     "arange": "-pid int, -split-length uint, -min-length uint, -ls",

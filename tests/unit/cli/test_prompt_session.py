@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loguru import logger
 
-from memtier_cli.prompt import session
-from memtier_cli.prompt.commands import COMMANDS
-from memtier_cli.prompt.lines import LINE_BYTES_MAX, StreamLines, TextLines
-from memtier_cli.prompt.output import Output
-from memtier_cli.prompt.session import run_line, run_session, run_words
-from memtier_cli.prompt.state import Fatal, Prompt
+from memtier_cli.memtierd.prompt import session
+from memtier_cli.memtierd.prompt.commands import COMMANDS
+from memtier_cli.memtierd.prompt.lines import LINE_BYTES_MAX, StreamLines, TextLines
+from memtier_cli.memtierd.prompt.output import Output
+from memtier_cli.memtierd.prompt.session import run_line, run_session, run_words
+from memtier_cli.memtierd.prompt.state import Fatal, Prompt
 from memtier_engine.hostfs.host import Host
 
 

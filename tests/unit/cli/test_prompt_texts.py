@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memtier_cli.prompt import configs
-from memtier_cli.prompt.moving import task_text
-from memtier_cli.prompt.output import Output
-from memtier_cli.prompt.pages import _pagemap_line
-from memtier_cli.prompt.policy_dumps import heatgram_text, heatmap_text
-from memtier_cli.prompt.session import run_line
-from memtier_cli.prompt.state import Prompt
-from memtier_cli.prompt.swapping import status_text
-from memtier_cli.prompt.tracking import counter_lines, counter_text, heat_lines, regions_text
+from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.moving import task_text
+from memtier_cli.memtierd.prompt.output import Output
+from memtier_cli.memtierd.prompt.pages import _pagemap_line
+from memtier_cli.memtierd.prompt.policy_dumps import heatgram_text, heatmap_text
+from memtier_cli.memtierd.prompt.session import run_line
+from memtier_cli.memtierd.prompt.state import Prompt
+from memtier_cli.memtierd.prompt.swapping import status_text
+from memtier_cli.memtierd.prompt.tracking import counter_lines, counter_text, heat_lines, regions_text
 from memtier_cli.statactions import parse_times
 from memtier_engine.errors import ConfigError
 from memtier_engine.hostfs.host import Host

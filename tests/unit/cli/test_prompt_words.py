@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtier_cli.prompt.words import QuotingError, split_pipe, split_words
+from memtier_cli.memtierd.prompt.words import QuotingError, split_pipe, split_words
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import click
 import pytest
 
 from memtier_cli.meme import BadValue, changes, size_bytes, time_ns
-from memtier_cli.values import Bandwidth, Duration
+from memtier_cli.memtier.values import Bandwidth, Duration
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("10s", 10), ("1.5m", 90), ("1h", 3600), ("2d", 172800)])

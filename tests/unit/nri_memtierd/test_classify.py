@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtier_cli.classify import ContainerRefused, Decision, classify, memory_value, read_annotations
-from memtier_cli.nri_config import PluginConfig, WorkloadClass
+from memtier_cli.nri_memtierd.classify import ContainerRefused, Decision, classify, memory_value, read_annotations
+from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
 
 SWAP = WorkloadClass("swap-idle-data", True, "policy: {}")
 TRACK = WorkloadClass("track-working-set-size", False, "policy: {}")

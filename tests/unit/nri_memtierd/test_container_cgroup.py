@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtier_cli.container_cgroup import (
+from memtier_cli.nri_memtierd.container_cgroup import (
     BadCgroupsPath,
     CgroupNotFound,
     ContainerCgroup,

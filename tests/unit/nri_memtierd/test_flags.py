@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from memtier_cli.compat.goflags import UsageError, parse
-from memtier_cli.compat.nri_memtierd import FLAGS, identity, main
+from memtier_cli.flags import UsageError, parse
+from memtier_cli.nri_memtierd.program import FLAGS, identity, main
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_wrong_usage_is_exit_status_2_with_the_reason_first(
 def test_help_and_version_are_quick_and_need_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["nri-memtierd", "-help"])
     assert main() == 0
-    code = "import sys; from memtier_cli.compat.nri_memtierd import main; status = main()\n"
+    code = "import sys; from memtier_cli.nri_memtierd.program import main; status = main()\n"
     code += "assert 'numpy' not in sys.modules and 'asyncio' not in sys.modules; sys.exit(status)"
     done = subprocess.run([sys.executable, "-c", code, "-version"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

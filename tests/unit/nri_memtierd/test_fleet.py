@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from memtier_cli.events import ContainerInfo, Listed, Reconfigured, Started, Stopped
-from memtier_cli.fleet import Fleet, Job, RunningEngine
-from memtier_cli.nri_config import PluginConfig, WorkloadClass
-from memtier_cli.rundir import Place, RunDirectory
+from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
+from memtier_cli.nri_memtierd.events import ContainerInfo, Listed, Reconfigured, Started, Stopped
+from memtier_cli.nri_memtierd.fleet import Fleet, Job, RunningEngine
+from memtier_cli.nri_memtierd.rundir import Place, RunDirectory
 from memtier_engine.clock import FakeClock
 from memtier_engine.errors import MemtierError
 

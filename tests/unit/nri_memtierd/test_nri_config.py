@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtier_cli.nri_config import PluginConfig, WorkloadClass, load, load_file, render, template_text
+from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass, load, load_file, render, template_text
 from memtier_engine.errors import ConfigError
 
 

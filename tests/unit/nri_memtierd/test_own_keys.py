@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from memtier_cli.inprocess import check_template
-from memtier_cli.nri_config import load, load_file, render
+from memtier_cli.nri_memtierd.config import load, load_file, render
+from memtier_cli.nri_memtierd.launch.inprocess import check_template
 from memtier_engine.config.files import Spec, parse
 from memtier_engine.errors import ConfigError
 from memtier_engine.policies.auto import AutoPolicyConfig

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from memtier_cli.events import Event, Listed, Reconfigured, Started, Stopped
-from memtier_cli.nri_config import PluginConfig, WorkloadClass
-from memtier_cli.nri_plugin import ConfigFile, MemtierdPlugin
+from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
+from memtier_cli.nri_memtierd.events import Event, Listed, Reconfigured, Started, Stopped
+from memtier_cli.nri_memtierd.plugin import ConfigFile, MemtierdPlugin
 from memtier_engine.errors import ConfigError
 from nri_core import Backoff, Container, ContainerState, EventMask, Pod, RpcError, Stub
 from nri_core.testing import FakeRuntime, PluginConnection

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtier_cli.rundir import (
+from memtier_cli.nri_memtierd.rundir import (
     CONFIG_NAME,
     OLD_OUTPUT_NAME,
     OUTPUT_NAME,

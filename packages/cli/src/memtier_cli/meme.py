@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_cli.compat.front import read_flags
-from memtier_cli.compat.goflags import Flag, Parsed
+from memtier_cli.flags import Flag, Parsed
+from memtier_cli.front import read_flags
 
 FLAGS = (
     Flag("bc", "number of byte arrays", "int", "1"),

@@ -1,1 +1,0 @@
-"""Programs that take the flags, files and formats of the ones they replace."""

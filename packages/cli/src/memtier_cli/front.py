@@ -1,0 +1,29 @@
+"""What every program with Go's flags does before its own work: usage, wrong flags, version."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from memtier_cli.flags import Flag, HelpWanted, Parsed, UsageError, parse, usage, version_text
+
+
+def read_flags(program: str, flags: Sequence[Flag], check: Callable[[Parsed], None] | None = None) -> Parsed | int:
+    """The command line, or the exit status if there is nothing more to do: 0 after help and version, 2 wrong usage.
+
+    `check` may raise UsageError for flags that do not go together.
+    """
+    try:
+        parsed = parse(flags, sys.argv[1:])
+        if parsed.boolean("version"):
+            print(version_text(program))
+            return 0
+        if check is not None:
+            check(parsed)
+    except HelpWanted:
+        print(usage(program, flags), file=sys.stderr)
+        return 0
+    except UsageError as error:
+        print(f"{error}\n{usage(program, flags)}", file=sys.stderr)
+        return 2
+    return parsed

@@ -1,0 +1,1 @@
+"""Program `memtier`: one file per subcommand."""

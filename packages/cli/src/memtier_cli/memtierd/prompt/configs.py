@@ -1,0 +1,184 @@
+"""Configurations as the prompt takes and shows them: text in, one line of JSON with the reference's names out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from memtier_cli.flags import Parsed
+from memtier_cli.memtierd.prompt.gotext import go_json
+from memtier_cli.memtierd.prompt.state import CommandError
+from memtier_engine.config.keys import COMPONENTS, Key, Kind
+from memtier_engine.config.reader import Place, Section, compose
+from memtier_engine.errors import ConfigError, MemtierError
+from memtier_engine.mover.mover import MoverConfig
+
+_FILE_BYTES_MAX = 16 << 20
+_SECTIONS = {"mover": "mover", "heatmap": "heatmap", "not": "filter", "and": "filter", "or": "filter"}
+_BLOCKS = {"trackers": "tracker", "forecasters": "forecaster", "source": "pidwatcher"}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A `name` and `config` block as it was written."""
+
+    name: str
+    text: str
+
+
+def read_config_file(path: str) -> str:
+    """The text of a file named in a command. Raises CommandError."""
+    try:
+        data = Path(path).read_bytes()[:_FILE_BYTES_MAX]
+    except OSError as failure:
+        raise CommandError(f'reading file "{path}" failed: {failure.strerror}') from None
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise CommandError(f'reading file "{path}" failed: no UTF-8 text') from None
+
+
+class Part(Protocol):
+    """What commands configure and start."""
+
+    def configure(self, text: str, file: str | None = None) -> None:
+        """Take a configuration. Raises MemtierError."""
+
+    def start(self) -> None:
+        """Begin to work. Raises MemtierError."""
+
+
+def configure_as_told(part: Part, flags: Parsed) -> None:
+    """Do what `-config-file` and `-config` say. Raises CommandError."""
+    try:
+        if "config-file" in flags.texts:
+            path = flags.text("config-file")
+            part.configure(read_config_file(path), path)
+        if "config" in flags.texts:
+            part.configure(flags.text("config"))
+    except MemtierError as failure:
+        raise CommandError(f"config failed: {failure}") from None
+
+
+def start_as_told(part: Part, flags: Parsed) -> None:
+    """Do what `-start` says. Raises CommandError."""
+    if flags.boolean("start"):
+        try:
+            part.start()
+        except MemtierError as failure:
+            raise CommandError(f"start failed: {failure}") from None
+
+
+def file_blocks(path: str) -> tuple[Block, list[Block]]:
+    """(the policy, the routines) of a configuration file, as it was written. Raises CommandError, ConfigError."""
+    place = Place(path, 1)
+    root = compose(read_config_file(path), place, "")
+    section = Section(root, "", place) if root is not None else None
+    if section is None:
+        raise ConfigError("is empty", file=path)
+    return _written(section.section("policy"), "policy"), [
+        _written(each, "routine") for each in section.sections("routines")
+    ]
+
+
+def _written(block: Section | None, key: str) -> Block:
+    found = _block(block, key)
+    return Block(found["Name"], found["Config"])
+
+
+def decode_mover(text: str) -> MoverConfig:
+    """The configuration of a mover; keys that are left out have their defaults. Raises ConfigError."""
+    section = section_of("mover", text)
+    return MoverConfig(interval_ms=section.integer("intervalms"), bandwidth_mib_per_s=section.integer("bandwidth"))
+
+
+def section_of(component: str, text: str) -> Section:
+    """Configuration text, taken for a component of `config_keys`.
+
+    Raises:
+        ConfigError: it is no text that the component takes.
+    """
+    place = Place(None, 1)
+    root = compose(yaml.safe_dump({"config": text}), place, "")
+    assert root is not None
+    section = Section(root, "", place).config()
+    if section is None:
+        raise ConfigError("is empty", key_path="config")
+    return section.use(component)
+
+
+def dump(kind: str, name: str, text: str | None) -> str:
+    """A component's configuration as one line of JSON; empty for one that was never configured, or a stub's.
+
+    Args:
+        kind: "policy", "tracker", "pidwatcher" or "routine".
+        name: of the component.
+        text: as it was given.
+    """
+    component = f"{kind}.{name}"
+    if not text or component not in COMPONENTS:
+        return ""
+    return go_json(_mapping(section_of(component, text), component))
+
+
+def _mapping(section: Section | None, component: str) -> dict[str, Any]:
+    """Every key of the reference in its order, missing ones with their defaults, then those of ours that are set."""
+    if section is None:
+        section = section_of(component, "{}")
+    section.use(component)
+    keys = COMPONENTS[component]
+    found = {key.go: _value(section, key, component) for key in keys if key.go}
+    return found | {key.name: _value(section, key, component) for key in keys if not key.go and section.has(key.name)}
+
+
+def _value(section: Section, key: Key, component: str) -> Any:
+    name = key.name
+    match key.kind:
+        case Kind.INTEGER:
+            return (section.integer_or_none(name) if section.has(name) or not key.required else None) or 0
+        case Kind.NUMBER:
+            return (section.number_or_none(name) if section.has(name) or not key.required else None) or 0
+        case Kind.TEXT:
+            return section.text(name)
+        case Kind.FLAG:
+            return section.flag_or_none(name)
+        case Kind.INTEGERS:
+            return list(section.integers(name)) if section.has(name) else None
+        case Kind.TEXTS:
+            return list(section.texts(name)) if section.has(name) else None
+        case Kind.BLOCK:
+            return _block(section.section(name), name)
+        case Kind.BLOCKS:
+            return [_block(each, name) for each in section.sections(name)] if section.has(name) else None
+        case Kind.SECTION:
+            return _mapping(section.section(name), _SECTIONS[name]) if name in _SECTIONS else None
+        case Kind.SECTIONS:
+            found = [_mapping(each, _SECTIONS.get(name, "filter")) for each in section.sections(name)]
+            return found or None
+        case Kind.TABLE:
+            table = section.section(name)
+            return None if table is None else {number: _entry(table, number, name) for number in sorted(table.keys())}
+    return None
+
+
+def _entry(table: Section, number: str, name: str) -> Any:
+    if name == "numasize":
+        return table.text(number)
+    return list(table.integers(number, least=-1, most=1 << 20))
+
+
+def _block(block: Section | None, key: str) -> dict[str, str]:
+    """A `name` and `config` block. Of a tracker the text is its configuration in JSON, of others as it was given."""
+    if block is None:
+        return {"Name": "", "Config": ""}
+    name, text = block.text("name"), block.text_or_none("config")
+    if text is None and block.has("config"):  # a plain mapping, which only ours may be
+        inner = block.config()
+        component = f"{_BLOCKS.get(key, key)}.{name}"
+        text = go_json(_mapping(inner, component)) if component in COMPONENTS else ""
+    elif key == "tracker" and text:
+        text = dump("tracker", name, text)
+    return {"Name": name, "Config": text or ""}

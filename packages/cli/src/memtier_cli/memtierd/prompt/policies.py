@@ -1,0 +1,52 @@
+"""Command `policy`: create, configure, start and look into the policy."""
+
+from __future__ import annotations
+
+from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.policy_dumps import dump
+from memtier_cli.memtierd.prompt.policy_part import PolicyPart
+from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_engine.config.policies import POLICIES
+
+_NONE = "no policy, create one with -create NAME"
+
+
+def _policy(prompt: Prompt, flags: Parsed) -> None:
+    if flags.boolean("ls"):
+        prompt.say_all(sorted(POLICIES))
+    policy = prompt.policy
+    if "create" in flags.texts:
+        policy = PolicyPart(prompt, flags.text("create"))
+        prompt.say("policy created")
+    if policy is None:
+        if flags.boolean("ls"):
+            return
+        raise CommandError(_NONE)
+    configs.configure_as_told(policy, flags)
+    prompt.attach(policy)
+    configs.start_as_told(policy, flags)
+    if flags.boolean("config-dump"):
+        prompt.say(configs.dump("policy", policy.name, policy.config_text))
+    if flags.boolean("stop"):
+        policy.stop()
+        prompt.say("policy stopped")
+    if flags.boolean("dump"):
+        prompt.write(dump(prompt, policy, flags.rest) + "\n")
+
+
+POLICY = Command(
+    "policy",
+    "create, configure, start and look into the policy",
+    _policy,
+    (
+        Flag("ls", "list the policies that can be created"),
+        Flag("create", "create the policy of this name", "string"),
+        Flag("config", "configure it with this text", "string"),
+        Flag("config-file", "configure it with the text of a file", "string"),
+        Flag("start", "start it"),
+        Flag("config-dump", "print its configuration"),
+        Flag("stop", "stop it"),
+        Flag("dump", "print its state; what follows says what (age: accessed [TIMES [PIDS]])"),
+    ),
+)

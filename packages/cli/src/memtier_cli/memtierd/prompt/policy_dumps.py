@@ -1,0 +1,206 @@
+"""What `policy -dump WORDS` prints: one function per policy, in the reference's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.gotext import share
+from memtier_cli.memtierd.prompt.policy_part import PolicyPart
+from memtier_cli.memtierd.prompt.state import Prompt
+from memtier_cli.statactions import accessed_table, parse_times
+from memtier_engine.engine.loop import Engine
+from memtier_engine.engine.oom_facts import HostOomFacts
+from memtier_engine.errors import ConfigError, ProcessGone
+from memtier_engine.hostfs.locate import PageLocator
+from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, ProcessId
+from memtier_engine.policies.avoid_oom import AvoidOomPolicy
+from memtier_engine.policies.heat import HeatPolicy
+from memtier_engine.policies.heatmap import Heatmap, Heats
+
+_GIB = 1 << 30
+_MIB = 1 << 20
+_ACCESSED_USAGE = (
+    "Usage: dump accessed [TIMES [PIDS]]\n"
+    "TIMES: two or more of FLOAT[ns|us|ms|s|m|h], separated by commas; 0 is no limit\n"
+    "PIDS: process ids, separated by commas\n"
+)
+_HEAT_USAGE = "dump <forecast [PARAMS]|heatmap|heatgram [CLASSES]|numa>\n"
+_OOM_USAGE = "dump <config|nodes|status|balance|cands>\n"
+
+
+def dump(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
+    """The text, with a newline at its end unless it is empty. Raises CommandError: the policy does not run."""
+    work = _DUMPS.get(policy.name)
+    return "" if work is None else work(prompt, policy, words)
+
+
+def _age(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
+    if not words:
+        return _ACCESSED_USAGE
+    if words[0] != "accessed":
+        return f'unknown dump "{words[0]}"\n{_ACCESSED_USAGE}'
+    pids: list[int] | None = None
+    if len(words) > 2:
+        pids = []
+        for text in words[2].split(","):
+            if not text.strip().isdecimal():
+                return f'invalid pid: "{text}"\n'
+            pids.append(int(text))
+    with policy.held() as engine:
+        head = ""
+        if len(words) > 1:
+            try:
+                times_s = parse_times(words[1])
+            except ConfigError as failure:
+                if "," not in words[1]:
+                    return f'too few TIMESPECs in "{words[1]}", expected two or more\n'
+                return f'invalid TIMESPEC "{words[1]}": {failure.message}\n'
+        else:
+            own = engine.config.policy
+            limits = [value or 0 for value in (own.active_duration_ms, own.idle_duration_ms, own.swap_out_ms)]
+            head = "using limits from configuration: active {} ms, idle {} ms, swapout {} ms\n".format(*limits)
+            times_s = (0.0, *(value / 1000 for value in limits), 0.0)
+        return head + accessed_table(engine, times_s, pids)
+
+
+def _heat(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
+    what = words[0] if words else ""
+    if what not in ("forecast", "heatmap", "heatgram", "numa"):
+        return _HEAT_USAGE
+    if what == "forecast":
+        return _forecaster(policy)
+    with policy.held() as engine:
+        heat = engine.policy
+        assert isinstance(heat, HeatPolicy)
+        if what == "heatmap":
+            return heatmap_text(heat.heatmap)
+        if what == "heatgram":
+            classes = heat.config.heatmap.heat_classes
+            if len(words) > 1:
+                if not words[1].isdecimal() or not 1 <= int(words[1]) <= 1000:
+                    return f'invalid number of heat classes "{words[1]}", expected 1 to 1000\n'
+                classes = int(words[1])
+            return heatgram_text(heat.heatmap, classes)
+        return _numa(prompt, engine, heat)
+
+
+def heatmap_text(heatmap: Heatmap) -> str:
+    """Every range of every process with its heat, class and age."""
+    lines = ["heatmap:"]
+    for process, heats in sorted(heatmap.processes.items()):
+        classes = heatmap.classes(heats.heat)
+        columns = (heats.starts, heats.ends, heats.pages, heats.heat, heats.created_ns, heats.updated_ns, classes)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for number, (start, end, pages, heat, created, updated, its_class) in enumerate(rows):
+            age_s = (updated - created) / 1e9
+            shown = f"{start:x}-{end:x}({pages}),{heat:f},{created},{age_s:.6f}s"
+            lines.append(f"pid: {process.pid}: {number} {{{shown}}} (class {its_class})")
+    return "\n".join(lines) + "\n"
+
+
+def heatgram_text(heatmap: Heatmap, classes: int) -> str:
+    """The greatest heat of each process, and how much of its memory is in each of so many classes."""
+    found = sorted(heatmap.processes.items())
+    lines = ["", "table: maximum heat in heatmaps", "     pid  maxHeat"]
+    lines += [f"{process.pid:8d} {_most(heats):8.4f}" for process, heats in found]
+    lines += ["", "table: memory in heat classes"]
+    total = sum(int(heats.pages.sum()) for _, heats in found)
+    most = heatmap.config.heat_max
+    for process, heats in found:
+        lines.append("     pid class pidmem[%] totmem[%]    mem[G]")
+        wanted = np.zeros(len(heats), np.int64) if most == 0 else (heats.heat * (classes / most)).astype(np.int64)
+        counts = np.bincount(np.minimum(wanted, classes - 1), heats.pages, minlength=classes)
+        own = int(heats.pages.sum())
+        for number, pages in enumerate(counts.tolist()):
+            shares = f"{share(pages, own, 2):>9} {share(pages, total, 2):>9}"
+            lines.append(f"{process.pid:8d} {number:5d} {shares} {pages * PAGE_BYTES / _GIB:9.3f}")
+    return "\n".join(lines) + "\n"
+
+
+def _most(heats: Heats) -> float:
+    return float(heats.heat.max()) if len(heats) else 0.0
+
+
+def _numa(prompt: Prompt, engine: Engine, heat: HeatPolicy) -> str:
+    """Where the tracked memory is now, by node and process, and what the policy may use."""
+    locator = PageLocator(prompt.host)
+    by_process: dict[ProcessId, dict[int, int]] = {}
+    for process, own in engine.pages.items():
+        try:
+            nodes, counts = np.unique(locator.nodes(process, own.spans), return_counts=True)
+        except ProcessGone:
+            continue
+        by_process[process] = dict(zip(nodes.tolist(), counts.tolist(), strict=True))
+    named = {node for group in heat.config.heat_numas.values() for node in group} | set(heat.config.numa_size_bytes)
+    named |= {node for counts in by_process.values() for node in counts if node >= 0}
+    used = {node: sum(counts.get(node, 0) for counts in by_process.values()) for node in named}
+    lines = ["node      pid pageData numaUsed numaSize"]
+    for node in sorted(named):
+        size = heat.config.numa_size_bytes.get(node, 0) // _MIB
+        for process in sorted(by_process):
+            data = (by_process[process].get(node, 0) << PAGE_SHIFT) // _MIB
+            lines.append(f"{node:4d} {process.pid:8d} {data:7d}M {(used[node] << PAGE_SHIFT) // _MIB:7d}M {size:7d}M")
+    return "\n".join(lines) + "\n"
+
+
+def _forecaster(policy: PolicyPart) -> str:
+    if policy.spec is None or policy.spec.forecaster is None:
+        return "no forecaster\n"
+    if policy.spec.forecaster.name == "stub":
+        return "<HeatForecasterStub>\n"
+    section = configs.section_of("policy.heat", policy.config_text or "{}").section("forecaster")
+    assert section is not None
+    name, text = section.text("name"), section.text_or_none("config")
+    shown = configs.dump("forecaster", name, text) if text else ""
+    return f"HeatForecaster{name.capitalize()}{{config={shown}}}\n"
+
+
+def _avoid_oom(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
+    match words[0] if words else None:
+        case None:
+            return _OOM_USAGE
+        case "config":
+            return configs.dump("policy", policy.name, policy.config_text) + "\n"
+        case "nodes":
+            return "".join(
+                f"Node {node.node}: avail {node.available_bytes / _GIB:.3f}G/{node.total_bytes / _GIB:.3f}G "
+                f"{share(node.available_bytes, node.total_bytes, 1)} %\n"
+                for node in HostOomFacts(prompt.host, ()).nodes()
+            )
+        case "status":
+            return "online\n" if policy.running else "offline\n"
+        case "balance":
+            with policy.held() as engine:
+                assert isinstance(engine.policy, AvoidOomPolicy)
+                return f"{engine.policy.status}\n"
+        case "cands":
+            with policy.held() as engine:
+                assert isinstance(engine.policy, AvoidOomPolicy)
+                return "".join(
+                    f"pid: {each.process.pid} {int(each.spans.starts[0]):x} size: {each.size_bytes // _MIB} MB "
+                    f"(in {PAGE_BYTES >> 10} kB pages) fromNode: {each.node} score: {each.score}\n"
+                    for each in engine.policy.evaluated
+                )
+        case _:
+            return f"unknown argument, {_OOM_USAGE}"
+
+
+def _demote_idle(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
+    if not policy.running:
+        return "pids: 0, ranges: 0, pages: 0 (0.0 MiB)\n"
+    with policy.held() as engine:
+        ranges = sum(len(own.spans) for own in engine.pages.values())
+        pages = sum(len(own.ages) for own in engine.pages.values())
+        return f"pids: {len(engine.pages)}, ranges: {ranges}, pages: {pages} ({pages * PAGE_BYTES / _MIB:.1f} MiB)\n"
+
+
+_DUMPS: Mapping[str, Callable[[Prompt, PolicyPart, Sequence[str]], str]] = {
+    "age": _age,
+    "auto": _age,
+    "avoid-oom": _avoid_oom,
+    "demote-idle": _demote_idle,
+    "heat": _heat,
+}

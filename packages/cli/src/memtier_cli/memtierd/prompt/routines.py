@@ -1,0 +1,57 @@
+"""Command `routines`: commands that run at intervals, or by how much was paged out."""
+
+from __future__ import annotations
+
+from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.routine_part import RoutinePart
+from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_engine.config.routines import ROUTINES
+
+_NONE = "no routines, create one with -create NAME"
+
+
+def _routines(prompt: Prompt, flags: Parsed) -> None:
+    if flags.boolean("ls"):
+        prompt.say_all(sorted(ROUTINES))
+    if "create" in flags.texts:
+        prompt.routines.append(RoutinePart(prompt, flags.text("create")))
+        prompt.routine_index = len(prompt.routines) - 1
+        prompt.say(f"routine {prompt.routine_index} created, started using it")
+    if not prompt.routines:
+        if flags.boolean("ls"):
+            return
+        raise CommandError(_NONE)
+    if "use" in flags.texts:
+        wanted, last = flags.integer("use", 0), len(prompt.routines) - 1
+        if not 0 <= wanted <= last:
+            raise CommandError(f"invalid routine {wanted}, the last one is {last}")
+        prompt.routine_index = wanted
+    routine = prompt.routines[prompt.routine_index]
+    configs.configure_as_told(routine, flags)
+    configs.start_as_told(routine, flags)
+    if flags.boolean("config-dump"):
+        prompt.say(configs.dump("routine", routine.name, routine.config_text))
+    if flags.boolean("stop"):
+        routine.stop()
+        prompt.say(f"routine {prompt.routine_index} stopped")
+    if flags.boolean("dump"):
+        prompt.say(routine.dump())
+
+
+ROUTINES_COMMAND = Command(
+    "routines",
+    "run commands at intervals or by pageouts",
+    _routines,
+    (
+        Flag("ls", "list the routines that can be created"),
+        Flag("create", "create a routine of this name", "string"),
+        Flag("use", "work with the routine of this number", "int", "0"),
+        Flag("config", "configure it with this text", "string"),
+        Flag("config-file", "configure it with the text of a file", "string"),
+        Flag("start", "start it"),
+        Flag("config-dump", "print its configuration"),
+        Flag("stop", "stop it"),
+        Flag("dump", "print its state"),
+    ),
+)

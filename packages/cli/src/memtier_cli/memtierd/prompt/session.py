@@ -1,0 +1,100 @@
+"""Sessions of the prompt: a line in, its command run, its text out. Errors of commands never end a session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from loguru import logger
+
+from memtier_cli.flags import HelpWanted, UsageError, parse, usage
+from memtier_cli.memtierd.prompt.commands import COMMANDS
+from memtier_cli.memtierd.prompt.lines import Lines, LineTooLong
+from memtier_cli.memtierd.prompt.pipes import PipeFailed, shell_pipe
+from memtier_cli.memtierd.prompt.state import Command, CommandError, Fatal, Prompt
+from memtier_cli.memtierd.prompt.words import QuotingError, split_pipe, split_words
+from memtier_engine.errors import MemtierError, ProcessGone
+
+PROMPT = "memtierd> "
+OK, UNKNOWN_COMMAND, NO_PIPE, NO_PIPE_PROCESS, BAD_QUOTING = range(5)
+"""Statuses of a line. A command that failed has OK all the same, as in the reference."""
+
+
+def run_session(prompt: Prompt, lines: Lines, *, echo: bool = False) -> None:
+    """Run lines until they end or one says `q`.
+
+    Args:
+        prompt: keeps what the commands select and create, also for later sessions.
+        lines: where they come from.
+        echo: print each line before it is run.
+    """
+    prompt.ended = False
+    while not prompt.ended:
+        try:
+            line = lines.read(PROMPT, prompt.output)
+            if line is None:
+                prompt.say("quit: EOF")
+                break
+            if echo:
+                prompt.say(line)
+            run_line(prompt, line)
+        except LineTooLong as failure:
+            prompt.say(str(failure))
+        except KeyboardInterrupt:
+            if not lines.interactive:
+                raise
+            prompt.output.banner("\n")  # Ctrl-C drops the line, or ends the command, and not the session
+    prompt.say("quit.")
+
+
+def run_line(prompt: Prompt, line: str) -> int:
+    """Run a line, with its pipe. Returns its status."""
+    command, shell = split_pipe(line)
+    try:
+        words = split_words(command)
+    except QuotingError as failure:
+        prompt.say(f'error in command "{command}": {failure}')
+        return BAD_QUOTING
+    if not shell:
+        return run_words(prompt, words)
+    if not prompt.trusted:
+        prompt.say("a pipe runs programs, which commands of a configuration file may not (allow it: -allow-programs)")
+        return NO_PIPE
+    try:
+        with shell_pipe(prompt, shell):
+            return run_words(prompt, words)
+    except PipeFailed as failure:
+        prompt.say(str(failure))
+        return NO_PIPE_PROCESS
+
+
+def run_words(prompt: Prompt, words: Sequence[str]) -> int:
+    """Run a command given as words. Returns its status."""
+    if not words:
+        return OK
+    command = COMMANDS.get(words[0])
+    if command is None:
+        prompt.say(f'unknown command "{words[0]}"')
+        return UNKNOWN_COMMAND
+    _run(prompt, command, words[1:])
+    return OK
+
+
+def _run(prompt: Prompt, command: Command, arguments: Sequence[str]) -> None:
+    try:
+        command.run(prompt, parse(command.flags, arguments))
+    except HelpWanted:
+        print(usage(command.name, command.flags), file=sys.stderr, flush=True)
+    except UsageError as failure:
+        print(f"{failure}\n{usage(command.name, command.flags)}", file=sys.stderr, flush=True)
+    except CommandError as failure:
+        prompt.say(str(failure))
+    except ProcessGone as failure:
+        prompt.say(f"{command.name} error: {failure}")
+    except (MemtierError, OSError) as failure:
+        prompt.say(f"{command.name} error: {failure}")
+    except Fatal:
+        raise
+    except Exception as failure:  # a defect in one command must not end the daemon
+        logger.opt(exception=failure).error("command {} failed", command.name)
+        prompt.say(f"{command.name} failed: {failure!r}")

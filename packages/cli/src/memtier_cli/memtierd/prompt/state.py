@@ -1,0 +1,137 @@
+"""What a prompt knows: the machine, the statistics, and what its commands have selected and created."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.output import Output
+from memtier_engine.hostfs.host import Host
+from memtier_engine.model import ProcessId, Spans
+from memtier_engine.mover.control import MoverControl, MoverThread
+from memtier_engine.stats.recorder import Statistics
+
+if TYPE_CHECKING:  # the parts import this module
+    from memtier_cli.memtierd.prompt.policy_part import PolicyPart
+    from memtier_cli.memtierd.prompt.routine_part import RoutinePart
+    from memtier_cli.memtierd.prompt.tracker_part import AnyTracker
+    from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher
+
+
+class CommandError(Exception):
+    """A command could not do what it was told; the message is its output, the session goes on."""
+
+
+class Fatal(Exception):
+    """`log -f`: write the message to the log and end the program with 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command of the prompt."""
+
+    name: str
+    help: str
+    run: Callable[[Prompt, Parsed], None]
+    flags: tuple[Flag, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Memory of one process that a command has selected."""
+
+    process: ProcessId
+    spans: Spans
+
+
+@dataclass(eq=False)
+class Prompt:
+    """One prompt and everything its commands share. One thread at a time."""
+
+    output: Output
+    host: Host = field(default_factory=Host)
+    statistics: Statistics = field(default_factory=Statistics)
+    trusted: bool = True
+    """Whether whoever gives the commands may run programs: an operator may, a configuration file may not."""
+    ranges: Selection | None = None
+    """Of `arange`."""
+    pages: Selection | None = None
+    """Of `pages`."""
+    policy: PolicyPart | None = None
+    tracker: AnyTracker | None = None
+    watcher: AnyWatcher | None = None
+    routines: list[RoutinePart] = field(default_factory=list)
+    routine_index: int = 0
+    stopwatches: dict[str, float] = field(default_factory=dict)
+    """Unix time of the start, by name."""
+    lender: Prompt | None = None
+    """Whose policy and mover it uses; what is lent is not closed."""
+    ended: bool = False
+    """Set by `q`."""
+    sink: Callable[[str], None] | None = None
+    """Takes the output while a pipe is open; None: `output`."""
+    _mover: MoverThread | None = None
+    _earlier: list[Any] = field(default_factory=list)
+    """Trackers and watchers that are not current any more and may still run."""
+
+    def write(self, text: str) -> None:
+        """Output as it is."""
+        if self.sink is not None:
+            self.sink(text)
+        else:
+            self.output.write(text)
+
+    def say(self, line: str) -> None:
+        """A line of output."""
+        self.write(line + "\n")
+
+    def say_all(self, lines: Sequence[str]) -> None:
+        """Lines of output in one piece."""
+        if lines:
+            self.write("\n".join(lines) + "\n")
+
+    @property
+    def mover(self) -> MoverControl:
+        """The running policy's, or the prompt's own."""
+        control = None if self.policy is None else self.policy.mover
+        return control or self.own_mover
+
+    @property
+    def own_mover(self) -> MoverThread:
+        """The prompt's own, or the lender's: it outlives a short prompt."""
+        if self.lender is not None:
+            return self.lender.own_mover
+        if self._mover is None:
+            self._mover = MoverThread(self.host, on_outcome=self._moved)
+        return self._mover
+
+    def attach(self, policy: PolicyPart) -> None:
+        """Make a policy the current one, with its tracker and its watcher.
+
+        The policy before is stopped: nobody could do that any more. Trackers and watchers go on until the end.
+        """
+        before = self.policy
+        if before is not None and before is not policy and (self.lender is None or before is not self.lender.policy):
+            before.close()
+        self._keep(self.tracker, self.watcher)
+        self.policy = policy
+        self.tracker = policy.tracker
+        self.watcher = policy.watcher
+
+    def _keep(self, *parts: Any) -> None:
+        """Remember parts that are replaced, to stop them in the end."""
+        self._earlier += [part for part in parts if part is not None and part not in self._earlier]
+
+    def close(self) -> None:
+        """Stop whatever the commands started. Safe to call twice."""
+        parts: list[Any] = [*self.routines, self.watcher, self.tracker, self.policy, *self._earlier, self._mover]
+        lent = None if self.lender is None else self.lender.policy
+        for part in parts:
+            if part is not None and part is not lent:
+                part.close()
+
+    def _moved(self, outcome: Any) -> None:
+        self.statistics.event("mover.taskHandler")
+        self.statistics.moved(outcome)

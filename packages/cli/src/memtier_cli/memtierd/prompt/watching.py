@@ -1,0 +1,109 @@
+"""Command `pidwatcher`: follow processes as they come and go."""
+
+from __future__ import annotations
+
+from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.gotext import go_list
+from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_cli.memtierd.prompt.tracker_part import OwnTracker
+from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher, OnPids, OwnWatcher
+from memtier_engine.config.parts import TARGETS
+from memtier_engine.errors import MemtierError
+
+_NONE = "no pidwatcher, create one with -create NAME [-config CONFIG]"
+
+
+def _pidwatcher(prompt: Prompt, flags: Parsed) -> None:
+    if flags.boolean("ls"):
+        prompt.say_all(sorted(TARGETS))
+    if "create" in flags.texts:
+        _create(prompt, flags.text("create"))
+    if prompt.watcher is None:
+        if flags.boolean("ls"):
+            return
+        raise CommandError(_NONE)
+    watcher = prompt.watcher
+    if "config" in flags.texts:
+        _configure(prompt, watcher, flags.text("config"), None)
+    if "config-file" in flags.texts:
+        path = flags.text("config-file")
+        _configure(prompt, watcher, configs.read_config_file(path), path)
+    if flags.boolean("config-dump"):
+        prompt.say(configs.dump("pidwatcher", watcher.name, watcher.config_text))
+    listener = _LISTENERS.get(flags.text("listener"))
+    if listener is not None:
+        watcher.listen(listener(prompt))
+    if flags.boolean("stop"):
+        watcher.stop()
+    if flags.boolean("start"):
+        _working(watcher.start, "start")
+    if flags.boolean("poll"):
+        _working(watcher.poll, "poll")
+    if flags.boolean("dump"):
+        prompt.write(f"{watcher.dump()}\n\n")
+
+
+def _working(work: object, what: str) -> None:
+    assert callable(work)
+    try:
+        work()
+    except MemtierError as failure:
+        raise CommandError(f"pidwatcher {what} error: {failure}") from None
+
+
+def _create(prompt: Prompt, name: str) -> None:
+    watcher = OwnWatcher(prompt, name)
+    if isinstance(prompt.watcher, OwnWatcher):
+        prompt.watcher.close()
+    prompt.watcher = watcher
+    prompt.say("pidwatcher created")
+
+
+def _configure(prompt: Prompt, watcher: AnyWatcher, text: str, file: str | None) -> None:
+    try:
+        watcher.configure(text, file)
+    except MemtierError as failure:
+        raise CommandError(f"pidwatcher configuration error: {failure}") from None
+    prompt.say("pidwatcher configured successfully" + ("" if file is None else f' from "{file}"'))
+
+
+def _log_listener(prompt: Prompt) -> OnPids:
+    def tell(added: list[int], removed: list[int]) -> None:
+        # Not through a pipe that may be open: this comes at any time.
+        for what, pids in (("AddPids", added), ("RemovePids", removed)):
+            if pids:
+                prompt.output.write(f"pidwatcher: {what}({go_list(pids)})\n")
+
+    return tell
+
+
+def _tracker_listener(prompt: Prompt) -> OnPids:
+    def tell(added: list[int], removed: list[int]) -> None:
+        tracker = prompt.tracker
+        if isinstance(tracker, OwnTracker):
+            tracker.add(added)
+            tracker.remove(removed)
+
+    return tell
+
+
+_LISTENERS = {"log": _log_listener, "tracker": _tracker_listener}
+
+PIDWATCHER = Command(
+    "pidwatcher",
+    "follow processes as they come and go",
+    _pidwatcher,
+    (
+        Flag("ls", "list the watchers that can be created"),
+        Flag("create", "create the watcher of this name", "string"),
+        Flag("config", "configure it with this text", "string"),
+        Flag("config-file", "configure it with the text of a file", "string"),
+        Flag("config-dump", "print its configuration"),
+        Flag("listener", "who is told: log (print it here) or tracker (track them)", "string"),
+        Flag("start", "tell the listener now, and whenever processes come or go"),
+        Flag("stop", "tell it no more"),
+        Flag("poll", "look once"),
+        Flag("dump", "print what it knows"),
+    ),
+)

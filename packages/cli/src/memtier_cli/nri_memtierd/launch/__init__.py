@@ -1,0 +1,1 @@
+"""Ways to run an engine: in this process, or one process per container."""

@@ -1,0 +1,305 @@
+"""The NRI plugin: what the runtime asks -> an answer at once, and events for the fleet.
+
+Hooks decide from annotations and the configuration, both in memory, and queue the rest. The runtime holds a lock
+while it waits for an answer, and drops a plugin that needs more than 2 s: no hook touches a file, starts a thread
+or waits for one. The one exception is Synchronize, once per connection, which reads cgroup files of the
+containers that have memory values, in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from loguru import logger
+
+from memtier_cli.nri_memtierd.classify import SUFFIX, ContainerRefused, Decision, OnUnknownClass, classify
+from memtier_cli.nri_memtierd.config import CheckTemplate, PluginConfig, load, load_file
+from memtier_cli.nri_memtierd.container_cgroup import CgroupNotFound, find_container_cgroup
+from memtier_cli.nri_memtierd.events import ContainerInfo, Listed, Reconfigured, Started, Stopped
+from memtier_cli.nri_memtierd.fleet import Fleet
+from memtier_engine.errors import ConfigError
+from memtier_engine.model import PAGE_BYTES
+from nri_core import Adjustment, Container, ContainerState, Plugin, Pod, Runtime, Update
+
+POLL_S = 2.0
+"""Time between looks at the configuration file."""
+
+
+LAG_CHECK_S = 0.25
+LATE_S = 0.5
+"""Runtimes give an answer 2 s: worth a warning well before."""
+
+Hook = TypeVar("Hook", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+
+class HookTimes:
+    """How long hooks took, and how late the event loop was: together, what a runtime waits for."""
+
+    def __init__(self) -> None:
+        self.answered = 0
+        self.slowest_s = 0.0
+        self.slowest_hook = "none"
+        self.lag_s = 0.0
+
+    def add(self, hook: str, seconds: float) -> None:
+        """A hook was answered."""
+        self.answered += 1
+        if seconds > self.slowest_s:
+            self.slowest_s, self.slowest_hook = seconds, hook
+        if seconds > LATE_S:
+            logger.warning("{} took {:.0f} ms: the runtime drops a plugin that needs 2 s", hook, seconds * 1000)
+
+    async def watch_loop(self) -> None:
+        """Measure how late the event loop runs what is due, until cancelled."""
+        while True:
+            began_s = time.monotonic()
+            await asyncio.sleep(LAG_CHECK_S)
+            late_s = time.monotonic() - began_s - LAG_CHECK_S
+            self.lag_s = max(self.lag_s, late_s)
+            if late_s > LATE_S:
+                logger.warning("hooks had to wait {:.0f} ms: this process gets too little CPU", late_s * 1000)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.answered} hooks answered, slowest {self.slowest_hook} {self.slowest_s * 1000:.1f} ms, "
+            f"event loop at most {self.lag_s * 1000:.1f} ms late"
+        )
+
+
+def timed(hook: Hook) -> Hook:
+    """Count a hook of MemtierdPlugin."""
+
+    @functools.wraps(hook)
+    async def run(self: MemtierdPlugin, *arguments: Any) -> Any:
+        began_s = time.perf_counter()
+        try:
+            return await hook(self, *arguments)
+        finally:
+            self.times.add(hook.__name__, time.perf_counter() - began_s)
+
+    return cast(Hook, run)
+
+
+class MemtierdPlugin(Plugin):
+    """Answers the runtime and feeds the fleet."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        config: PluginConfig | None,
+        cgroup_root: Path,
+        check_template: CheckTemplate,
+        on_unknown_class: OnUnknownClass = "fail",
+        adopt: bool = True,
+    ) -> None:
+        self.fatal: ConfigError | None = None
+        """Why the program has to end: the configuration that the runtime gave cannot be used."""
+        self._fleet = fleet
+        self._config = config
+        self._cgroup_root = cgroup_root
+        self._check_template = check_template
+        self._on_unknown_class = on_unknown_class
+        self._adopt = adopt
+        self.times = HookTimes()
+
+    def use(self, config: PluginConfig) -> None:
+        """From now on, another configuration. In the event loop's thread."""
+        self._config = config
+        self._fleet.report(Reconfigured(config))
+
+    async def configure(self, config: str, runtime: Runtime) -> None:
+        """See `Plugin.configure`. A pre-launched plugin may be given its configuration here."""
+        logger.info("{} {}, NRI {}", runtime.name, runtime.version, runtime.nri_version or "unknown")
+        if not config.strip():
+            return
+        try:
+            self.use(load(config, self._check_template, file="configuration from the runtime"))
+        except ConfigError as error:
+            self.fatal = error
+            if self.stub is not None:
+                asyncio.get_running_loop().call_later(0.1, self.stub.stop)
+            raise
+
+    async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> list[Update]:
+        """See `Plugin.synchronize`. Adopts what runs; gives it the memory values it would have got at creation."""
+        by_id = {pod.id: pod for pod in pods}
+        running: list[ContainerInfo] = []
+        created: set[str] = set()
+        wanted: list[tuple[ContainerInfo, Mapping[str, str]]] = []
+        for container in containers:
+            pod = by_id.get(container.pod_id)
+            if pod is None:
+                continue
+            if container.state in (ContainerState.RUNNING, ContainerState.PAUSED):
+                info = describe(pod, container)
+                running.append(info)
+                decision = self._decide_quietly(pod, container)
+                if decision is not None and decision.unified:
+                    wanted.append((info, decision.unified))
+            elif container.state is ContainerState.CREATED:  # StartContainer is still to come
+                created.add(container.id)
+        logger.info("{} pods, {} running containers", len(pods), len(running))
+        self._fleet.report(Listed(tuple(running), frozenset(created), self._adopt))
+        if not self._adopt or not wanted:
+            return []
+        return await asyncio.to_thread(self._missing_values, wanted)
+
+    @timed
+    async def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
+        """See `Plugin.create_container`. Raises: ContainerRefused, which fails the creation."""
+        decision = self._decide(pod, container)
+        for remark in decision.remarks:
+            logger.warning("{}/{}:{}: {}", pod.namespace, pod.name, container.name, remark)
+        if decision.workload_class is not None or decision.unified:
+            name = decision.workload_class.name if decision.workload_class else "none"
+            logger.debug("{}/{}:{}: class {}, {}", pod.namespace, pod.name, container.name, name, decision.unified)
+        adjustment = Adjustment()
+        for key, value in decision.unified.items():
+            adjustment = adjustment.unified(key, value)
+        return adjustment or None
+
+    @timed
+    async def start_container(self, pod: Pod, container: Container) -> None:
+        """See `Plugin.start_container`. Never fails: a container without an engine is better than none."""
+        self._fleet.report(Started(describe(pod, container, started_now=True)))
+
+    @timed
+    async def update_container(self, pod: Pod, container: Container, resources: Any) -> list[Update]:
+        """See `Plugin.update_container`. Whatever the kubelet writes, our values stay."""
+        decision = self._decide_quietly(pod, container)
+        if decision is None or not decision.unified:
+            return []
+        update = Update(container.id, ignore_failure=True)
+        for key, value in decision.unified.items():
+            update = update.unified(key, value)
+        return [update]
+
+    @timed
+    async def stop_container(self, pod: Pod, container: Container) -> None:
+        """See `Plugin.stop_container`."""
+        self._fleet.report(Stopped(container.id))
+
+    @timed
+    async def remove_container(self, pod: Pod, container: Container) -> None:
+        """See `Plugin.remove_container`. Usually it has stopped before."""
+        self._fleet.report(Stopped(container.id))
+
+    async def disconnected(self, error: BaseException | None) -> None:
+        """See `Plugin.disconnected`. Engines go on: containers do too."""
+        if error is not None:
+            logger.warning("connection to the runtime lost: {}; engines go on", error)
+
+    def _decide(self, pod: Pod, container: Container) -> Decision:
+        return classify(
+            pod.annotations,
+            container.name,
+            pod.namespace,
+            self._config,
+            on_unknown_class=self._on_unknown_class,
+        )
+
+    def _decide_quietly(self, pod: Pod, container: Container) -> Decision | None:
+        try:
+            return self._decide(pod, container)
+        except ContainerRefused as error:
+            logger.debug("{}/{}:{}: {}", pod.namespace, pod.name, container.name, error)
+            return None
+
+    def _missing_values(self, wanted: Sequence[tuple[ContainerInfo, Mapping[str, str]]]) -> list[Update]:
+        """Updates for the containers whose cgroup says something else than it should."""
+        updates = []
+        for info, unified in wanted:
+            try:
+                cgroup = find_container_cgroup(
+                    self._cgroup_root, container_id=info.id, cgroups_path=info.cgroups_path, pid=info.pid
+                )
+            except CgroupNotFound:
+                continue
+            update = Update(info.id, ignore_failure=True)
+            for key, value in unified.items():
+                if not _holds(cgroup.path / key, value):
+                    update = update.unified(key, value)
+            if update.resources.unified:
+                logger.info("{}: {} set after the fact", info, dict(update.resources.unified))
+                updates.append(update)
+        return updates
+
+
+class ConfigFile:
+    """The configuration file, and whether it has changed: written again, or (a ConfigMap) its link switched."""
+
+    def __init__(self, path: Path, check_template: CheckTemplate) -> None:
+        self._path = path
+        self._check_template = check_template
+        self._seen: tuple[int, int, int] | None = None
+        self._text: bytes | None = None
+
+    def load(self) -> PluginConfig:
+        """Read it now. Raises: ConfigError."""
+        self._seen = self._identity()
+        self._text = self._content()
+        return load_file(self._path, self._check_template)
+
+    def changed(self) -> bool:
+        """Whether its content is another than at the last `load`; cheap as long as it is not."""
+        identity = self._identity()
+        if identity is None or identity == self._seen:  # absent for a moment while it is replaced
+            return False
+        self._seen = identity
+        return self._content() != self._text
+
+    def reload(self) -> PluginConfig | None:
+        """Read it; None, and a message, if it cannot be used."""
+        try:
+            config = self.load()
+        except ConfigError as error:
+            logger.error("the configuration in force stays, the new one cannot be used: {}", error)
+            return None
+        logger.info("configuration read from {}: {} classes", self._path, len(config.classes))
+        return config
+
+    def _identity(self) -> tuple[int, int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _content(self) -> bytes | None:
+        try:
+            return self._path.read_bytes()
+        except OSError:
+            return None
+
+
+def describe(pod: Pod, container: Container, *, started_now: bool = False) -> ContainerInfo:
+    """What the fleet needs to know of a container."""
+    started_ns = 0 if container.raw is None or started_now else container.raw.started_at
+    return ContainerInfo(
+        id=container.id,
+        namespace=pod.namespace,
+        pod=pod.name,
+        name=container.name,
+        annotations={key: value for key, value in pod.annotations.items() if SUFFIX in key},
+        cgroups_path=container.cgroups_path,
+        pid=container.pid,
+        started_at_s=time.time() if started_now else started_ns / 1e9 or None,
+    )
+
+
+def _holds(path: Path, value: str) -> bool:
+    """Whether a cgroup file holds the value; also if it cannot be read: then an update would not help."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return True
+    if text == value:
+        return True
+    # The kernel rounds down to whole pages.
+    return text.isdecimal() and value.isdecimal() and int(text) == int(value) // PAGE_BYTES * PAGE_BYTES

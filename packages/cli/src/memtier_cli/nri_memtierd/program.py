@@ -1,0 +1,236 @@
+"""Program `nri-memtierd`: the reference plugin's flags, configuration and annotations, and some more flags.
+
+Exit status: 0 told to end, or pre-launched and the runtime closed the connection; 1 a configuration or start
+error (one line, nothing was started); 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memtier_cli.flags import Flag, Parsed, UsageError
+from memtier_cli.front import read_flags
+
+if TYPE_CHECKING:
+    from memtier_cli.nri_memtierd.config import PluginConfig
+    from memtier_cli.nri_memtierd.fleet import Launcher
+    from memtier_cli.nri_memtierd.plugin import ConfigFile, MemtierdPlugin
+
+SOCKET = "/var/run/nri/nri.sock"
+RUN_DIRECTORY = "/var/run/nri-memtierd"
+FLAGS = (
+    Flag("config", "read classes and node-wide settings from FILE; read again on SIGHUP and when it changes", "FILE"),
+    Flag("idx", "plugin index to register, two digits", "NN"),
+    Flag("name", "plugin name to register", "NAME"),
+    Flag("cgroups-dir", "root of the cgroup v2 tree; found by itself if not given", "DIR"),
+    Flag("run-dir", "where files of each container go", "DIR", RUN_DIRECTORY),
+    Flag("v", "also log decisions"),
+    Flag("vv", "log everything, and a line per scan in each container's memtierd.output"),
+    Flag("socket", "NRI socket of the runtime", "PATH", SOCKET),
+    Flag("log-format", "text or json", "FORMAT", "text"),
+    Flag("adopt", "take care of containers that run already (default true)"),
+    Flag("no-adopt", "leave containers alone that run already"),
+    Flag("on-unknown-class", "fail: pods with an unknown class are not created; ignore: they get none", "WHAT", "fail"),
+    Flag("engine", "in-process, or process: one memtierd per container", "KIND", "in-process"),
+    Flag("version", "print the version and exit"),
+)  # fmt: skip
+_CHOICES = {
+    "log-format": ("text", "json"),
+    "on-unknown-class": ("fail", "ignore"),
+    "engine": ("in-process", "process"),
+}
+_INDEX = re.compile(r"[0-9]{2}", re.ASCII)
+SWITCH_INTERVAL_S = 0.001
+"""Engines' threads hand over to the hooks after at most this: the default of 5 ms adds up over several threads."""
+
+
+def main() -> int:
+    """Entry point of `nri-memtierd`; returns the exit status."""
+    program = Path(sys.argv[0]).name
+    flags = read_flags(program, FLAGS, lambda parsed: _check(parsed, program))
+    if isinstance(flags, int):
+        return flags
+    index, name = identity(flags, program)
+
+    from memtier_engine.errors import MemtierError
+    from nri_core import NriError
+
+    try:
+        return _serve(flags, index, name)
+    except (MemtierError, NriError) as error:
+        print(f"nri-memtierd: {error}", file=sys.stderr)
+        return 1
+
+
+def identity(flags: Parsed, program: str) -> tuple[str, str]:
+    """(index, name) to register.
+
+    With -idx the name is -name or the program's own. Without, the runtime gave both, or the program is called
+    NN-name, which then beats -name.
+
+    Raises:
+        UsageError: there is no index, it is not two digits, or there are two.
+    """
+    index, name = flags.text("idx"), flags.text("name")
+    given = os.environ.get("NRI_PLUGIN_IDX", "")
+    if index and given:
+        raise UsageError(f"-idx {index}: the runtime gave the index {given} already (NRI_PLUGIN_IDX); leave -idx out")
+    if not index and not given:
+        index, dash, rest = program.partition("-")
+        if not dash or not rest or not _INDEX.fullmatch(index):
+            raise UsageError("-idx is missing: give two digits, or call the program NN-name")
+        return index, rest
+    index = index or given
+    if not _INDEX.fullmatch(index):
+        raise UsageError(f"-idx {index}: the index is two digits, 00 to 99")
+    return index, name or os.environ.get("NRI_PLUGIN_NAME", "") or program
+
+
+def _check(flags: Parsed, program: str) -> None:
+    for name, allowed in _CHOICES.items():
+        value = flags.text(name, allowed[0])
+        if value not in allowed:
+            raise UsageError(f"-{name} {value}: use {' or '.join(allowed)}")
+    if flags.boolean("no-adopt") and flags.boolean("adopt"):
+        raise UsageError("-adopt and -no-adopt exclude each other")
+    identity(flags, program)
+
+
+def _serve(flags: Parsed, index: str, name: str) -> int:
+    import asyncio
+
+    from loguru import logger
+
+    from memtier_cli.logs import configure
+    from memtier_cli.nri_memtierd import allocator
+    from memtier_cli.nri_memtierd.fleet import Fleet
+    from memtier_cli.nri_memtierd.launch.inprocess import check_template
+    from memtier_cli.nri_memtierd.plugin import ConfigFile, MemtierdPlugin
+    from memtier_cli.nri_memtierd.rundir import RunDirectory
+
+    verbose = flags.boolean("v") or flags.boolean("vv")
+    configure(debug=verbose, trace=flags.boolean("vv"), as_json=flags.text("log-format") == "json")
+    file = ConfigFile(Path(flags.text("config")), check_template) if flags.text("config") else None
+    config = file.load() if file else None  # everything is checked before anything is touched
+    cgroup_root = _cgroup_root(flags.text("cgroups-dir"))
+    run_directory = RunDirectory(Path(flags.text("run-dir", RUN_DIRECTORY)))
+    run_directory.lock()
+    _warn_without_swap(config)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    allocator.settle()
+    on_unknown_class = "ignore" if flags.text("on-unknown-class") == "ignore" else "fail"
+    fleet = Fleet(
+        config,
+        run_directory,
+        _launcher(flags),
+        cgroup_root=cgroup_root,
+        on_unknown_class=on_unknown_class,  # type: ignore[arg-type]
+    )
+    adopt = not flags.boolean("no-adopt") and flags.booleans.get("adopt", True)
+    plugin = MemtierdPlugin(
+        fleet,
+        config=config,
+        cgroup_root=cgroup_root,
+        check_template=check_template,
+        on_unknown_class=on_unknown_class,  # type: ignore[arg-type]
+        adopt=adopt,
+    )
+    plugin.index, plugin.name = index, name
+    logger.info(
+        "{}-{}: {} classes, run directory {}", index, name, len(config.classes) if config else 0, run_directory.path
+    )
+    fleet.start()
+    try:
+        asyncio.run(_run(plugin, file, flags.text("socket", SOCKET)))
+    finally:
+        if not fleet.stop():
+            logger.warning("an engine did not stop in time; the process ends without waiting for it")
+        run_directory.close()
+    if plugin.fatal is not None:
+        raise plugin.fatal
+    return 0
+
+
+async def _run(plugin: MemtierdPlugin, file: ConfigFile | None, socket: str) -> None:
+    """Serve until a signal says stop, or a pre-launched plugin's connection ends."""
+    import asyncio
+    import signal
+
+    from loguru import logger
+
+    from nri_core import Stub
+
+    stub = Stub(plugin, socket_path=socket)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stub.stop)
+    tasks = [asyncio.create_task(plugin.times.watch_loop())]
+    if file is not None:
+        tasks.append(asyncio.create_task(_watch(plugin, file)))
+    # Without a file there is nothing to read again; the default action would end the program.
+    loop.add_signal_handler(signal.SIGHUP, lambda: _reload(plugin, file))
+    try:
+        await stub.run()
+    finally:
+        for task in tasks:
+            task.cancel()
+        logger.info("{}", plugin.times)
+
+
+def _reload(plugin: MemtierdPlugin, file: ConfigFile | None) -> None:
+    config = file.reload() if file is not None else None
+    if config is not None:
+        plugin.use(config)
+
+
+async def _watch(plugin: MemtierdPlugin, file: ConfigFile) -> None:
+    import asyncio
+
+    from memtier_cli.nri_memtierd.plugin import POLL_S
+
+    while True:
+        await asyncio.sleep(POLL_S)
+        if file.changed():
+            _reload(plugin, file)
+
+
+def _launcher(flags: Parsed) -> Launcher:
+    if flags.text("engine") == "process":
+        from memtier_cli.nri_memtierd.launch.process import ProcessLauncher
+
+        return ProcessLauncher(debug_output=flags.boolean("vv"))
+    from memtier_cli.nri_memtierd.launch.inprocess import InProcessLauncher
+    from memtier_engine.hostfs.host import Host
+
+    return InProcessLauncher(Host(), debug_output=flags.boolean("vv"))
+
+
+def _cgroup_root(given: str) -> Path:
+    from memtier_engine.errors import ConfigError
+    from memtier_engine.hostfs.host import Host
+
+    if not given:
+        return Host().cgroup2_root
+    root = Path(given)
+    if not (root / "cgroup.procs").exists():
+        raise ConfigError(f"-cgroups-dir {given}: is not a cgroup v2 directory", hint="usually /sys/fs/cgroup")
+    return root
+
+
+def _warn_without_swap(config: PluginConfig | None) -> None:
+    from loguru import logger
+
+    from memtier_engine.hostfs.host import Host
+    from memtier_engine.hostfs.proc import read_swaps
+
+    wants = [each.name for each in (config.classes if config else ()) if each.allow_swap]
+    if wants and not read_swaps(Host()):
+        logger.warning("the node has no swap: classes {} can page nothing out until there is some", ", ".join(wants))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
