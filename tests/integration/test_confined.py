@@ -100,7 +100,7 @@ def test_it_pages_out_with_the_powers_that_the_manifests_give_it(tmp_path: Path,
                 assert int(status["CapAmb"], 16) == 0
                 assert (status["Seccomp"], status["NoNewPrivs"]) == ("2", "1")
             await connection.stop_container(POD, container)
-            await nri.until(lambda: list(nri.runs.iterdir()) == [])
+            await nri.until(lambda: nri.namespaces() == [])
             nri.signal(signal.SIGTERM)
             assert await nri.ended() == 0
 

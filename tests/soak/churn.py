@@ -120,7 +120,7 @@ class _Node:
 
     async def empty(self) -> Sample:
         """The program when nothing is left to do."""
-        await self.nri.until(lambda: not any(self.nri.runs.iterdir()), 30)
+        await self.nri.until(lambda: not self.nri.namespaces(), 30)
         await asyncio.sleep(3)  # a step that was going on ends, and its engine is closed
         return self.sample()
 

@@ -178,7 +178,7 @@ class _Scene:
             self.complain(f"the run directory has files of {sorted(names)}")
         for name in CONTAINERS:
             await connection.stop_container(POD, self.container(name))
-        await self.nri.until(lambda: not any(self.nri.runs.iterdir()))
+        await self.nri.until(lambda: not self.nri.namespaces())
         await self.nri.until(lambda: self.nri.children() == [])
         self.nri.signal(signal.SIGTERM)
         if await self.nri.ended() != 0:

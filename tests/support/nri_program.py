@@ -78,8 +78,12 @@ class NriMemtierd:
         return self.log_path.read_text() if self.log_path.exists() else ""
 
     def files(self) -> list[str]:
-        """All files in the run directory, by their path below it."""
-        return sorted(str(path.relative_to(self.runs)) for path in self.runs.rglob("*") if path.is_file())
+        """All files of containers in the run directory, by their path below it."""
+        return sorted(str(path.relative_to(self.runs)) for path in self.runs.glob("*/**/*") if path.is_file())
+
+    def namespaces(self) -> list[str]:
+        """What is in the run directory besides the program's own files."""
+        return sorted(path.name for path in self.runs.iterdir() if path.is_dir())
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""

@@ -85,9 +85,11 @@ class Scene:
         self.fleet = self.make(CONFIG)
 
     def make(self, config: PluginConfig | None) -> Fleet:
+        self.run_directory = RunDirectory(self.runs)
+        self.run_directory.claim()
         self.fleet = Fleet(
             config,
-            RunDirectory(self.runs),
+            self.run_directory,
             self.launcher,
             cgroup_root=self.root,
             now_s=self.clock.now_s,
@@ -111,7 +113,10 @@ class Scene:
         assert self.fleet.settle()
 
     def files(self) -> list[str]:
-        return sorted(str(path.relative_to(self.runs)) for path in self.runs.rglob("*") if path.is_file())
+        return sorted(str(path.relative_to(self.runs)) for path in self.runs.glob("*/**/*") if path.is_file())
+
+    def namespaces(self) -> list[str]:
+        return sorted(path.name for path in self.runs.iterdir() if path.is_dir())
 
 
 @pytest.fixture
@@ -134,7 +139,7 @@ def test_a_started_container_gets_an_engine_with_the_variables_replaced(scene: S
 def test_a_stopped_container_leaves_neither_engine_nor_directory(scene: Scene) -> None:
     scene.tell(Started(scene.container("a")), Stopped("a"), Stopped("a"))
     assert scene.launcher.live() == []
-    assert list(scene.runs.iterdir()) == []
+    assert scene.namespaces() == []
     assert scene.fleet.managed() == {}
 
 
@@ -222,7 +227,7 @@ def test_an_engine_that_cannot_start_is_tried_again_until_the_container_stops(sc
     scene.tell(Stopped("a"))
     scene.later(100)
     assert scene.launcher.attempts == 3
-    assert list(scene.runs.iterdir()) == []
+    assert scene.namespaces() == []
 
 
 def test_a_new_container_is_left_alone_for_the_grace_time(scene: Scene) -> None:
@@ -270,7 +275,7 @@ def test_a_container_whose_cgroup_is_gone_is_dropped_even_if_nobody_says_so(scen
     (scene.root / "pods/a").rmdir()
     scene.later(60)
     assert scene.fleet.managed() == {}
-    assert list(scene.runs.iterdir()) == []
+    assert scene.namespaces() == []
 
 
 def test_hostile_names_get_no_engine_and_no_file(scene: Scene, tmp_path: Path) -> None:
@@ -285,12 +290,12 @@ def test_the_end_stops_everything_and_leaves_no_files(scene: Scene) -> None:
     scene.tell(*(Started(scene.container(key, key)) for key in "abc"))
     assert scene.fleet.stop()
     assert scene.launcher.live() == []
-    assert list(scene.runs.iterdir()) == []
+    assert scene.namespaces() == []
 
 
 def test_what_a_crash_left_is_removed_before_anything_is_adopted(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
-    RunDirectory(scene.runs).create(Place("old", "pod", "c")).append_output("left")
+    scene.run_directory.create(Place("old", "pod", "c")).append_output("left")
     scene.fleet.start()
     scene.tell(Listed((scene.container("a"),)))
     assert scene.files() == ["default/pod/c0/memtierd.config.yaml"]

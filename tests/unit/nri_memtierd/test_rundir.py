@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memtier_cli.nri_memtierd import safefiles
 from memtier_cli.nri_memtierd.rundir import (
     CONFIG_NAME,
+    MARKER_NAME,
+    MARKER_TEXT,
     OLD_OUTPUT_NAME,
+    OUTPUT_BYTES_LEAST,
+    OUTPUT_BYTES_MAX,
     OUTPUT_NAME,
+    OUTPUTS_BYTES_MAX,
     PID_NAME,
+    STATUS_NAME,
     Place,
     RunDirectory,
     RunDirError,
@@ -26,7 +35,13 @@ PLACE = Place("default", "pod", "c0")
 
 @pytest.fixture
 def run_directory(tmp_path: Path) -> RunDirectory:
-    return RunDirectory(tmp_path / "run")
+    made = RunDirectory(tmp_path / "run")
+    made.claim()
+    return made
+
+
+def content(run_directory: RunDirectory) -> list[str]:
+    return [path.name for path in run_directory.path.iterdir() if path.name != MARKER_NAME]
 
 
 def mode(path: Path) -> int:
@@ -53,14 +68,145 @@ def test_files_have_the_references_names_places_and_modes(run_directory: RunDire
     assert made.stats_path == made.path / "memtierd.stats"
 
 
-def test_a_directory_open_to_others_is_tightened(run_directory: RunDirectory) -> None:
-    (run_directory.path / "default").mkdir(mode=0o777)
-    (run_directory.path / "default").chmod(0o777)
-    run_directory.create(PLACE)
-    assert mode(run_directory.path / "default") == 0o700
-    run_directory.path.chmod(0o777)
-    RunDirectory(run_directory.path).close()
-    assert mode(run_directory.path) == 0o700
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_directory_that_others_can_write_to_is_refused_and_keeps_its_mode(
+    run_directory: RunDirectory, depth: int
+) -> None:
+    """No mode is changed but that of what was made here."""
+    planted = run_directory.path.joinpath(*PLACE.names[: depth + 1])
+    planted.mkdir(parents=True, mode=0o700)
+    planted.chmod(0o777)
+    with pytest.raises(RunDirError, match="others can write to it"):
+        run_directory.create(PLACE)
+    assert mode(planted) == 0o777
+
+
+@pytest.mark.parametrize("bits", [0o755, 0o777, 0o1777, 0o700])
+def test_an_empty_directory_of_any_mode_is_taken_and_keeps_it(tmp_path: Path, bits: int) -> None:
+    """The kubelet makes emptyDir volumes 0777, a file system made for it has lost+found."""
+    path = tmp_path / "volume"
+    (path / "lost+found").mkdir(parents=True)
+    path.chmod(bits)
+    made = RunDirectory(path)
+    made.claim()
+    made.create(PLACE)
+    assert mode(path) == bits
+    made.remove(PLACE)
+    made.release()
+    assert [each.name for each in path.iterdir()] == ["lost+found"]
+
+
+def everything(path: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(each.relative_to(path)): (each.lstat().st_mode, each.read_bytes() if each.is_file() else b"")
+        for each in [path, *sorted(path.rglob("*"))]
+    }
+
+
+def plant(path: Path, kind: str) -> None:
+    """What may be in a directory that somebody gives us by mistake."""
+    inner = path / "pods" / "default_web" / "nginx"
+    inner.mkdir(parents=True)
+    if kind == "logs":
+        (inner / "0.log").write_text("a pod's log")
+    elif kind == "our names":  # files of the Go plugin, or somebody's copy of ours
+        (inner / OUTPUT_NAME).write_text("x")
+        (inner / CONFIG_NAME).write_text("x")
+    elif kind == "marker of others":
+        (path / MARKER_NAME).write_text("something else")
+    elif kind == "marker is a link":
+        (path / "elsewhere").write_text(MARKER_TEXT)
+        (path / MARKER_NAME).symlink_to("elsewhere")
+    elif kind == "marker is a directory":
+        (path / MARKER_NAME).mkdir()
+    elif kind == "marker is a fifo":
+        os.mkfifo(path / MARKER_NAME)
+    elif kind == "marker that others can write":
+        (path / MARKER_NAME).write_text(MARKER_TEXT)
+        (path / MARKER_NAME).chmod(0o666)
+    path.chmod(0o755)
+
+
+KINDS = [
+    "logs",
+    "directories",
+    "our names",
+    "marker of others",
+    "marker is a link",
+    "marker is a directory",
+    "marker is a fifo",
+    "marker that others can write",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_that_is_neither_empty_nor_ours_is_refused_untouched(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "log"
+    plant(path, kind)
+    before = everything(path) if "fifo" not in kind else {}
+    made = RunDirectory(path)
+    assert made.leftovers() == []
+    with pytest.raises(RunDirError, match=r"is not empty|Is a directory"):
+        made.claim()
+    assert made.leftovers() == [], "nothing to clean up without the claim"
+    made.release()
+    if before:
+        assert everything(path) == before
+
+
+def test_what_others_put_into_our_directory_stays(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    first = RunDirectory(path)
+    first.claim()
+    ours = first.create(PLACE)
+    ours.append_output("x")
+    (ours.path / "core.123").write_text("a core file")
+    (ours.path / PID_NAME).mkdir()
+    for name in ("backup/2026/monday", "notes", "a/b/c/d"):
+        (path / name).mkdir(parents=True)
+        (path / name / "kept").write_text("x")
+    (path / "notes.txt").write_text("x")
+    (path / "default" / "pod" / "link").symlink_to(path / "notes")
+    (path / "x/y/empty").mkdir(parents=True)
+    first.close()  # as if it was killed
+    second = RunDirectory(path)
+    second.claim()
+    assert second.leftovers() == [PLACE]
+    second.remove(PLACE)
+    second.release()
+    left = {str(each.relative_to(path)) for each in path.rglob("*") if each.is_symlink() or each.is_file()}
+    assert left == {
+        MARKER_NAME, "a/b/c/d/kept", "backup/2026/monday/kept", "default/pod/c0/core.123", "default/pod/link",
+        "notes.txt", "notes/kept",
+    }  # fmt: skip
+    assert (path / "x/y/empty").is_dir()
+    RunDirectory(path).claim()
+
+
+def test_only_one_process_has_the_directory(tmp_path: Path) -> None:
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    first.claim()
+    first.create(PLACE).append_output("x")
+    with pytest.raises(RunDirError, match="in use by another process"):
+        second.claim()
+    assert second.leftovers() == []
+    first.close()
+    second.claim()
+    assert second.leftovers() == [PLACE]
+
+
+def test_a_start_on_a_full_volume_leaves_no_half_a_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, data: bytes) -> None:
+        os.write(file, data[:5])
+        raise OSError(errno.ENOSPC, "full")
+
+    made = RunDirectory(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(safefiles, "write_all", full)
+        with pytest.raises(RunDirError, match="No space left"):
+            made.claim()
+    assert list(made.path.iterdir()) == []
+    made.claim()
 
 
 @pytest.mark.parametrize("bad", ["", ".", "..", "a/b", "/", "a\0b", "x" * 256, "\ud800"])
@@ -75,6 +221,7 @@ def test_a_name_that_is_not_one_directory_entry_is_refused(bad: str) -> None:
 def test_whatever_the_names_nothing_is_made_outside_and_nothing_is_left(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as base:
         run_directory = RunDirectory(Path(base) / "run")
+        run_directory.claim()
         try:
             place = Place(*names)
             made = run_directory.create(place)
@@ -82,12 +229,13 @@ def test_whatever_the_names_nothing_is_made_outside_and_nothing_is_left(names: l
             pass
         else:
             made.append_output("x")
-            assert run_directory.places() == [place]
+            assert run_directory.leftovers() == [place]
             assert os.path.realpath(made.path).startswith(os.path.realpath(run_directory.path) + "/")
             run_directory.remove(place)
         assert list(Path(base).iterdir()) == [run_directory.path]
+        assert [each.name for each in run_directory.path.iterdir()] == [MARKER_NAME]
+        run_directory.release()
         assert list(run_directory.path.iterdir()) == []
-        run_directory.close()
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -104,7 +252,7 @@ def test_a_link_in_place_of_a_directory_is_refused(run_directory: RunDirectory, 
         run_directory.remove(PLACE)
     assert [path.name for path in outside.iterdir()] == ["kept"]
     assert mode(outside) != 0o700
-    assert run_directory.places() == []
+    assert run_directory.leftovers() == []
 
 
 def test_a_link_in_place_of_the_run_directory_is_refused(tmp_path: Path) -> None:
@@ -178,17 +326,69 @@ def test_removing_takes_empty_parents_and_leaves_the_others(run_directory: RunDi
     for place in (PLACE, other):
         run_directory.create(place).append_output("x")
     run_directory.remove(PLACE)
-    assert run_directory.places() == [other]
+    assert run_directory.leftovers() == [other]
     run_directory.remove(other)
-    assert list(run_directory.path.iterdir()) == []
+    assert content(run_directory) == []
     run_directory.remove(other)  # again: nothing to do
 
 
-def test_a_container_of_the_same_name_begins_with_an_empty_directory(run_directory: RunDirectory) -> None:
-    run_directory.create(PLACE).append_output("of the one before")
-    (run_directory.directory(PLACE) / "inner").mkdir()
+def test_a_container_of_the_same_name_begins_without_our_old_files(run_directory: RunDirectory) -> None:
+    old = run_directory.create(PLACE)
+    old.append_output("of the one before")
+    old.write(PID_NAME, "1", 0o400)
+    assert list(run_directory.create(PLACE).path.iterdir()) == []
+
+
+def test_outputs_share_what_the_volume_has(run_directory: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def volume(size_bytes: int) -> None:
+        found = SimpleNamespace(f_blocks=size_bytes >> 12, f_frsize=4096)
+        monkeypatch.setattr(os, "fstatvfs", lambda fd: found)
+
+    seen = {}
+    for size_bytes in (1 << 40, 16 << 20, 1 << 20):
+        volume(size_bytes)
+        for containers in (0, 1, 100, 1000):
+            run_directory.share_outputs(containers)
+            seen[size_bytes, containers] = run_directory.output_bytes_max
+            assert run_directory.output_bytes_max <= OUTPUT_BYTES_MAX
+            if run_directory.output_bytes_max > OUTPUT_BYTES_LEAST:
+                assert 2 * containers * run_directory.output_bytes_max <= min(size_bytes // 2, OUTPUTS_BYTES_MAX)
+    assert seen[1 << 40, 1] == OUTPUT_BYTES_MAX
+    assert seen[16 << 20, 100] < seen[1 << 40, 100] < OUTPUT_BYTES_MAX
+
+
+def test_outputs_that_are_there_are_cut_when_there_is_less_room_for_each(run_directory: RunDirectory) -> None:
     made = run_directory.create(PLACE)
-    assert list(made.path.iterdir()) == []
+    for number in range(20):
+        made.append_output(f"line {number:03}\n", bytes_max=90)
+    run_directory.output_bytes_max = 30
+    made.trim_output()
+    files = {path.name: path.stat().st_size for path in made.path.iterdir()}
+    assert files.keys() == {OUTPUT_NAME, OLD_OUTPUT_NAME}
+    assert all(size <= 30 for size in files.values())
+
+
+def test_an_output_is_emptied_also_where_there_is_no_room_for_a_copy(
+    run_directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    made = run_directory.create(PLACE)
+    (made.path / OUTPUT_NAME).write_bytes(b"x" * 100)
+    monkeypatch.setattr(safefiles, "write_all", full)
+    with pytest.raises(RunDirError):
+        made.trim_output(bytes_max=50)
+    assert made.read(OUTPUT_NAME) == b""
+
+
+def test_the_status_is_a_file_that_is_gone_after_the_end(run_directory: RunDirectory) -> None:
+    run_directory.write_status("{}")
+    run_directory.write_status('{"healthy": true}')
+    assert (run_directory.path / STATUS_NAME).read_text() == '{"healthy": true}'
+    assert mode(run_directory.path / STATUS_NAME) == 0o600
+    run_directory.release()
+    assert list(run_directory.path.iterdir()) == []
 
 
 def test_writing_after_the_removal_is_an_error_and_makes_nothing(run_directory: RunDirectory) -> None:
@@ -196,4 +396,4 @@ def test_writing_after_the_removal_is_an_error_and_makes_nothing(run_directory: 
     run_directory.remove(PLACE)
     with pytest.raises(RunDirError):
         made.append_output("late")
-    assert list(run_directory.path.iterdir()) == []
+    assert content(run_directory) == []

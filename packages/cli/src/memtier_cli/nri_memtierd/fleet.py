@@ -190,7 +190,7 @@ class Fleet:
         if self._config is not None:
             self._launcher.configure(self._config)
         self._launcher.clean(self._run_directory)
-        for place in self._run_directory.places():
+        for place in self._run_directory.leftovers():
             logger.info("{}: removed what an earlier run left", place)
             self._guarded(self._run_directory.remove, place)
 

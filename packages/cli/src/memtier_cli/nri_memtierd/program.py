@@ -118,7 +118,7 @@ def _serve(flags: Parsed, index: str, name: str) -> int:
     config = file.load() if file else None  # everything is checked before anything is touched
     cgroup_root = _cgroup_root(flags.text("cgroups-dir"))
     run_directory = RunDirectory(Path(flags.text("run-dir", RUN_DIRECTORY)))
-    run_directory.lock()
+    run_directory.claim()
     _warn_without_swap(config)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     allocator.settle()
@@ -149,7 +149,7 @@ def _serve(flags: Parsed, index: str, name: str) -> int:
     finally:
         if not fleet.stop():
             logger.warning("an engine did not stop in time; the process ends without waiting for it")
-        run_directory.close()
+        run_directory.release()
     if plugin.fatal is not None:
         raise plugin.fatal
     return 0

@@ -1,8 +1,9 @@
 """Per-container files below one directory: `RUN_DIR/NAMESPACE/POD/CONTAINER/memtierd.*`.
 
-The names come from whoever created the pod, and the directory may be on a host where others have accounts: every
-step is taken from a directory file descriptor, no symbolic link is ever followed, directories are 0700, files
-are made under a temporary name and renamed, the output is bounded.
+The directory is used if it was empty, or if it has our marker: whoever gives one that others use loses nothing. The
+names come from whoever created the pod, and the directory may be on a host where others have accounts: every
+step is taken from a directory file descriptor, no symbolic link is ever followed, directories are made 0700, files
+are made under a temporary name and renamed, the outputs are bounded, each and together.
 """
 
 from __future__ import annotations
@@ -16,6 +17,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from memtier_cli.nri_memtierd.safefiles import (
+    DIRECTORY,
+    FILE,
+    cut,
+    directories,
+    is_private,
+    make_file,
+    plain,
+    remove_files,
+    replace_file,
+    write_all,
+)
 from memtier_engine.errors import MemtierError
 
 CONFIG_NAME = "memtierd.config.yaml"
@@ -23,12 +36,20 @@ OUTPUT_NAME = "memtierd.output"
 OLD_OUTPUT_NAME = "memtierd.output.1"
 PID_NAME = "memtierd.pid"
 STATS_NAME = "memtierd.stats"
+MARKER_NAME = ".nri-memtierd"
+MARKER_TEXT = "This directory is nri-memtierd's: it removes its files of containers that are gone.\n"
+STATUS_NAME = "status.json"
 OUTPUT_BYTES_MAX = 512 << 10
 """When the output is longer it becomes memtierd.output.1; so a container takes at most twice this."""
+OUTPUTS_BYTES_MAX = 64 << 20
+"""For the outputs of all containers; on a small volume half of that. In the DaemonSet it is memory of the pod."""
+OUTPUT_BYTES_LEAST = 4 << 10
 NAME_BYTES_MAX = 255
-
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_NOFOLLOW | os.O_CLOEXEC
+_NAMES = (CONFIG_NAME, OUTPUT_NAME, OLD_OUTPUT_NAME, PID_NAME, STATS_NAME)
+OUR_FILES = frozenset((*_NAMES, *(f"{name}.tmp" for name in _NAMES)))
+"""All that is ever removed from a container's directory."""
+_OF_FILE_SYSTEMS = frozenset(("lost+found",))
+"""What a new file system has at its root."""
 
 
 class RunDirError(MemtierError):
@@ -68,41 +89,47 @@ def check_name(name: str, what: str) -> None:
 
 
 class RunDirectory:
-    """The directory of all containers. One thread uses it; the outputs may be written from others."""
+    """The directory of all containers. One thread uses it; the outputs may be written from others.
+
+    Nothing in it is changed before `claim`. What is not known to be ours is never removed, and no mode is changed but
+    that of directories made here.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Make or check `path`: a real directory of ours that nobody else can write to. It becomes 0700.
+        """Open `path`, made if it is not there: a real directory of our user.
 
         Raises:
             RunDirError: it is a symbolic link, no directory, or another user's.
         """
-        self.path = path
+        self.path = Path(os.path.abspath(path))  # engines in processes of their own may stand elsewhere
+        self.output_bytes_max = OUTPUT_BYTES_MAX
+        """For one output file from now on; see `share_outputs`."""
+        self._claimed = False
         try:
-            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
-                path.mkdir(mode=0o700)
-            self._fd = os.open(path, _DIRECTORY)
+                self.path.mkdir(mode=0o700)
+            self._fd = os.open(self.path, DIRECTORY)
         except OSError as error:
-            raise _failure(path, error, "use") from None
+            raise _failure(self.path, error, "use") from None
         owner = os.fstat(self._fd).st_uid
         if owner != os.geteuid():
             self.close()
             raise RunDirError(
-                f"run directory {path} belongs to user {owner}", hint="remove it, or choose another with -run-dir"
+                f"run directory {self.path} belongs to user {owner}", hint="remove it, or choose another with -run-dir"
             )
-        os.fchmod(self._fd, 0o700)
 
     def close(self) -> None:
-        """Give the file descriptor back. Safe to call twice."""
+        """Give the file descriptor, and with it the claim, back. Safe to call twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    def lock(self) -> None:
-        """Keep other processes of the program out, until this one ends, whatever way it does.
+    def claim(self) -> None:
+        """Keep other processes of the program out until this one ends, whatever way it does, and mark it as ours.
 
         Raises:
-            RunDirError: another one is in.
+            RunDirError: another one is in; or it has no marker of ours and is not empty: then nothing was touched.
         """
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,52 +137,101 @@ class RunDirectory:
             raise RunDirError(
                 f"run directory {self.path} is in use by another process", hint="stop it, or give another -run-dir"
             ) from None
+        try:
+            marked = self._is_marked()
+            others = [] if marked else sorted(set(os.listdir(self._fd)) - _OF_FILE_SYSTEMS)
+            if not others:
+                if not marked:
+                    make_file(self._fd, MARKER_NAME, MARKER_TEXT, 0o600)
+                self._claimed = True
+                return
+        except OSError as error:
+            raise _failure(self.path, error, "mark") from None
+        raise RunDirError(
+            f"run directory {self.path} is not empty (it has {others[0][:80]!r}) and not ours (no {MARKER_NAME})",
+            hint="give -run-dir one of its own; what the Go plugin left in it is yours to remove",
+        )
+
+    def release(self) -> None:
+        """At the end: without containers it is left as empty as it was found. Other people's files stay."""
+        with contextlib.suppress(OSError):
+            for name in (STATUS_NAME, f"{STATUS_NAME}.tmp"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self._fd)
+            if set(os.listdir(self._fd)) - _OF_FILE_SYSTEMS == {MARKER_NAME}:
+                os.unlink(MARKER_NAME, dir_fd=self._fd)
+        self.close()
+
+    def write_status(self, text: str) -> None:
+        """Replace the program's status file. Raises: RunDirError."""
+        try:
+            replace_file(self._fd, STATUS_NAME, text, 0o600)
+        except OSError as error:
+            raise _failure(self.path / STATUS_NAME, error, "write") from None
+
+    def share_outputs(self, containers: int) -> None:
+        """Divide the room for outputs by the containers there are: a part of the volume, at most a fixed total."""
+        try:
+            volume = os.fstatvfs(self._fd)
+        except OSError:
+            return
+        total = min(OUTPUTS_BYTES_MAX, volume.f_blocks * volume.f_frsize // 2)
+        share = total // (2 * max(1, containers))  # each has the output and the one before
+        self.output_bytes_max = max(OUTPUT_BYTES_LEAST, min(OUTPUT_BYTES_MAX, share))
 
     def directory(self, place: Place) -> Path:
         """Where a container's files are, whether it exists or not."""
         return self.path.joinpath(*place.names)
 
     def create(self, place: Place) -> ContainerDirectory:
-        """The container's directory, made or tightened to 0700, without the files of an earlier container.
+        """The container's directory, without the files of an earlier container. What is made is 0700.
 
         Raises:
-            RunDirError: a part of the path is no directory, or the file system refuses.
+            RunDirError: a part of the path is no directory, or another user's, or others can write to it, or the file
+                system refuses.
         """
         fd = os.dup(self._fd)
         try:
             for name in place.names:
-                with contextlib.suppress(FileExistsError):
+                made = True
+                try:
                     os.mkdir(name, 0o700, dir_fd=fd)
-                inner = os.open(name, _DIRECTORY, dir_fd=fd)
+                except FileExistsError:
+                    made = False
+                inner = os.open(name, DIRECTORY, dir_fd=fd)
                 os.close(fd)
                 fd = inner
-                os.fchmod(fd, 0o700)
-            _remove_content(fd)
+                if made:
+                    os.fchmod(fd, 0o700)  # whatever the umask is
+                elif not is_private(fd):
+                    raise RunDirError(
+                        f"{name!r} of {self.directory(place)} is another user's, or others can write to it",
+                        hint="remove it",
+                    )
+            remove_files(fd, OUR_FILES)
         except OSError as error:
             raise _failure(self.directory(place), error, "make") from None
         finally:
             os.close(fd)
         return ContainerDirectory(self, place)
 
-    def existing(self, place: Place) -> ContainerDirectory:
-        """The container's directory as it is."""
-        return ContainerDirectory(self, place)
-
     def remove(self, place: Place) -> None:
-        """Remove the container's directory with all in it, and its parents if that leaves them empty.
+        """Remove the container's files and its directory, and its parents if that leaves them empty.
+
+        A directory with something else in it stays. One that is not there is removed already.
 
         Raises:
-            RunDirError: the file system refuses. A directory that is not there is removed already.
+            RunDirError: the file system refuses.
         """
         fds = [os.dup(self._fd)]
         try:
             for name in place.names:
                 try:
-                    fds.append(os.open(name, _DIRECTORY, dir_fd=fds[-1]))
+                    fds.append(os.open(name, DIRECTORY, dir_fd=fds[-1]))
                 except FileNotFoundError:
                     break
             else:
-                _remove_content(fds[-1])
+                remove_files(fds[-1], OUR_FILES)
             for depth in range(len(fds) - 2, -1, -1):
                 os.rmdir(place.names[depth], dir_fd=fds[depth])
         except OSError as error:
@@ -165,12 +241,21 @@ class RunDirectory:
             for fd in fds:
                 os.close(fd)
 
-    def places(self) -> list[Place]:
-        """All containers that have a directory, also those that an earlier run of the program left."""
-        found = []
-        for namespace in _directories(self._fd):
-            for pod in _directories(self._fd, namespace):
-                found += [Place(namespace, pod, name) for name in _directories(self._fd, namespace, pod)]
+    def leftovers(self) -> list[Place]:
+        """Containers with files of ours, or with a directory that is as we make it and empty. None without the claim.
+
+        After the claim and before anything is made, all of them are of an earlier run.
+        """
+        found: list[Place] = []
+        if not self._claimed:
+            return found
+        for namespace in directories(self._fd):
+            for pod in directories(self._fd, namespace):
+                found += [
+                    Place(namespace, pod, name)
+                    for name in directories(self._fd, namespace, pod)
+                    if self._is_ours(namespace, pod, name)
+                ]
         return sorted(found)
 
     def open_container(self, place: Place) -> int:
@@ -178,11 +263,38 @@ class RunDirectory:
         fd = os.dup(self._fd)
         for name in place.names:
             try:
-                inner = os.open(name, _DIRECTORY, dir_fd=fd)
+                inner = os.open(name, DIRECTORY, dir_fd=fd)
             finally:
                 os.close(fd)
             fd = inner
         return fd
+
+    def _is_marked(self) -> bool:
+        try:
+            file = os.open(MARKER_NAME, os.O_RDONLY | os.O_NONBLOCK | FILE, dir_fd=self._fd)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                return False
+            raise
+        try:
+            begins = os.read(file, len(MARKER_TEXT)) if stat.S_ISREG(os.fstat(file).st_mode) else b""
+            return is_private(file) and begins == MARKER_TEXT.encode()
+        finally:
+            os.close(file)
+
+    def _is_ours(self, *names: str) -> bool:
+        try:
+            fd = self.open_container(Place(*names))
+        except (OSError, RunDirError):
+            return False
+        try:
+            content = os.listdir(fd)
+            empty = not content and is_private(fd) and not os.fstat(fd).st_mode & 0o077
+            return empty or any(name in OUR_FILES for name in content)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
 
 class ContainerDirectory:
@@ -210,24 +322,15 @@ class ContainerDirectory:
             RunDirError: the file system refuses.
         """
         with self._opened("write") as fd:
-            temporary = f"{name}.tmp"
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=fd)
-            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE, mode, dir_fd=fd)
-            try:
-                os.fchmod(file, mode)  # whatever the umask is
-                _write_all(file, text.encode())
-            finally:
-                os.close(file)
-            os.rename(temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
+            replace_file(fd, name, text, mode)
 
     def read(self, name: str, bytes_max: int = 1 << 16) -> bytes | None:
         """The last `bytes_max` bytes of a plain file; None if there is none."""
         try:
             with self._opened("read") as fd:
-                file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | _FILE, dir_fd=fd)
+                file = os.open(name, os.O_RDONLY | os.O_NONBLOCK | FILE, dir_fd=fd)
                 try:
-                    size = _plain(file).st_size
+                    size = plain(file).st_size
                     return os.pread(file, bytes_max, max(0, size - bytes_max))
                 finally:
                     os.close(file)
@@ -243,12 +346,13 @@ class ContainerDirectory:
         with self._opened("write") as fd:
             return _open_output(fd)
 
-    def append_output(self, text: str, bytes_max: int = OUTPUT_BYTES_MAX) -> None:
+    def append_output(self, text: str, bytes_max: int | None = None) -> None:
         """Append to memtierd.output; a full one becomes memtierd.output.1.
 
         Raises:
             RunDirError: also when the directory has been removed meanwhile.
         """
+        bytes_max = self._run_directory.output_bytes_max if bytes_max is None else bytes_max
         data = text.encode(errors="replace")[-bytes_max:]
         with self._opened("write") as fd:
             file = _open_output(fd)
@@ -257,32 +361,32 @@ class ContainerDirectory:
                     os.rename(OUTPUT_NAME, OLD_OUTPUT_NAME, src_dir_fd=fd, dst_dir_fd=fd)
                     os.close(file)
                     file = _open_output(fd)
-                _write_all(file, data)
+                write_all(file, data)
             finally:
                 os.close(file)
 
-    def trim_output(self, bytes_max: int = OUTPUT_BYTES_MAX) -> bool:
+    def trim_output(self, bytes_max: int | None = None) -> bool:
         """For an output that a child process appends to: copy a full one's end aside and empty it. True if it did.
 
-        What the child writes between the two steps is lost; it needs no signal and no new file descriptor.
+        What the child writes between the two steps is lost; it needs no signal and no new file descriptor. The one
+        before is cut too, if there is less room than there was. Without room for the copy there is none.
         """
+        bytes_max = self._run_directory.output_bytes_max if bytes_max is None else bytes_max
         with self._opened("trim") as fd:
+            cut(fd, OLD_OUTPUT_NAME, bytes_max)
             try:
-                file = os.open(OUTPUT_NAME, os.O_RDWR | os.O_NONBLOCK | _FILE, dir_fd=fd)
+                file = os.open(OUTPUT_NAME, os.O_RDWR | os.O_NONBLOCK | FILE, dir_fd=fd)
             except FileNotFoundError:
                 return False
             try:
-                size = _plain(file).st_size
+                size = plain(file).st_size
                 if size <= bytes_max:
                     return False
                 end = os.pread(file, bytes_max, size - bytes_max)
-                self.write(OLD_OUTPUT_NAME, "", 0o600)
-                old = os.open(OLD_OUTPUT_NAME, os.O_WRONLY | _FILE, dir_fd=fd)
                 try:
-                    _write_all(old, end)
+                    replace_file(fd, OLD_OUTPUT_NAME, end, 0o600)
                 finally:
-                    os.close(old)
-                os.ftruncate(file, 0)
+                    os.ftruncate(file, 0)
                 return True
             finally:
                 os.close(file)
@@ -301,59 +405,16 @@ class ContainerDirectory:
 
 
 def _open_output(fd: int) -> int:
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | _FILE
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | FILE
     file = os.open(OUTPUT_NAME, flags, 0o600, dir_fd=fd)
     try:
-        _plain(file)
+        plain(file)
         os.fchmod(file, 0o600)
         os.set_blocking(file, True)
     except BaseException:
         os.close(file)
         raise
     return file
-
-
-def _plain(file: int) -> os.stat_result:
-    found = os.fstat(file)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "not a plain file")
-    return found
-
-
-def _directories(fd: int, *names: str) -> list[str]:
-    """Names of the real directories in a directory below `fd`; those that vanish are left out."""
-    opened = [os.dup(fd)]
-    try:
-        for name in names:
-            opened.append(os.open(name, _DIRECTORY, dir_fd=opened[-1]))
-        with os.scandir(opened[-1]) as entries:
-            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
-    finally:
-        for each in opened:
-            os.close(each)
-
-
-def _remove_content(fd: int) -> None:
-    with os.scandir(fd) as entries:
-        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-    for name, is_directory in found:
-        if is_directory:
-            inner = os.open(name, _DIRECTORY, dir_fd=fd)
-            try:
-                _remove_content(inner)
-            finally:
-                os.close(inner)
-            os.rmdir(name, dir_fd=fd)
-        else:
-            os.unlink(name, dir_fd=fd)
-
-
-def _write_all(file: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
 
 
 def _failure(path: Path, error: OSError, action: str) -> RunDirError:
