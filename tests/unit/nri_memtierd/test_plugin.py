@@ -13,7 +13,7 @@ import pytest
 
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
 from memtier_cli.nri_memtierd.events import Event, Listed, Reconfigured, Started, Stopped
-from memtier_cli.nri_memtierd.plugin import ConfigFile, MemtierdPlugin
+from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
 from memtier_engine.errors import ConfigError
 from nri_core import Backoff, Container, ContainerState, EventMask, Pod, RpcError, Stub
 from nri_core.testing import FakeRuntime, PluginConnection
@@ -254,46 +254,3 @@ def test_no_hook_waits_for_the_fleet(tmp_path: Path) -> None:
         assert len(scene.fleet.events) == 1001
 
     run(tmp_path, body)
-
-
-def test_a_changed_file_is_noticed_and_a_touched_one_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text("classes: [{name: a}]")
-    file = ConfigFile(path, accept)
-    file.load()
-    assert not file.changed()
-    path.write_text("classes: [{name: a}]")  # written again, the same
-    assert not file.changed()
-    path.write_text("classes: [{name: b}]")
-    assert file.changed()
-    config = file.reload()
-    assert config is not None
-    assert config.classes[0].name == "b"
-    path.unlink()
-    assert not file.changed(), "absent for a moment while it is replaced"
-
-
-def test_a_config_map_that_switches_its_link_is_noticed(tmp_path: Path) -> None:
-    """The kubelet writes a new directory and renames a link over ..data."""
-    for name, text in (("v1", "classes: [{name: a}]"), ("v2", "classes: [{name: b}]")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text(text)
-    (tmp_path / "..data").symlink_to("v1")
-    (tmp_path / "config.yaml").symlink_to("..data/config.yaml")
-    file = ConfigFile(tmp_path / "config.yaml", accept)
-    file.load()
-    (tmp_path / "..data_tmp").symlink_to("v2")
-    (tmp_path / "..data_tmp").rename(tmp_path / "..data")
-    assert file.changed()
-    assert not file.changed(), "told once"
-
-
-def test_a_bad_new_configuration_leaves_the_old_one_in_force(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text("classes: []")
-    file = ConfigFile(path, accept)
-    file.load()
-    path.write_text("classes: [{name: a, memtierdconfig: bad}]")
-    assert file.changed()
-    assert file.reload() is None
-    assert not file.changed(), "it is not tried again until it changes again"

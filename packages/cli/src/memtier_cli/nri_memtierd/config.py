@@ -7,7 +7,10 @@ the reference does; a key that means nothing is an error here, where the referen
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from memtier_engine.config.nodes import TextError, only_document
 from memtier_engine.errors import ConfigError
 
 CGROUP_VARIABLE = "$CGROUP2_ABS_PATH"
@@ -32,6 +36,12 @@ MEMORY_KEYS = (
 DEFAULT_ALLOWED = ("memory.swap.max", "memory.high")
 EXAMPLE_CGROUP = "/sys/fs/cgroup/example"
 EXAMPLE_STATS = "/run/nri-memtierd/namespace/pod/container/memtierd.stats"
+
+BYTES_MOST = 4 << 20
+"""Of a file. A ConfigMap holds 1 MiB."""
+TIME_MOST_S = 10.0
+"""For checking one file."""
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 CheckTemplate = Callable[[str], None]
 """Raises ConfigError, line and key path counted from the text's own start."""
@@ -105,69 +115,134 @@ def load_file(path: Path, check_template: CheckTemplate) -> PluginConfig:
     Raises:
         ConfigError: it cannot be read, or its content cannot be used.
     """
+    return load_bytes(read_bytes(path), check_template, file=str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a plain file of a bounded size; a FIFO would be waited for, a device might never end.
+
+    Raises:
+        ConfigError: it cannot be read, or is something else.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            kind = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(kind):
+                what = "a directory" if stat.S_ISDIR(kind) else "a FIFO" if stat.S_ISFIFO(kind) else "a device"
+                raise ConfigError(f"is {what}", file=str(path), hint="use a plain file")
+            content = file.read(BYTES_MOST + 1)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from None
+    if len(content) > BYTES_MOST:
+        raise ConfigError(f"is longer than {BYTES_MOST >> 20} MiB", file=str(path))
+    return content
+
+
+def load_bytes(content: bytes, check_template: CheckTemplate, *, file: str | None = None) -> PluginConfig:
+    """Check a whole configuration. Raises: ConfigError: also for what is not UTF-8."""
+    try:
+        text = content.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"is not UTF-8 text: {error.reason} at byte {error.start}", file=str(path)) from None
-    return load(text, check_template, file=str(path))
+        raise ConfigError(f"is not UTF-8 text: {error.reason} at byte {error.start}", file=file) from None
+    return load(text, check_template, file=file)
+
+
+def is_empty(content: bytes) -> bool:
+    """Whether there is no document in it, or one of nothing: what is left of a file that is just being written."""
+    try:
+        node = only_document(content.decode())
+    except (TextError, UnicodeDecodeError):
+        return False
+    return node is None or _is_null(node)
 
 
 def load(text: str, check_template: CheckTemplate, *, file: str | None = None) -> PluginConfig:
-    """Check a whole configuration; the first thing wrong is raised as ConfigError."""
-    loader: yaml.SafeLoader | None = None
+    """Check a whole configuration; the first thing wrong is raised as ConfigError.
+
+    Time and memory are bounded, whatever the text is: see `BYTES_MOST`, `TIME_MOST_S` and `only_document`.
+    """
+    if len(text) > BYTES_MOST:
+        raise ConfigError(f"is longer than {BYTES_MOST >> 20} MiB", file=file)
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return PluginConfig()
-        return _Reader(loader, check_template, file).config(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else None
-        raise ConfigError(f"is not YAML: {error.problem or error.context}", file=file, line=line) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"is not YAML: {str(error).splitlines()[0]}", file=file) from None
-    except RecursionError:
-        raise ConfigError("is nested too deeply", file=file) from None
-    finally:
-        if loader is not None:
-            loader.dispose()
+        node = only_document(text)
+    except TextError as failure:
+        line = None if failure.line is None else failure.line + 1
+        raise ConfigError(f"is {failure}", file=file, line=line) from None
+    if node is None:
+        return PluginConfig()
+    return _Reader(check_template, file).config(node)
 
 
 def template_text(document: Mapping[str, Any]) -> str:
-    """A memtierd configuration given as a mapping, as the text that memtierd reads.
+    """A memtierd configuration given as a mapping, as the text that memtierd reads: see `node_text`."""
+    node = only_document(_dump(dict(document)))
+    assert isinstance(node, yaml.MappingNode)
+    return node_text(node)
+
+
+def node_text(node: yaml.MappingNode) -> str:
+    """A mapping of a configuration file as the text of a file of its own, every value as it is written.
 
     `config:` of policies, routines, trackers and pid watchers is a string in memtierd's files: where the mapping
     has a mapping there, it becomes the text of it.
     """
+    return str(yaml.serialize(_plain(node), Dumper=_DUMPER))
 
-    def stringify(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {
-                key: _dump(stringify(inner)) if key == "config" and isinstance(inner, dict) else stringify(inner)
-                for key, inner in value.items()
-            }
-        if isinstance(value, list):
-            return [stringify(inner) for inner in value]
-        return value
 
-    return _dump(stringify(dict(document)))
+def _plain(node: yaml.Node) -> yaml.Node:
+    """A copy without aliases and merge keys, block style, inner configurations as text."""
+    if isinstance(node, yaml.SequenceNode):
+        return yaml.SequenceNode(node.tag, [_plain(item) for item in node.value], flow_style=False)
+    if isinstance(node, yaml.MappingNode):
+        pairs = []
+        for key, value in merged(node):
+            inner = _plain(value)
+            if isinstance(key, yaml.ScalarNode) and key.value == "config" and isinstance(inner, yaml.MappingNode):
+                text = str(yaml.serialize(inner, Dumper=_DUMPER))
+                inner = yaml.ScalarNode("tag:yaml.org,2002:str", text)
+            pairs.append((_plain(key), inner))
+        return yaml.MappingNode(node.tag, pairs, flow_style=False)
+    return yaml.ScalarNode(node.tag, node.value)
+
+
+def merged(node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The pairs of a mapping with those of its merge keys (`<<`): what stands here itself beats what is merged."""
+    own: list[tuple[yaml.Node, yaml.Node]] = []
+    others: list[tuple[yaml.Node, yaml.Node]] = []
+    for key, value in node.value:
+        if key.tag != "tag:yaml.org,2002:merge":
+            own.append((key, value))
+            continue
+        sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        for source in reversed(sources):  # of several, the first wins: the last pair of a key counts
+            if not isinstance(source, yaml.MappingNode):
+                raise ConfigError("is no mapping", key_path="<<", line=value.start_mark.line + 1, hint="use an alias")
+            others += merged(source)
+    here = {key.value for key, _ in own if isinstance(key, yaml.ScalarNode)}
+    last = {key.value: index for index, (key, _) in enumerate(others) if isinstance(key, yaml.ScalarNode)}
+    kept = [
+        (key, value)
+        for index, (key, value) in enumerate(others)
+        if not isinstance(key, yaml.ScalarNode) or (key.value not in here and last[key.value] == index)
+    ]
+    return kept + own
 
 
 def _dump(value: Any) -> str:
-    text: str = yaml.safe_dump(value, sort_keys=False, default_flow_style=False)
+    text: str = yaml.dump(value, Dumper=_DUMPER, sort_keys=False, default_flow_style=False)
     return text
 
 
 class _Reader:
     """Walks the YAML nodes, so that every complaint knows its line."""
 
-    def __init__(self, loader: yaml.SafeLoader, check_template: CheckTemplate, file: str | None) -> None:
-        self._loader = loader
+    def __init__(self, check_template: CheckTemplate, file: str | None) -> None:
         self._check_template = check_template
         self._file = file
+        self._end_s = time.monotonic() + TIME_MOST_S
+        self._fine: set[str] = set()
+        """Texts of templates that were checked: many classes may share one."""
 
     def config(self, node: yaml.Node) -> PluginConfig:
         if _is_null(node):
@@ -206,6 +281,8 @@ class _Reader:
         return tuple(classes)
 
     def _class(self, node: yaml.Node, path: str) -> WorkloadClass:
+        if time.monotonic() > self._end_s:
+            raise self._error(node, path, f"checking takes longer than {TIME_MOST_S:g} s", "use fewer classes")
         entries = self._mapping(node, path, _CLASS_KEYS)
         name = self._text(entries["name"], f"{path}.name") if "name" in entries else ""
         if not name:
@@ -224,7 +301,7 @@ class _Reader:
     def _template(self, node: yaml.Node, path: str) -> str | None:
         in_block = False
         if isinstance(node, yaml.MappingNode):
-            text = template_text(self._loader.construct_document(node))
+            text = node_text(node)
         elif isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str":
             text = node.value
             in_block = node.style == "|"
@@ -236,6 +313,8 @@ class _Reader:
             # A longer word that begins with a variable is replaced too, as in the reference.
             if not word.startswith((CGROUP_VARIABLE, STATS_VARIABLE)):
                 raise self._error(node, path, f"value {word}", f"use {CGROUP_VARIABLE} or {STATS_VARIABLE}")
+        if text in self._fine:
+            return text
         try:
             self._check_template(render(text, cgroup=EXAMPLE_CGROUP, stats=EXAMPLE_STATS))
         except ConfigError as error:
@@ -244,6 +323,7 @@ class _Reader:
                 line += error.line  # the text begins on the line below its `|`
             inner = f"{path}.{error.key_path}" if error.key_path else path
             raise ConfigError(error.message, key_path=inner, file=self._file, line=line, hint=error.hint) from None
+        self._fine.add(text)
         return text
 
     def _allowed(self, node: yaml.Node) -> tuple[str, ...]:
@@ -293,11 +373,17 @@ class _Reader:
     def _mapping(self, node: yaml.Node, path: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
         if not isinstance(node, yaml.MappingNode):
             raise self._error(node, path, f"is {_kind(node)}", f"use a mapping with {', '.join(known)}")
-        own = [id(key_node) for key_node, _ in node.value]
-        self._loader.flatten_mapping(node)  # merge keys: what is merged comes first, and is overridden
+        own = {id(key_node) for key_node, _ in node.value}
+        try:
+            pairs = merged(node)
+        except ConfigError as error:
+            where = f"{path}.{error.key_path}" if path else error.key_path
+            raise ConfigError(
+                error.message, key_path=where, file=self._file, line=error.line, hint=error.hint
+            ) from None
         entries: dict[str, yaml.Node] = {}
         written_here: set[str] = set()
-        for key_node, value in node.value:
+        for key_node, value in pairs:
             written = key_node.value if isinstance(key_node, yaml.ScalarNode) else _kind(key_node)
             key = written.lower()
             where = f"{path}.{written}" if path else written
@@ -329,7 +415,7 @@ class _Reader:
         if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:bool":
             value = repr(node.value) if isinstance(node, yaml.ScalarNode) else _kind(node)
             raise self._error(node, path, f"value {value}", "use true, false (not quoted), or leave it out")
-        return bool(self._loader.construct_yaml_bool(node))
+        return bool(yaml.SafeLoader.bool_values[node.value.lower()])
 
     def _error(self, node: yaml.Node, path: str, message: str, hint: str) -> ConfigError:
         return ConfigError(message, key_path=path or None, file=self._file, line=node.start_mark.line + 1, hint=hint)

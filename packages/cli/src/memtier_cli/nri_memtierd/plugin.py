@@ -18,17 +18,13 @@ from typing import Any, TypeVar, cast
 from loguru import logger
 
 from memtier_cli.nri_memtierd.classify import SUFFIX, ContainerRefused, Decision, OnUnknownClass, classify
-from memtier_cli.nri_memtierd.config import CheckTemplate, PluginConfig, load, load_file
+from memtier_cli.nri_memtierd.config import CheckTemplate, PluginConfig, load
 from memtier_cli.nri_memtierd.container_cgroup import CgroupNotFound, find_container_cgroup
 from memtier_cli.nri_memtierd.events import ContainerInfo, Listed, Reconfigured, Started, Stopped
 from memtier_cli.nri_memtierd.fleet import Fleet
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES
 from nri_core import Adjustment, Container, ContainerState, Plugin, Pod, Runtime, Update
-
-POLL_S = 2.0
-"""Time between looks at the configuration file."""
-
 
 LAG_CHECK_S = 0.25
 LATE_S = 0.5
@@ -229,53 +225,6 @@ class MemtierdPlugin(Plugin):
                 logger.info("{}: {} set after the fact", info, dict(update.resources.unified))
                 updates.append(update)
         return updates
-
-
-class ConfigFile:
-    """The configuration file, and whether it has changed: written again, or (a ConfigMap) its link switched."""
-
-    def __init__(self, path: Path, check_template: CheckTemplate) -> None:
-        self._path = path
-        self._check_template = check_template
-        self._seen: tuple[int, int, int] | None = None
-        self._text: bytes | None = None
-
-    def load(self) -> PluginConfig:
-        """Read it now. Raises: ConfigError."""
-        self._seen = self._identity()
-        self._text = self._content()
-        return load_file(self._path, self._check_template)
-
-    def changed(self) -> bool:
-        """Whether its content is another than at the last `load`; cheap as long as it is not."""
-        identity = self._identity()
-        if identity is None or identity == self._seen:  # absent for a moment while it is replaced
-            return False
-        self._seen = identity
-        return self._content() != self._text
-
-    def reload(self) -> PluginConfig | None:
-        """Read it; None, and a message, if it cannot be used."""
-        try:
-            config = self.load()
-        except ConfigError as error:
-            logger.error("the configuration in force stays, the new one cannot be used: {}", error)
-            return None
-        logger.info("configuration read from {}: {} classes", self._path, len(config.classes))
-        return config
-
-    def _identity(self) -> tuple[int, int, int] | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
-
-    def _content(self) -> bytes | None:
-        try:
-            return self._path.read_bytes()
-        except OSError:
-            return None
 
 
 def describe(pod: Pod, container: Container, *, started_now: bool = False) -> ContainerInfo:

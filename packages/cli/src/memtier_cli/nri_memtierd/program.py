@@ -9,16 +9,20 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtier_cli.flags import Flag, Parsed, UsageError
 from memtier_cli.front import read_flags
+from memtier_cli.nri_memtierd.orders import Orders
 
 if TYPE_CHECKING:
-    from memtier_cli.nri_memtierd.config import PluginConfig
+    from memtier_cli.logqueue import LogQueue
+    from memtier_cli.nri_memtierd.config import CheckTemplate, PluginConfig
+    from memtier_cli.nri_memtierd.config_file import ConfigFile
     from memtier_cli.nri_memtierd.fleet import Launcher
-    from memtier_cli.nri_memtierd.plugin import ConfigFile, MemtierdPlugin
+    from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
 
 SOCKET = "/var/run/nri/nri.sock"
 RUN_DIRECTORY = "/var/run/nri-memtierd"
@@ -44,26 +48,37 @@ _CHOICES = {
     "engine": ("in-process", "process"),
 }
 _INDEX = re.compile(r"[0-9]{2}", re.ASCII)
+LAST_WORDS_S = 1.0
+"""How long the end waits for whoever reads the log."""
+AGAIN_S = 1.0
 SWITCH_INTERVAL_S = 0.001
 """Engines' threads hand over to the hooks after at most this: the default of 5 ms adds up over several threads."""
 
 
-def main() -> int:
-    """Entry point of `nri-memtierd`; returns the exit status."""
+def main(orders: Orders | None = None) -> int:
+    """Run the program; returns the exit status. `orders`: what listens to signals already."""
+    if orders is None:
+        orders = Orders()
+        orders.listen()
     program = Path(sys.argv[0]).name
     flags = read_flags(program, FLAGS, lambda parsed: _check(parsed, program))
     if isinstance(flags, int):
         return flags
     index, name = identity(flags, program)
 
+    from memtier_cli.logqueue import LogQueue
     from memtier_engine.errors import MemtierError
     from nri_core import NriError
 
+    log = LogQueue(sys.stderr.fileno())
+    log.start()
     try:
-        return _serve(flags, index, name)
+        return _serve(flags, index, name, orders, log)
     except (MemtierError, NriError) as error:
-        print(f"nri-memtierd: {error}", file=sys.stderr)
+        _last_words(log, str(error), as_json=_as_json(flags))
         return 1
+    finally:
+        log.close(LAST_WORDS_S)
 
 
 def identity(flags: Parsed, program: str) -> tuple[str, str]:
@@ -100,79 +115,97 @@ def _check(flags: Parsed, program: str) -> None:
     identity(flags, program)
 
 
-def _serve(flags: Parsed, index: str, name: str) -> int:
+def _as_json(flags: Parsed) -> bool:
+    return flags.text("log-format") == "json"
+
+
+def _last_words(log: LogQueue, text: str, *, as_json: bool) -> None:
+    from loguru import logger
+
+    if as_json:
+        logger.error("{}", text)
+    else:
+        log.put(f"nri-memtierd: {text}\n")
+
+
+def _serve(flags: Parsed, index: str, name: str, orders: Orders, log: LogQueue) -> int:
     import asyncio
 
     from loguru import logger
 
-    from memtier_cli.logs import configure
+    from memtier_cli.logs import configure_daemon
     from memtier_cli.nri_memtierd import allocator
+    from memtier_cli.nri_memtierd.config_file import ConfigFile
     from memtier_cli.nri_memtierd.fleet import Fleet
-    from memtier_cli.nri_memtierd.launch.inprocess import check_template
-    from memtier_cli.nri_memtierd.plugin import ConfigFile, MemtierdPlugin
+    from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
     from memtier_cli.nri_memtierd.rundir import RunDirectory
 
     verbose = flags.boolean("v") or flags.boolean("vv")
-    configure(debug=verbose, trace=flags.boolean("vv"), as_json=flags.text("log-format") == "json")
+    configure_daemon(log, debug=verbose, trace=flags.boolean("vv"), as_json=_as_json(flags))
+    _check_identity(index, name)
+    check_template = _template_check(flags)
     file = ConfigFile(Path(flags.text("config")), check_template) if flags.text("config") else None
     config = file.load() if file else None  # everything is checked before anything is touched
     cgroup_root = _cgroup_root(flags.text("cgroups-dir"))
     run_directory = RunDirectory(Path(flags.text("run-dir", RUN_DIRECTORY)))
     run_directory.claim()
-    _warn_without_swap(config)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    allocator.settle()
-    on_unknown_class = "ignore" if flags.text("on-unknown-class") == "ignore" else "fail"
-    fleet = Fleet(
-        config,
-        run_directory,
-        _launcher(flags),
-        cgroup_root=cgroup_root,
-        on_unknown_class=on_unknown_class,  # type: ignore[arg-type]
-    )
-    adopt = not flags.boolean("no-adopt") and flags.booleans.get("adopt", True)
-    plugin = MemtierdPlugin(
-        fleet,
-        config=config,
-        cgroup_root=cgroup_root,
-        check_template=check_template,
-        on_unknown_class=on_unknown_class,  # type: ignore[arg-type]
-        adopt=adopt,
-    )
-    plugin.index, plugin.name = index, name
-    logger.info(
-        "{}-{}: {} classes, run directory {}", index, name, len(config.classes) if config else 0, run_directory.path
-    )
-    fleet.start()
     try:
-        asyncio.run(_run(plugin, file, flags.text("socket", SOCKET)))
+        _warn_without_swap(config)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        allocator.settle()
+        on_unknown_class = "ignore" if flags.text("on-unknown-class") == "ignore" else "fail"
+        fleet = Fleet(
+            config,
+            run_directory,
+            _launcher(flags),
+            cgroup_root=cgroup_root,
+            on_unknown_class=on_unknown_class,  # type: ignore[arg-type]
+        )
+        adopt = not flags.boolean("no-adopt") and flags.booleans.get("adopt", True)
+        plugin = MemtierdPlugin(
+            fleet,
+            config=config,
+            cgroup_root=cgroup_root,
+            check_template=check_template,
+            on_unknown_class=on_unknown_class,  # type: ignore[arg-type]
+            adopt=adopt,
+        )
+        plugin.index, plugin.name = index, name
+        classes = len(config.classes) if config else 0
+        logger.info("{}-{}: {} classes, run directory {}", index, name, classes, run_directory.path)
+        orders.hold()
+        fleet.start()
+        try:
+            asyncio.run(_run(plugin, file, flags.text("socket", SOCKET), orders))
+        finally:
+            orders.served()
+            if not fleet.stop():
+                logger.warning("an engine did not stop in time; the process ends without waiting for it")
     finally:
-        if not fleet.stop():
-            logger.warning("an engine did not stop in time; the process ends without waiting for it")
         run_directory.release()
     if plugin.fatal is not None:
         raise plugin.fatal
     return 0
 
 
-async def _run(plugin: MemtierdPlugin, file: ConfigFile | None, socket: str) -> None:
+async def _run(plugin: MemtierdPlugin, file: ConfigFile | None, socket: str, orders: Orders) -> None:
     """Serve until a signal says stop, or a pre-launched plugin's connection ends."""
     import asyncio
-    import signal
 
     from loguru import logger
 
+    from memtier_cli.nri_memtierd.config_file import ConfigWatch
     from nri_core import Stub
 
     stub = Stub(plugin, socket_path=socket)
+    watch = ConfigWatch(file, plugin.use)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stub.stop)
-    tasks = [asyncio.create_task(plugin.times.watch_loop())]
-    if file is not None:
-        tasks.append(asyncio.create_task(_watch(plugin, file)))
-    # Without a file there is nothing to read again; the default action would end the program.
-    loop.add_signal_handler(signal.SIGHUP, lambda: _reload(plugin, file))
+    # Not the loop's own handlers: when it ends it would take them away while engines are being stopped.
+    orders.serve(lambda: loop.call_soon_threadsafe(stub.stop), lambda: loop.call_soon_threadsafe(watch.ask))
+    tasks = [
+        asyncio.create_task(_kept("watching the event loop", plugin.times.watch_loop)),
+        asyncio.create_task(_kept("watching the configuration", watch.run)),
+    ]
     try:
         await stub.run()
     finally:
@@ -181,21 +214,38 @@ async def _run(plugin: MemtierdPlugin, file: ConfigFile | None, socket: str) -> 
         logger.info("{}", plugin.times)
 
 
-def _reload(plugin: MemtierdPlugin, file: ConfigFile | None) -> None:
-    config = file.reload() if file is not None else None
-    if config is not None:
-        plugin.use(config)
-
-
-async def _watch(plugin: MemtierdPlugin, file: ConfigFile) -> None:
+async def _kept(what: str, run: Callable[[], Awaitable[None]]) -> None:
+    """A task that is to run as long as the program: one that ends by a defect is told and started again."""
     import asyncio
 
-    from memtier_cli.nri_memtierd.plugin import POLL_S
+    from loguru import logger
 
     while True:
-        await asyncio.sleep(POLL_S)
-        if file.changed():
-            _reload(plugin, file)
+        try:
+            await run()
+        except Exception:
+            logger.exception("{} failed: it is started again", what)
+        await asyncio.sleep(AGAIN_S)
+
+
+def _check_identity(index: str, name: str) -> None:
+    """Raise LocalProtocolError for a name that no runtime takes: before anything is touched."""
+    from nri_core import Plugin
+    from nri_core.plugin import identity as checked
+
+    plugin = Plugin()
+    plugin.index, plugin.name = index, name
+    checked(plugin)
+
+
+def _template_check(flags: Parsed) -> CheckTemplate:
+    if flags.text("engine") == "process":
+        from memtier_cli.nri_memtierd.launch.process import check_template as check_for_process
+
+        return check_for_process
+    from memtier_cli.nri_memtierd.launch.inprocess import check_template
+
+    return check_template
 
 
 def _launcher(flags: Parsed) -> Launcher:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from memtier_engine.config.keys import COMPONENTS, Key
+from memtier_engine.config.nodes import TextError, first_document
 from memtier_engine.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
@@ -35,6 +36,8 @@ _STRING_OR_TAB = re.compile(r'"(?:\\.|[^"\\])*"|\t')
 """JSON may be indented with tabs, YAML may not."""
 _DEPTH_MOST = 100
 _SECTIONS_MOST = 10_000
+_CHARACTERS_MOST = 8 << 20
+"""With the texts within the text, each as often as it is read."""
 _SHOWN_MOST = 60
 """Longer values are cut in errors."""
 _DIGITS_MOST = 1000
@@ -42,10 +45,11 @@ _DIGITS_MOST = 1000
 
 
 class Work:
-    """Mappings decoded of one file: aliases can make endlessly many out of a few lines."""
+    """Mappings decoded and text read of one file: aliases can make endlessly many out of a few lines."""
 
     def __init__(self) -> None:
         self.sections = 0
+        self.characters = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +366,7 @@ def _scalar(node: yaml.Node) -> object:
     kind = node.tag.removeprefix(_TAG)
     if kind == "bool":
         return yaml.SafeLoader.bool_values.get(node.value.lower(), node.value)
-    if kind in ("int", "float") or node.style is None:  # quoted text is never a number
+    if kind in ("int", "float") or not node.style:  # quoted text is never a number
         number = _number(node.value)
         return node.value if number is None else number
     return node.value
@@ -395,25 +399,19 @@ def compose(text: str, place: Place, path: str) -> yaml.MappingNode | None:
     Raises:
         ConfigError: it is no YAML, or no mapping.
     """
-    loader = None
+    place.work.characters += len(text)
+    if place.work.characters > _CHARACTERS_MOST:
+        raise ConfigError(f"more than {_CHARACTERS_MOST} characters", key_path=path or None, file=place.file)
     try:
-        loader = yaml.SafeLoader(text)
-        if not loader.check_node():
-            return None
-        node = loader.get_node()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = None if mark is None else place.first_line + mark.line
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"not YAML: {problem}", key_path=path or None, file=place.file, line=line) from None
-    except RecursionError:
-        raise ConfigError("is nested too deeply", key_path=path or None, file=place.file) from None
-    finally:
-        if loader is not None:
-            loader.dispose()
+        node = first_document(text)
+    except TextError as failure:
+        line = None if failure.line is None else place.first_line + failure.line
+        message = str(failure) if str(failure).startswith("not YAML") else f"is {failure}"
+        raise ConfigError(message, key_path=path or None, file=place.file, line=line) from None
+    if node is None:
+        return None
     if isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}null":
         return yaml.MappingNode(f"{_TAG}map", [], node.start_mark, node.end_mark)
     if not isinstance(node, yaml.MappingNode):
-        assert node is not None  # there is a document
         raise place.error(node, path, f"is {_KINDS.get(node.tag.removeprefix(_TAG), 'a value')}", "use a mapping")
     return node

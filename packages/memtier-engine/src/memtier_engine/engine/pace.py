@@ -69,12 +69,12 @@ class ScanBudget:
             told, self._told = self._told, factor
             if factor < _TELL_FROM:
                 if told >= _TELL_FROM:
-                    logger.info("scans are back at their configured intervals")
+                    logger.bind(node="scans").info("scans are back at their configured intervals")
                     self._told = 1.0
                 else:
                     self._told = told
             elif not told / 1.5 < factor < told * 1.5 or told < _TELL_FROM:
-                logger.warning(
+                logger.bind(node="scans").warning(
                     "scans would take {:.1%} of a core, {:.1%} are allowed: intervals are {:.2g} times as long",
                     factor * self.cpu_share,
                     self.cpu_share,

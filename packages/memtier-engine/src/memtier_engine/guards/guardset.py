@@ -112,6 +112,8 @@ class GuardSet:
         """The last one."""
         self._context = Context()
         self._checked_s: float | None = None
+        self._of_node: frozenset[str] = frozenset()
+        """Guards that all engines of the node find alike."""
 
     def check(self, now_s: float, context: Context | None = None) -> Verdict:
         """Read what is due and decide. Cheap: may be called before every batch.
@@ -123,6 +125,7 @@ class GuardSet:
         self._checked_s = now_s
         self._context = context = context or self._context
         readings = dict(self._node.read(now_s))
+        self._of_node = frozenset(readings)
         readings.update(self._cgroup.read(now_s))
         idle_disk = readings["swap-writes"].missing
         if idle_disk in (IN_RAM, NO_SWAP):
@@ -196,10 +199,12 @@ class GuardSet:
     def _tell(self, verdict: Verdict) -> None:
         before = {state.name: state.open for state in self.verdict.states}
         for state in verdict.states:
+            of_node = state.name in self._of_node
+            log = logger.bind(node=f"guard {state.name}", state=state.open) if of_node else logger
             if not state.open and before.get(state.name, True):
-                logger.info("guard {} closed: {}", state.name, state.reason)
+                log.info("guard {} closed: {}", state.name, state.reason)
             elif state.open and not before.get(state.name, True):
-                logger.info("guard {} opened", state.name)
+                log.info("guard {} opened", state.name)
 
 
 def first_bytes(spans: Spans, limit_bytes: int) -> Spans:

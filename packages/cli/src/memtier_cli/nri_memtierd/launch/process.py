@@ -16,12 +16,18 @@ from loguru import logger
 from memtier_cli.nri_memtierd.config import PluginConfig
 from memtier_cli.nri_memtierd.fleet import Job
 from memtier_cli.nri_memtierd.rundir import CONFIG_NAME, OUTPUT_NAME, PID_NAME, ContainerDirectory, RunDirectory
+from memtier_engine.config.files import parse
 from memtier_engine.errors import MemtierError
 
 PROGRAM = "memtierd"
 _ARGUMENTS = ("-c", "", "-config")
 TERMINATE_S = 2.0
 """A process that was asked to end has this long."""
+
+
+def check_template(text: str) -> None:
+    """Whether memtierd takes a template with values in it: all that it does, programs too. Raises: ConfigError."""
+    parse(text)
 
 
 class LaunchError(MemtierError):

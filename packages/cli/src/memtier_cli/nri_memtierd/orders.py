@@ -1,0 +1,78 @@
+"""What signals ask of nri-memtierd, from its first line to its last: SIGTERM and SIGINT to end, SIGHUP to reload.
+
+Imports nothing that takes time: until `listen` the kernel's default holds, which ends the program.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+class EndedAtStart(BaseException):
+    """Told to end before it served: raised in the main thread, out of whatever that waits for."""
+
+
+class Orders:
+    """The signals of the program. One for the process, in the main thread."""
+
+    def __init__(self) -> None:
+        self.end = False
+        """Somebody asked to end."""
+        self._reload = False
+        self._on_end: Callable[[], object] | None = None
+        self._on_reload: Callable[[], object] | None = None
+        self._starting = False
+
+    def listen(self) -> None:
+        """From now on no signal ends the process by itself. A SIGHUP that is ignored, as nohup does, stays so."""
+        self._starting = True
+        for number in (*ENDING, signal.SIGHUP):
+            if number in ENDING or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def serve(self, on_end: Callable[[], object], on_reload: Callable[[], object]) -> None:
+        """The program serves: tell it from now on, also of what came before.
+
+        Both are called in the main thread between any two of its steps: they only tell an event loop.
+        """
+        self._on_end, self._on_reload = on_end, on_reload
+        self._starting = False
+        if self._reload:
+            on_reload()
+        if self.end:
+            on_end()
+
+    def hold(self) -> None:
+        """The start is over: an order waits until somebody serves, instead of breaking off what is being done."""
+        self.check()
+        self._starting = False
+
+    def served(self) -> None:
+        """The event loop has ended: nobody is told any more."""
+        self._on_end = self._on_reload = None
+
+    def check(self) -> None:
+        """Raise EndedAtStart if that was asked for, and got lost in code that swallows every exception."""
+        if self.end and self._starting:
+            raise EndedAtStart
+
+    def close(self) -> None:
+        """The last step: nothing but SIGKILL disturbs the interpreter on its way out."""
+        for number in (*ENDING, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._reload = True
+            if self._on_reload is not None:
+                self._on_reload()
+            return
+        first, self.end = not self.end, True
+        if self._on_end is not None:
+            self._on_end()
+        elif self._starting and first:
+            raise EndedAtStart

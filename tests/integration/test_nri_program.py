@@ -1,0 +1,235 @@
+"""The program nri-memtierd as administrators treat it: signals at any time, logs that nobody reads, odd files."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nri_core import Container, Pod
+from nri_core.testing import FakeRuntime
+
+PROGRAM = (sys.executable, "-c", "import sys; from memtier_cli.nri_memtierd.start import main; sys.exit(main())")
+CLASS = "class.memtierd.nri.io"
+POD = Pod("p1", "web-7f8c9d6b5-abcde", "default", annotations={CLASS: "swap"})
+
+
+class Program:
+    """One run. What it writes is in `log`, or in `pipe` if that was asked for."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        (base / "cg").mkdir()
+        (base / "cg" / "cgroup.procs").write_text("")
+        self.config = base / "c.yaml"
+        self.config.write_text("classes:\n- name: swap\n  allowswap: true\n")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(
+        self, *more: str, stderr: int | None = None, program: tuple[str, ...] = PROGRAM
+    ) -> subprocess.Popen[bytes]:
+        arguments = [
+            "-idx", "45", "-name", "nri-memtierd", "-config", str(self.config), "-run-dir", str(self.base / "run"),
+            "-cgroups-dir", str(self.base / "cg"), "-socket", str(self.base / "nri.sock"), *more,
+        ]  # fmt: skip
+        with (self.base / "log").open("ab") as log:
+            self.process = subprocess.Popen([*program, *arguments], stderr=log if stderr is None else stderr)
+        return self.process
+
+    @property
+    def log(self) -> str:
+        return (self.base / "log").read_text()
+
+    def until(self, text: str) -> None:
+        deadline = time.monotonic() + 60
+        while text not in self.log:
+            assert time.monotonic() < deadline, self.log
+            assert self.process is not None
+            assert self.process.poll() is None, self.log
+            time.sleep(0.05)
+
+    def end(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    made = Program(tmp_path)
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.process.kill()
+        made.process.wait()
+
+
+SLOW_START = """
+import sys, time, builtins
+real = builtins.__import__
+def slow(name, *rest):
+    if name == {module!r} and not slow.told:
+        slow.told = True
+        print("importing", file=sys.stderr, flush=True)
+        time.sleep({seconds})
+    return real(name, *rest)
+slow.told = False
+builtins.__import__ = slow
+from memtier_cli.nri_memtierd.start import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["memtier_cli.nri_memtierd.program", "asyncio", "memtier_cli.nri_memtierd.fleet"])
+def test_told_to_end_while_it_starts_it_ends_well(program: Program, module: str) -> None:
+    """At any point: signals are heard before anything is imported."""
+    program.start(program=(sys.executable, "-c", SLOW_START.format(module=module, seconds=60)))
+    program.until("importing")
+    assert program.end() == 0
+    assert "Traceback" not in program.log
+
+
+@pytest.mark.parametrize("module", ["memtier_cli.nri_memtierd.program", "memtier_cli.nri_memtierd.fleet"])
+def test_a_hangup_while_it_starts_does_not_end_it(program: Program, module: str) -> None:
+    process = program.start(program=(sys.executable, "-c", SLOW_START.format(module=module, seconds=0.5)))
+    program.until("importing")
+    process.send_signal(signal.SIGHUP)
+    program.until("configuration read from")  # it is done once it serves
+    assert program.end() == 0
+
+
+def test_a_storm_of_signals_ends_with_one_orderly_end(program: Program) -> None:
+    process = program.start()
+    program.until("trying again")
+    for _ in range(500):
+        process.send_signal(signal.SIGHUP)
+    program.until("configuration read from")
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        process.send_signal(number)
+    assert process.wait(60) == 0
+    assert "Traceback" not in program.log
+
+
+@contextmanager
+def full_pipe() -> Iterator[int]:
+    """A pipe that nobody reads and that holds nothing more."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    try:
+        while True:
+            os.write(write, b"." * 4096)
+    except BlockingIOError:
+        os.set_blocking(write, True)
+    try:
+        yield write
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_a_log_that_nobody_reads_holds_nothing_up(program: Program) -> None:
+    """Hooks are answered, the configuration is read, and SIGTERM ends it."""
+
+    async def body(stderr: int) -> None:
+        async with FakeRuntime(program.base / "nri.sock") as runtime:
+            process = program.start("-vv", stderr=stderr)
+            connection = await runtime.connected(60)
+            for number in range(300):
+                answer = await connection.create_container(POD, Container(f"c{number}", "p1", "app"))
+                assert dict(answer.adjust.linux.resources.unified) == {"memory.swap.max": "max"}
+            connection.close()
+            connection = await runtime.connected(60)
+            await connection.create_container(POD, Container("c", "p1", "app"))
+            process.terminate()
+            assert await asyncio.to_thread(process.wait, 60) == 0
+
+    with full_pipe() as stderr:
+        asyncio.run(body(stderr))
+
+
+def test_an_error_at_start_with_a_log_that_nobody_reads_still_ends_it(program: Program) -> None:
+    program.config.write_text("klasses: []")
+    with full_pipe() as stderr:
+        assert program.start(stderr=stderr).wait(60) == 1
+
+
+def test_what_is_wrong_with_the_configuration_is_said_and_outlived(program: Program) -> None:
+    program.start()
+    program.until("trying again")
+    for count, text in enumerate(("classes:\n- name: a\n  memtierdconfig: {policy: {name: 2024-99-99}}\n", "", "[")):
+        (program.base / "new").write_text(text)
+        (program.base / "new").rename(program.config)
+        program.until("the configuration in force stays")
+        deadline = time.monotonic() + 60
+        while program.log.count("the configuration in force stays") <= count and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert program.log.count("the configuration in force stays") == 3
+    program.config.write_text("classes: [{name: x}, {name: y}]")
+    program.until("2 classes")
+    assert program.end() == 0
+    assert "Traceback" not in program.log
+
+
+@pytest.mark.parametrize("how", ["fifo", "directory", "missing", "value"])
+def test_a_configuration_that_cannot_be_used_at_start_is_one_line(program: Program, how: str) -> None:
+    program.config.unlink()
+    if how == "fifo":
+        os.mkfifo(program.config)
+    elif how == "directory":
+        program.config.mkdir()
+    elif how == "value":
+        program.config.write_text("classes:\n- name: a\n  memtierdconfig: {policy: {name: 2024-99-99}}\n")
+    assert program.start().wait(60) == 1
+    assert program.log.startswith("nri-memtierd: ")
+    assert program.log.count("\n") == 1
+    assert not (program.base / "run").exists(), "nothing was touched"
+
+
+def test_a_name_that_no_runtime_takes_is_one_line_and_nothing_is_touched(program: Program) -> None:
+    assert program.start("-name", "a b").wait(60) == 1
+    assert program.log.count("\n") == 1
+    assert not (program.base / "run").exists()
+
+
+def test_the_log_can_be_read_by_machines(program: Program) -> None:
+    program.start("-log-format", "json")
+    program.until("trying again")
+    assert program.end() == 0
+    for line in program.log.splitlines():
+        found = json.loads(line)
+        assert {"time", "level", "message"} <= found.keys()
+        assert not any(isinstance(value, (dict, list)) for value in found.values())
+
+
+def test_templates_for_processes_may_run_programs(program: Program) -> None:
+    """--engine=process starts a whole memtierd per container: it is checked for what that can do."""
+    program.config.write_text(
+        """
+classes:
+- name: a
+  memtierdconfig: |
+    allowprograms: true
+    policy:
+      name: age
+      config:
+        intervalms: 10000
+        tracker: {name: refs, config: {scanintervalms: 10000}}
+        pidwatcher: {name: cgroups, config: {cgroups: [$CGROUP2_ABS_PATH]}}
+    routines:
+    - name: statactions
+      config: {intervalms: 60000, intervalcommand: [sh, -c, date], intervalcommandrunner: exec}
+"""
+    )
+    assert program.start().wait(60) == 1
+    assert "supported here" in program.log
+    program.start("-engine", "process")
+    program.until("trying again")
+    assert program.end() == 0
