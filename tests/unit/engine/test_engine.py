@@ -241,6 +241,7 @@ def test_a_target_that_tells_wakes_the_engine_between_scans(scene: Scene) -> Non
     assert heard.appeared_pids == [PROCESS.pid]
 
     other = ProcessId(4243, 9)
+    scene.map_pages(other, PAGES)
     target.tell(other)
     assert woken == [0.0]
     report, _ = engine.advance(0.05)

@@ -5,7 +5,6 @@ paging it out of one frees nothing, for the others still map it. Only pagemap te
 only), in 7 ms per GiB, so only processes that have a relative among those tracked are asked, once a minute.
 
 Relatives by fork(2) without exec(2) have code and stack at the same addresses, which are random for everybody else.
-Source: proc_pid_stat(5), fields 26 and 28; 0 without the right to ptrace the process.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from numpy.typing import NDArray
 
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.handles import OpenProcesses
-from memtier_engine.hostfs.maps import NO_LAYOUT, Layout, layout_of
 from memtier_engine.hostfs.pagemap import Pagemap, exclusive, is_file, present
-from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U64, ProcessId, Spans, Why
+from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U64, Spans, Why
 from memtier_engine.pages.ages import true_runs
 from memtier_engine.pages.space import AddressSpace
 
@@ -35,8 +33,6 @@ class Families:
 
     def __init__(self, files: OpenProcesses) -> None:
         self._files = files
-        self._layouts: dict[ProcessId, Layout] = {}
-        self._asked_s = -np.inf
 
     def count(self, spaces: Iterable[AddressSpace], now_s: float) -> None:
         """Look at those whose turn it is; `shared_bytes`, `sharers` and what `kept` says of them are new then."""
@@ -45,13 +41,10 @@ class Families:
             for space in found:
                 _alone(space)
             return
-        if now_s - self._asked_s >= EVERY_S:  # an exec gives a process another layout
-            self._layouts.clear()
-            self._asked_s = now_s
-        families = self._families(found)
+        families = Counter(space.layout for space in found)
         left = PAGES_A_ROUND
         for space in sorted(found, key=lambda each: each.shared_s):
-            size = 1 if space.family == NO_LAYOUT else families[space.family]
+            size = families[space.layout] if space.layout else 1
             if size < 2:
                 _alone(space)
             elif now_s - space.shared_s >= EVERY_S and left > 0:
@@ -61,24 +54,6 @@ class Families:
                     self._look(space)
                 except KernelCallError:  # it exits: the next scan will say so
                     _alone(space)
-
-    def _families(self, spaces: list[AddressSpace]) -> Counter[Layout]:
-        """How many there are of each layout."""
-        for process in self._layouts.keys() - {space.process for space in spaces}:
-            del self._layouts[process]
-        for space in spaces:
-            known = self._layouts.get(space.process)
-            if known is None:
-                known = self._layouts[space.process] = self._layout(space.process)
-            space.family = known
-        return Counter(space.family for space in spaces)
-
-    def _layout(self, process: ProcessId) -> Layout:
-        try:
-            with self._files.of(process) as files:
-                return layout_of(files.read("stat"), process.pid)
-        except KernelCallError:
-            return NO_LAYOUT
 
     def _look(self, space: AddressSpace) -> None:
         own = space.pages
@@ -111,12 +86,12 @@ def _alone(space: AddressSpace) -> None:
 
 def histogram_of(spaces: Iterable[AddressSpace]) -> NDArray[np.int64]:
     """int64[256]: pages of each age in all spaces; what the members of a family share is counted once."""
-    tells: dict[Layout, AddressSpace] = {}
+    tells: dict[bytes, AddressSpace] = {}
     for space in spaces:
-        if space.shared_bytes and space.shared_bytes > getattr(tells.get(space.family), "shared_bytes", 0):
-            tells[space.family] = space
+        if space.shared_bytes and space.shared_bytes > getattr(tells.get(space.layout), "shared_bytes", 0):
+            tells[space.layout] = space
     counts = np.zeros(256, np.int64)
     for space in spaces:
-        once = space.shared_bytes and tells.get(space.family) is not space
+        once = space.shared_bytes and tells.get(space.layout) is not space
         counts += space.pages.histogram(leave=(Why.SHARED,) if once else None)
     return counts

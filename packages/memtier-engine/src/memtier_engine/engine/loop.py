@@ -20,6 +20,7 @@ from memtier_engine.clock import Clock, SystemClock
 from memtier_engine.engine.asleep import AsleepWatch
 from memtier_engine.engine.families import Families, histogram_of
 from memtier_engine.engine.following import Following
+from memtier_engine.engine.membership import Membership
 from memtier_engine.engine.pace import Pace
 from memtier_engine.engine.probing import Probing
 from memtier_engine.engine.report import StepReport
@@ -30,6 +31,7 @@ from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import Context, GuardSet
 from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.observers import Observers
 from memtier_engine.hostfs.privileges import TRACKERS, named
 from memtier_engine.hostfs.proc import meminfo
 from memtier_engine.model import (
@@ -134,6 +136,10 @@ class Engine:
         self._swap_ins = SwapInWatch(self.host) if self.config.count_swap_ins else None
         self.files = OpenProcesses(self.host)
         self.spaces = Spaces(self._new_pages)
+        # A tracker that clears no accessed bits may look on beside another one.
+        blinds = getattr(self.tracker, "clears_accessed_bits", True)
+        observing = Observers(self.host) if blinds else None
+        self._membership = Membership(self.host, self.spaces, self._note, observers=observing)
         self._families = Families(self.files)
         self.age_clock = AgeClock()
         self._asleep = AsleepWatch(self.tracker)
@@ -312,6 +318,7 @@ class Engine:
             self.target.close()
         self.mover.close()
         self.files.close()
+        self._membership.close()
         self.guards.close()
         if self.pace is not None:
             self.pace.close()
@@ -323,12 +330,13 @@ class Engine:
     def _follow(self, now_s: float) -> None:
         """Poll the target."""
         appeared, gone = self.following.ask(self.target, self.spaces, now_s)
-        _, ended = self.spaces.follow([process] for process in self.following.wanted)
+        ended = self._membership.follow(self.following.wanted)
         for space in ended:
             self._forget(space)
         for process in gone.difference(*(space.members for space in ended)):
             self._let_go(process)
         self.tracker.watch(self.spaces.processes)
+        self._scanner.retain(self.spaces.processes)
         for observer in self.observers:
             for process in appeared:
                 observer.appeared(process)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from memtier_engine.errors import Unavailable
 from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.held import held, whole_most
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.maps import parse_mappings
+from memtier_engine.hostfs.maps import MappingsCache
 from memtier_engine.hostfs.proc import parse_smaps
-from memtier_engine.model import PAGE_BYTES, U8, Spans, Tracker
+from memtier_engine.model import PAGE_BYTES, U8, ProcessId, Spans, Tracker
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock
 from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.pages.space import AddressSpace
@@ -49,8 +49,13 @@ class Scanner:
         self._clock = age_clock
         self._observers = observers
         self._halted = halted
+        self._mappings = MappingsCache()
         self._finds_holes = True
         """Whether the kernel has PAGEMAP_SCAN, as far as is known."""
+
+    def retain(self, processes: Collection[ProcessId]) -> None:
+        """Nothing is remembered of others."""
+        self._mappings.retain(processes)
 
     def scan(self, space: AddressSpace, table: U8) -> int:
         """Look at all of it. Returns the pages that had been paged out and came back.
@@ -91,7 +96,7 @@ class Scanner:
         """What to look at: what can be tiered, is meant by the target, and holds something."""
         process = space.process
         with self._files.of(process) as files:
-            spans = parse_mappings(files.read("maps")).tierable()
+            spans = self._mappings.parse(process, files.read("maps")).tierable()
             if isinstance(self._target, RestrictingTarget):
                 spans = self._target.restrict(process, spans)
             if spans.total_bytes <= whole_most(space.known_bytes):

@@ -19,7 +19,6 @@ from memtier_engine.model import U8, U64, Bools, ProcessId, Spans
 
 _THREADS_FIELD = 20
 _START_TICKS_FIELD = 22
-_CODE_FIELD, _STACK_FIELD = 26, 28
 _DEAD = (b"Z", b"X")
 _NEWLINE, _BLANK, _DASH = b"\n -"
 _PAD = 32
@@ -321,20 +320,6 @@ def start_ticks_of(stat: bytes, pid: int) -> int:
     if has_exited(fields):
         raise ProcessGone(f"process {pid} exited", errno.ESRCH)
     return int(fields[_START_TICKS_FIELD - 3])
-
-
-Layout = tuple[int, int]
-"""(address of the code, address of the stack) of a process."""
-NO_LAYOUT: Layout = (0, 0)
-"""Not to be seen, for lack of rights."""
-
-
-def layout_of(stat: bytes, pid: int) -> Layout:
-    """Where code and stack are, from the text of /proc/PID/stat."""
-    fields = _fields_of(stat, pid)
-    if len(fields) <= _STACK_FIELD - 3:
-        return NO_LAYOUT
-    return int(fields[_CODE_FIELD - 3]), int(fields[_STACK_FIELD - 3])
 
 
 def process_id(host: Host, pid: int) -> ProcessId:

@@ -56,8 +56,8 @@ class AddressSpace:
     """In RAM, and shared with other processes of its family; see `engine.families`."""
     sharers: int = 1
     """Processes of its family that are tracked."""
-    family: tuple[int, int] = (0, 0)
-    """Where its code and stack are: the same for all of a family."""
+    layout: bytes = b""
+    """Where its program, stack and arguments are: the same for all of a family, random for others. Empty: not known."""
     shared_s: float = -math.inf
     """When it was last asked what it shares."""
     told: dict[Why, int] = field(default_factory=dict)
@@ -141,7 +141,7 @@ class Spaces:
         for group in groups:
             members = frozenset(group)
             space = next((of_member[member] for member in members if member in of_member), None)
-            if space is None or id(space) in kept:
+            if space is None or id(space) in kept:  # two that part: the second begins anew
                 process = min(members, key=lambda member: (member.start_ticks, member.pid))
                 space = AddressSpace(process, members, self._make_pages(process))
             elif space.process not in members:

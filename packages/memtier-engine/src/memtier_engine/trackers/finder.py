@@ -34,6 +34,7 @@ class FinderTracker:
 
     name = "finder"
     page_exact = True
+    clears_accessed_bits = False
 
     def __init__(self, host: Host, config: FinderConfig | None = None) -> None:
         self._host = host

@@ -13,6 +13,7 @@ class StubTracker:
 
     name = "stub"
     page_exact = True
+    clears_accessed_bits = False
 
     def __init__(self, host: Host) -> None:
         """`host` is not looked at."""

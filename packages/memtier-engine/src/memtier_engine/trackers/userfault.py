@@ -35,6 +35,7 @@ class UserfaultTracker:
 
     name = "userfault"
     page_exact = True
+    clears_accessed_bits = False
 
     def __init__(self, host: Host) -> None:
         """Raises KernelCallError where the kernel or a sysctl does not allow it."""

@@ -1,0 +1,83 @@
+"""Processes that a target means in, address spaces to work on out: who shares one, and who may observe it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.mm import AddressSpaces, MmGroup
+from memtier_engine.hostfs.observers import Claim, Holder, Observers
+from memtier_engine.model import ProcessId
+from memtier_engine.pages.space import AddressSpace, Spaces
+
+
+class Membership:
+    """One per engine."""
+
+    def __init__(self, host: Host, spaces: Spaces, note: Callable[[str], None], *, observers: Observers | None) -> None:
+        """Set up.
+
+        Args:
+            host: the machine.
+            spaces: what is to be kept up to date.
+            note: told, once a process, who observes it already.
+            observers: where claims are made; None: this engine blinds nobody, so it needs none.
+        """
+        self._groups = AddressSpaces(host)
+        self._spaces = spaces
+        self._note = note
+        self._observers = observers
+        self._claims: dict[ProcessId, Claim] = {}
+        self._told: set[ProcessId] = set()
+
+    def follow(self, processes: Collection[ProcessId]) -> list[AddressSpace]:
+        """From now on these are to be worked on. Returns the spaces that are gone.
+
+        One that somebody else observes is left out, and asked for again at each call: its observer may end.
+        """
+        groups = list(self._ours(self._groups.groups(processes)))
+        _, gone = self._spaces.follow(group.processes for group in groups)
+        here = {process for group in groups for process in group.processes}
+        for process in self._claims.keys() - here:
+            self._claims.pop(process).release()
+        self._told &= set(processes)
+        for group in groups:
+            space = self._spaces.get(group.processes[0])
+            if space is not None:
+                space.layout = group.layout
+        return gone
+
+    def close(self) -> None:
+        """Others may observe them. Safe to call twice."""
+        for claim in self._claims.values():
+            claim.release()
+        self._claims.clear()
+        if self._observers is not None:
+            self._observers.close()
+
+    def _ours(self, groups: list[MmGroup]) -> Iterator[MmGroup]:
+        for group in groups:
+            holder = self._claim(group)
+            if holder is None:
+                yield group
+                continue
+            for process in group.processes:
+                claim = self._claims.pop(process, None)
+                if claim is not None:
+                    claim.release()
+            if holder.process not in self._told:
+                self._told.add(holder.process)
+                self._note(f"{holder}: it is left alone, since two observers blind each other")
+
+    def _claim(self, group: MmGroup) -> Holder | None:
+        """None: all of it is ours."""
+        if self._observers is None:
+            return None
+        for process in group.processes:
+            if process in self._claims:
+                continue
+            taken = self._observers.claim(process)
+            if isinstance(taken, Holder):
+                return taken
+            self._claims[process] = taken
+        return None
