@@ -43,7 +43,8 @@ class Scanner:
         self._host = host
         self._files = files
         self._tracker = tracker
-        self._target = target
+        # Asked once: a look at a protocol's attributes takes 10 us, and there may be a thousand processes.
+        self._restrict = target.restrict if isinstance(target, RestrictingTarget) else None
         self._policy = policy
         self._refaults = refaults
         self._clock = age_clock
@@ -97,8 +98,8 @@ class Scanner:
         process = space.process
         with self._files.of(process) as files:
             spans = self._mappings.parse(process, files.read("maps")).tierable()
-            if isinstance(self._target, RestrictingTarget):
-                spans = self._target.restrict(process, spans)
+            if self._restrict is not None:
+                spans = self._restrict(process, spans)
             if spans.total_bytes <= whole_most(space.known_bytes):
                 space.left_out = Spans.empty()
                 return spans
