@@ -22,16 +22,19 @@ from memtier_engine.abi import syscalls
 from memtier_engine.closing import Closing
 from memtier_engine.errors import KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.maps import start_ticks_of
+from memtier_engine.hostfs.maps import live_thread, start_ticks_of
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import ProcessId
 
+_OF_MEMORY = frozenset({"maps", "smaps", "smaps_rollup", "numa_maps", "pagemap", "clear_refs", "mem"})
+"""Files that say nothing once the first thread has ended; another thread's say it."""
 FILES_EACH = 3
 """The directory, the pidfd and pagemap."""
 SHARE_OF_LIMIT = 0.5
 """Of the files that this process may have open; the others are for everybody else in it."""
 KEPT_LEAST, KEPT_MOST = 16, 1024
-_READ_BYTES = 1 << 18
+_READ_BYTES = 1 << 12
+"""More than the kernel gives at once of what it writes as text: a page. Source: fs/seq_file.c, seq_read_iter."""
 
 
 class ProcessFiles(Closing):
@@ -47,6 +50,8 @@ class ProcessFiles(Closing):
         self._host = host
         self._pidfd = -1
         self._pagemap: Pagemap | None = None
+        self._thread: int | None = None
+        """Whose files of memory to take, when the first thread has ended: see `maps.leader_ended`."""
         self._directory = host.open(host.proc(process.pid), os.O_RDONLY | os.O_DIRECTORY)
         try:
             if start_ticks_of(self.read("stat"), process.pid) != process.start_ticks:
@@ -63,12 +68,33 @@ class ProcessFiles(Closing):
             AccessDenied, KernelCallError: what the kernel said.
         """
         try:
-            return os.open(name, flags | os.O_CLOEXEC, dir_fd=self._directory)
+            return self._open(name, flags)
         except OSError as error:
+            # ESRCH: the first thread, or the one that we went by since it ended, has no memory any more.
+            if name in _OF_MEMORY and error.errno in (errno.ESRCH, errno.ENOENT) and self._find_thread():
+                try:
+                    return self._open(name, flags)
+                except OSError as again:
+                    error = again
             raise self._error(name, error, "open") from None
+
+    def _open(self, name: str, flags: int) -> int:
+        where = f"task/{self._thread}/{name}" if self._thread is not None and name in _OF_MEMORY else name
+        return os.open(where, flags | os.O_CLOEXEC, dir_fd=self._directory)
+
+    def _find_thread(self) -> bool:
+        """Whether another thread than before has the memory now."""
+        before, self._thread = self._thread, live_thread(self._host, self.process.pid)
+        return self._thread != before and self._thread is not None
 
     def read(self, name: str) -> bytes:
         """The whole file; errors as `open`."""
+        text = self._read(name)
+        if not text and name in _OF_MEMORY and self._find_thread():  # such maps can be opened, and are empty
+            return self._read(name)
+        return text
+
+    def _read(self, name: str) -> bytes:
         fd = self.open(name)
         try:
             parts = []
@@ -82,6 +108,8 @@ class ProcessFiles(Closing):
 
     def write(self, name: str, text: str) -> None:
         """Write in one write(2), as kernel files want it; errors as `open`."""
+        if name in _OF_MEMORY and self._thread is None:
+            self._find_thread()  # clear_refs of an ended first thread takes everything, and does nothing
         fd = self.open(name, os.O_WRONLY)
         try:
             os.write(fd, text.encode())
@@ -119,6 +147,11 @@ class ProcessFiles(Closing):
     def check(self) -> None:
         """Raises ProcessGone if it exited: what is done by number around two checks was done to this process."""
         start_ticks_of(self.read("stat"), self.process.pid)
+
+    @property
+    def why_not_by_pidfd(self) -> str | None:
+        """Why process_madvise(2) says ESRCH of it though it lives; None: nothing known against it."""
+        return None if self._thread is None else "its first thread has ended, and the kernel goes by that one"
 
     def exited(self) -> bool:
         """Whether the pidfd says that it is over: one system call, no text to read."""

@@ -22,7 +22,7 @@ from memtier_engine.abi.syscalls import pagemap_scan
 from memtier_engine.closing import OpenFile
 from memtier_engine.errors import KernelCallError, ProcessGone, Unavailable
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.maps import read_start_ticks
+from memtier_engine.hostfs.maps import live_thread, read_start_ticks
 from memtier_engine.hostfs.runs import bytes_of
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools
 
@@ -100,7 +100,15 @@ class Pagemap(OpenFile):
         self._fd = self._open()
 
     def _open(self) -> int:
-        return self._host.open(self._path) if self._files is None else self._files.open("pagemap")
+        if self._files is not None:
+            return self._files.open("pagemap")
+        try:
+            return self._host.open(self._path)
+        except ProcessGone:
+            thread = live_thread(self._host, self.pid)
+            if thread is None:
+                raise
+            return self._host.open(self._host.proc(self.pid, "task", str(thread), "pagemap"))
 
     def _reopen(self) -> None:
         """Follow the process over an exec; `ProcessGone` if there is no memory behind its pid any more."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from memtier_engine.errors import KernelCallError
+from memtier_engine.errors import KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.maps import parse_mappings, read_stat_fields
+from memtier_engine.hostfs.maps import live_thread, parse_mappings, read_stat_fields
 from memtier_engine.model import U64, Bools
 
 CLEAR_REFS_REFERENCED = 1
@@ -32,7 +33,13 @@ def clear_refs(host: Host, pid: int, what: int) -> None:
         ProcessGone: it exited.
         AccessDenied: not the owner, without CAP_DAC_OVERRIDE.
     """
-    host.write(host.proc(pid, "clear_refs"), str(what))
+    # Of a process whose first thread has ended, PID/clear_refs takes everything and does nothing.
+    host.write(_of_memory(host, pid, live_thread(host, pid), "clear_refs"), str(what))
+
+
+def _of_memory(host: Host, pid: int, thread: int | None, name: str) -> Path:
+    """Where a file about the memory of `pid` is; `thread`: see `maps.live_thread`."""
+    return host.proc(pid, name) if thread is None else host.proc(pid, "task", str(thread), name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,10 @@ def read_smaps(host: Host, pid: int) -> SmapsTable:
     Raises:
         ProcessGone: the process exited.
     """
-    return parse_smaps(host.read_bytes(host.proc(pid, "smaps")))
+    text = host.read_proc(pid, "smaps")
+    if not text and (thread := live_thread(host, pid)) is not None:
+        text = host.read_proc(pid, f"task/{thread}/smaps")
+    return parse_smaps(text)
 
 
 def _sizes(text: str) -> dict[str, int]:
@@ -100,7 +110,14 @@ def smaps_rollup(host: Host, pid: int) -> dict[str, int]:
     Raises:
         ProcessGone: the process exited.
     """
-    return _sizes(host.read_text(host.proc(pid, "smaps_rollup")))
+    try:
+        text = host.read_proc(pid, "smaps_rollup")
+    except ProcessGone:
+        thread = live_thread(host, pid)
+        if thread is None:
+            raise
+        text = host.read_proc(pid, f"task/{thread}/smaps_rollup")
+    return _sizes(text.decode("utf-8", "surrogateescape"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +136,10 @@ def read_status(host: Host, pid: int) -> ProcessStatus:
     Raises:
         ProcessGone: the process exited.
     """
-    text = host.read_text(host.proc(pid, "status"))
+    text = host.read_proc(pid, "status").decode("utf-8", "surrogateescape")
     sizes = _sizes(text)
+    if "VmSize" not in sizes and (thread := live_thread(host, pid)) is not None:
+        sizes = _sizes(host.read_proc(pid, f"task/{thread}/status").decode("utf-8", "surrogateescape"))
     name = text.partition("\n")[0].partition("\t")[2]
     return ProcessStatus(name, sizes.get("VmSize"), sizes.get("VmRSS"), sizes.get("VmSwap"))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.maps import live_thread
 from memtier_engine.hostfs.proc import read_status, smaps_rollup
 from memtier_engine.model import ProcessId
 from memtier_engine.targets.base import SelectiveTarget, Target
@@ -88,6 +89,11 @@ def _exe(host: Host, pid: int) -> str:
     """The program's path as its process sees it; also of a program that was replaced since it was started."""
     try:
         return os.readlink(host.proc(pid, "exe")).removesuffix(_DELETED)
+    except OSError:
+        pass
+    thread = live_thread(host, pid)
+    try:
+        return os.readlink(host.proc(pid, "task", str(thread), "exe")).removesuffix(_DELETED) if thread else ""
     except OSError:
         return ""
 
