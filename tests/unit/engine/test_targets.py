@@ -101,6 +101,32 @@ def test_a_pid_means_the_process_that_had_it_first(folder: HostFolder) -> None:
     assert pids(target) == {11}
 
 
+def test_a_pid_that_means_nobody_is_told_once_with_the_reason(folder: HostFolder, warnings: list[str]) -> None:
+    folder.process(3, flags=PF_KTHREAD)
+    folder.process(4, state="Z")
+    target = PidsTarget(folder.host, [3, 4, 10, 999, os.getpid()])
+    for _ in range(3):
+        assert pids(target) == {10}
+    assert target.missing() == {
+        3: "process 3 is a thread of the kernel: it has no memory of its own",
+        4: "process 4 exited, and its parent has not waited for it",
+        999: "there is no process 999",
+        os.getpid(): f"process {os.getpid()} is this program itself",
+    }
+    assert warnings == [", ".join(target.missing().values()) + "\n"]
+    shutil.rmtree(folder.root / "proc/10")
+    assert pids(target) == set()
+    assert target.missing()[10] == "process 10 exited"
+    assert len(warnings) == 1, "that one exits is no news"
+
+
+def test_many_pids_that_mean_nobody_make_a_short_line(folder: HostFolder, warnings: list[str]) -> None:
+    PidsTarget(folder.host, range(5000, 6000)).poll()
+    assert len(warnings) == 1
+    assert warnings[0].startswith("there is no process 5000, ")
+    assert warnings[0].endswith(", and 995 more\n")
+
+
 def test_a_pid_that_nobody_has_yet_is_waited_for(folder: HostFolder) -> None:
     target = PidsTarget(folder.host, [50])
     assert pids(target) == set()

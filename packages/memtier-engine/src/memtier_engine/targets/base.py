@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol, runtime_checkable
 
-from memtier_engine.errors import KernelCallError
+from memtier_engine.errors import KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import has_exited, read_stat_fields
 from memtier_engine.model import ProcessId, Spans
@@ -84,3 +84,20 @@ def identify(host: Host, pids: Iterable[int]) -> frozenset[ProcessId]:
             continue
         found.add(ProcessId(pid, int(fields[_START_TICKS_FIELD - 3])))
     return frozenset(found)
+
+
+def why_not(host: Host, pid: int) -> str | None:
+    """Why `identify` leaves `pid` out, in words; None: it does not."""
+    if pid == host.own_pid:
+        return f"process {pid} is this program itself"
+    try:
+        fields = read_stat_fields(host, pid)
+    except ProcessGone:
+        return f"there is no process {pid}"
+    except KernelCallError as failure:
+        return f"process {pid} cannot be seen: {failure}"
+    if has_exited(fields):
+        return f"process {pid} exited, and its parent has not waited for it"
+    if int(fields[_FLAGS_FIELD - 3]) & PF_KTHREAD:
+        return f"process {pid} is a thread of the kernel: it has no memory of its own"
+    return None
