@@ -52,6 +52,23 @@ def test_files_are_read_again_at_every_poll(folder: HostFolder, poi: Path) -> No
     assert target.poll() == frozenset()
 
 
+def test_the_same_question_gets_the_same_object_until_the_file_says_something_else(
+    folder: HostFolder, poi: Path
+) -> None:
+    """So that who keeps what he made of the spans sees at once that it still holds."""
+    (poi / "1001.vab").write_bytes(ranges((0, 4)))
+    target = PagesOfInterestTarget(folder.host, poi)
+    mapped = spans((0, 10))
+    target.poll()
+    first = target.restrict(ONE, mapped)
+    target.poll()
+    assert target.restrict(ONE, mapped) is first
+    assert pages_of(target.restrict(ONE, spans((0, 2)))) == [(0, 2)]
+    (poi / "1001.vab").write_bytes(ranges((0, 5)))
+    target.poll()
+    assert pages_of(target.restrict(ONE, mapped)) == [(0, 5)]
+
+
 def test_while_a_writer_holds_the_lock_the_last_answer_stands(folder: HostFolder, poi: Path) -> None:
     (poi / "1001.vab").write_bytes(ranges((0, 2)))
     target = PagesOfInterestTarget(folder.host, poi)

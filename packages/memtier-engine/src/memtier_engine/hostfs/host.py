@@ -155,6 +155,10 @@ class Host:
         finally:
             os.close(fd)
 
+    def read_proc_link(self, pid: int, name: str) -> str:
+        """Where /proc/PID/`name` ("exe") points to. Raises OSError."""
+        return os.readlink(f"{self._prefix}/proc/{pid}/{name}")
+
     @cached_property
     def _prefix(self) -> str:
         return str(self.root).rstrip("/")

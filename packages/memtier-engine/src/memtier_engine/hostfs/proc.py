@@ -136,12 +136,18 @@ def read_status(host: Host, pid: int) -> ProcessStatus:
     Raises:
         ProcessGone: the process exited.
     """
-    text = host.read_proc(pid, "status").decode("utf-8", "surrogateescape")
-    sizes = _sizes(text)
-    if "VmSize" not in sizes and (thread := live_thread(host, pid)) is not None:
-        sizes = _sizes(host.read_proc(pid, f"task/{thread}/status").decode("utf-8", "surrogateescape"))
-    name = text.partition("\n")[0].partition("\t")[2]
-    return ProcessStatus(name, sizes.get("VmSize"), sizes.get("VmRSS"), sizes.get("VmSwap"))
+    text = host.read_proc(pid, "status")
+    sizes = text
+    if b"\nVmSize:" not in text and (thread := live_thread(host, pid)) is not None:
+        sizes = host.read_proc(pid, f"task/{thread}/status")
+    name = text.partition(b"\n")[0].partition(b"\t")[2].decode("utf-8", "surrogateescape")
+    return ProcessStatus(name, _size(sizes, b"VmSize"), _size(sizes, b"VmRSS"), _size(sizes, b"VmSwap"))
+
+
+def _size(text: bytes, name: bytes) -> int | None:
+    """The line `name` of /proc/PID/status in bytes. Its lines before are escaped, so that no name can forge one."""
+    _, found, rest = text.partition(b"\n" + name + b":")
+    return int(rest[: rest.index(b"kB")]) * _KIB if found else None
 
 
 def effective_capabilities(host: Host) -> int | None:

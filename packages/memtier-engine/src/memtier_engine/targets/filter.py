@@ -5,7 +5,6 @@ A process that grows past a threshold, or executes another program, is found at 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -88,12 +87,12 @@ class FilterTarget:
 def _exe(host: Host, pid: int) -> str:
     """The program's path as its process sees it; also of a program that was replaced since it was started."""
     try:
-        return os.readlink(host.proc(pid, "exe")).removesuffix(_DELETED)
+        return host.read_proc_link(pid, "exe").removesuffix(_DELETED)
     except OSError:
         pass
     thread = live_thread(host, pid)
     try:
-        return os.readlink(host.proc(pid, "task", str(thread), "exe")).removesuffix(_DELETED) if thread else ""
+        return host.read_proc_link(pid, f"task/{thread}/exe").removesuffix(_DELETED) if thread else ""
     except OSError:
         return ""
 

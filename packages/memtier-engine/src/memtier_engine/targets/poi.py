@@ -38,6 +38,10 @@ class PagesOfInterestTarget:
                 f"{self._directory} is no directory", key_path="pagesofinterestdir", hint="make it before the start"
             )
         self._ranges: dict[ProcessId, Spans] = {}
+        self._files: dict[int, tuple[bytes, Spans]] = {}
+        """By pid: what its file said, and the ranges in it."""
+        self._restricted: dict[ProcessId, tuple[Spans, Spans, Spans]] = {}
+        """What was asked last: ranges, mapped, and the answer."""
 
     def poll(self) -> frozenset[ProcessId]:
         """Read all files; while somebody is writing them, what was there last time."""
@@ -50,11 +54,19 @@ class PagesOfInterestTarget:
             os.close(lock)
         processes = {process.pid: process for process in identify(self._host, found)}
         self._ranges = {processes[pid]: spans for pid, spans in found.items() if pid in processes}
+        for gone in self._restricted.keys() - self._ranges.keys():
+            del self._restricted[gone]
         return frozenset(self._ranges)
 
     def restrict(self, process: ProcessId, mapped: Spans) -> Spans:
-        """The parts of `mapped` that are of interest."""
-        return intersection(self._ranges.get(process, Spans.empty()), mapped)
+        """The parts of `mapped` that are of interest; for the same `mapped`, the same object while its file says so."""
+        ranges = self._ranges.get(process)
+        if ranges is None:
+            return Spans.empty()
+        known = self._restricted.get(process)
+        if known is None or known[0] is not ranges or known[1] is not mapped:
+            known = self._restricted[process] = (ranges, mapped, intersection(ranges, mapped))
+        return known[2]
 
     def _locked(self) -> int | None:
         """The open lock file, or None while a writer has it."""
@@ -73,31 +85,39 @@ class PagesOfInterestTarget:
         return fd
 
     def _read_all(self) -> dict[int, Spans]:
-        found = {}
+        found: dict[int, tuple[bytes, Spans]] = {}
         try:
             names = os.listdir(self._directory)
         except OSError as error:
             raise self._host.error(self._directory, error, "list") from None
+        directory = str(self._directory)
         for name in names:
             pid = name.removesuffix(_SUFFIX)
             if name.endswith(_SUFFIX) and pid.isdecimal() and len(pid) < 10:
-                data = self._read(self._directory / name)
+                data = self._read(f"{directory}/{name}")
                 if data is not None:
-                    found[int(pid)] = parse_ranges(data)
-        return found
+                    known = self._files.get(int(pid))
+                    unchanged = known is not None and known[0] == data
+                    found[int(pid)] = known if known is not None and unchanged else (data, parse_ranges(data))
+        self._files = found
+        return {pid: spans for pid, (_, spans) in found.items()}
 
-    def _read(self, path: Path) -> bytes | None:
+    def _read(self, path: str) -> bytes | None:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             return None  # removed meanwhile, or a link
-        with os.fdopen(fd, "rb") as file:
+        try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size % _PAIR_BYTES or status.st_size > FILE_BYTES_MAX:
                 logger.warning("{}: not pairs of 64-bit addresses, ignored", path)
                 return None
-            data = file.read(status.st_size)
+            data = os.read(fd, status.st_size)
             return data if len(data) == status.st_size else None
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
 
 
 def parse_ranges(data: bytes) -> Spans:

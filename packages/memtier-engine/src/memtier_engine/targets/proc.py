@@ -28,12 +28,11 @@ class ProcTarget:
 
     def those_of(self, pids: Collection[int]) -> frozenset[ProcessId]:
         """See `SelectiveTarget.those_of`."""
-        proc = str(self._host.path("proc"))
-        return identify(self._host, (pid for pid in pids if self._has_exe(proc, pid)))
+        return identify(self._host, filter(self._has_exe, pids))
 
-    def _has_exe(self, proc: str, pid: int) -> bool:
+    def _has_exe(self, pid: int) -> bool:
         try:
-            os.readlink(f"{proc}/{pid}/exe")
+            self._host.read_proc_link(pid, "exe")
         except OSError:
             return live_thread(self._host, pid) is not None  # its first thread is over and has no program any more
         return True
