@@ -23,7 +23,7 @@ NAMES = (
         "/dev/zero (deleted)",
     ],
     *["/dev/shm/x", "/dev/vfio/1", "/dev/zer", "/anon_hugepage (deleted)", "/memfd:x (deleted)", "/[aio] (deleted)"],
-    *["anon_inode:[io_uring]", "/SYSV00000000 (deleted)", "/" + "long" * 200, "/caf\udce9"],
+    *["anon_inode:[io_uring]", "/SYSV00000000 (deleted)", "/" + "long" * 200, "/x\udce9"],
 )
 MODES = ("rw-p", "r--p", "r-xp", "---p", "rw-s", "r--s", "rwxp", "-w-p", "--xp")
 
