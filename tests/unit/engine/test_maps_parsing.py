@@ -83,6 +83,19 @@ def test_nothing_garbage_and_broken_lines_yield_what_is_well_formed(few: int, mo
         assert parse_mappings(good + bad + good).names == ("/a", "/a")
 
 
+@pytest.mark.parametrize("few", [0, 1 << 40])
+def test_mappings_that_merged_while_they_were_read_do_not_overlap(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells them in pieces: here the first two before they merged with the third, and then all three."""
+    monkeypatch.setattr(maps, "_FEW_BYTES", few)
+    spans = [(0x1000, 0x2000), (0x2000, 0x3000), (0x1000, 0x5000), (0x4000, 0x5000), (0x9000, 0xA000)]
+    found = parse_mappings(b"".join(line(start, end, "rw-p", 0, "") for start, end in spans))
+    assert len(found) == 5, "a row per line: smaps has a row of numbers for each"
+    tierable = found.tierable()
+    assert list(zip(tierable.starts.tolist(), tierable.ends.tolist(), strict=True)) == [
+        *((0x1000, 0x2000), (0x2000, 0x3000), (0x3000, 0x5000), (0x9000, 0xA000))
+    ]
+
+
 def test_the_most_mappings_a_process_may_have_by_default() -> None:
     text = b"".join(line(i << 13, (i << 13) + 4096, "rw-p", 0, f"[anon:{i}]" if i % 2 else "") for i in range(1, 65531))
     found = parse_mappings(text)

@@ -35,7 +35,7 @@ _Places = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)  # no slots: what is asked for is kept
 class Mappings:
-    """The mappings [n] of a process, ascending."""
+    """The mappings [n] of a process, ascending, disjoint; some may be empty."""
 
     starts: U64
     ends: U64  # exclusive
@@ -68,7 +68,7 @@ class Mappings:
     @cached_property
     def _tierable(self) -> Spans:
         anonymous = self.inodes == 0
-        keep = ~self.shared & (self.readable | self.writable) & (anonymous | self.writable)
+        keep = (self.starts < self.ends) & ~self.shared & (self.readable | self.writable) & (anonymous | self.writable)
         rows = np.flatnonzero(keep)
         if len(self) < _FEW_BYTES >> 7:
             names = self.name_lines.split(b"\n")
@@ -137,8 +137,7 @@ def parse_mappings(text: bytes) -> Mappings:
     name_at = _skip_blanks(body, name_at, ends)
     words = _words(padded)
     return Mappings(
-        starts=_hex_numbers(words, begins, dash),
-        ends=_hex_numbers(words, dash + 1, second_end),
+        *_in_order(_hex_numbers(words, begins, dash), _hex_numbers(words, dash + 1, second_end)),
         readable=body[modes] == ord("r"),
         writable=body[modes + 1] == ord("w"),
         shared=body[modes + 3] == ord("s"),
@@ -156,14 +155,27 @@ def _parse_few(text: bytes) -> Mappings:
     starts, ends, modes, inodes, names = zip(*rows, strict=True)
     flags = np.frombuffer(b"".join(modes), np.uint8).reshape(-1, 4)
     return Mappings(
-        starts=np.array([int(start, 16) for start in starts], np.uint64),
-        ends=np.array([int(end, 16) for end in ends], np.uint64),
+        *_in_order(
+            np.array([int(start, 16) for start in starts], np.uint64),
+            np.array([int(end, 16) for end in ends], np.uint64),
+        ),
         readable=flags[:, 0] == ord("r"),
         writable=flags[:, 1] == ord("w"),
         shared=flags[:, 3] == ord("s"),
         inodes=np.array([int(inode) for inode in inodes], np.uint64),
         name_lines=b"\n".join(names) + b"\n",
     )
+
+
+def _in_order(starts: U64, ends: U64) -> tuple[U64, U64]:
+    """The same, without overlaps: what was said first holds, and a row that says nothing new is empty."""
+    # The kernel gives maps in pieces of a page, and goes on at the address where it was: mappings that have merged
+    # meanwhile are told again, from their beginning. Source: fs/proc/task_mmu.c, m_start.
+    if (starts[1:] >= ends[:-1]).all():
+        return starts, ends
+    ends = np.maximum.accumulate(ends)
+    starts[1:] = np.maximum(starts[1:], ends[:-1])
+    return starts, ends
 
 
 def _find(body: U8, at: _Places, what: int, ends: _Places) -> _Places:
