@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtier_engine.abi import libbpf
 from memtier_engine.errors import AccessDenied, KernelCallError, TrackerUnavailable, Unavailable
 from memtier_engine.hostfs.host import Host
-from memtier_engine.model import PAGE_BYTES, Spans
+from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, Spans
 from memtier_engine.trackers.bpf import build, hardware, loaders, paging, program, rights, sampling
+from memtier_engine.trackers.bpf.blocks import laid_out
 from memtier_engine.trackers.bpf.btf import Btf
-from memtier_engine.trackers.bpf.tracker import batches, blocks_of
+from memtier_engine.trackers.common import cut
+from memtier_engine.trackers.words import page_numbers
 
 MIB = 1 << 20
 U64 = np.uint64
@@ -41,16 +43,23 @@ def test_present_and_hidden_pages_are_resident_and_swap_entries_are_not() -> Non
 
 
 def test_a_block_becomes_what_its_state_says() -> None:
-    """Nothing: zeros; huge: its entry 512 times; unstable: in use; a table: as it is."""
+    """Nothing: zeros; huge: its bits 512 times, with the frame of each part; unstable: in use; a table: as it is."""
     states = np.array([paging.STATE_NOTHING, paging.STATE_TABLE, paging.STATE_HUGE_PMD, paging.STATE_UNSTABLE], U64)
     entries = np.array([0, 0x1067, 0x80000002000000A5, 0x1067], U64)
     words = np.full((4, 512), 0xDEAD, U64)
     paging.fill_blocks(states, entries, words)
     assert not words[0].any()
     assert (words[1] == 0xDEAD).all()
-    assert (words[2] == entries[2]).all()
+    assert (words[2] == entries[2] + np.arange(512, dtype=U64) * U64(PAGE_BYTES)).all()
+    assert paging.frames(words[2], (1 << 40) - PAGE_BYTES).tolist() == list(range(0x200000, 0x200200)[:512])
     assert paging.resident(words[3]).all()
     assert paging.accessed(words[3]).all()
+
+
+def test_swapped_pages_are_told_from_empty_and_special_entries() -> None:
+    """Types from 23 on are pages on their way to another node, and markers."""
+    words = np.array([0, 0x0400_0000_0000_0002, (22 << 59) | 2, (23 << 59) | 2, (31 << 59) | 2, 0x1067, 0x1160], U64)
+    assert paging.swapped(words).tolist() == [False, True, True, False, False, False, False]
 
 
 def test_a_huge_page_that_is_being_split_stays_resident() -> None:
@@ -75,27 +84,28 @@ def test_states_and_sizes_are_those_of_the_c_source() -> None:
 # ---- blocks and batches
 
 
+@settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 200_000)), min_size=1, max_size=40),
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 100_000)), min_size=1, max_size=12),
 )
 def test_batches_cover_the_spans_in_order_and_fit_the_map(sizes: list[tuple[int, int]]) -> None:
-    """Every page lies where `blocks_of` says, whatever the alignment."""
+    """Every page lies where `laid_out` says, whatever the alignment."""
     at, pairs = 0x7F0000000000, []
     for gap, length in sizes:
         at += gap * PAGE_BYTES
         pairs.append((at, at + length * PAGE_BYTES))
         at = pairs[-1][1]
+    whole = spans(*pairs)
     covered = []
-    for pieces in batches(spans(*pairs)):
-        blocks, firsts = blocks_of(pieces)
-        assert len(blocks) <= program.MAX_BLOCKS
-        for (start, end), first in zip(pieces, firsts, strict=True):
-            assert int(blocks[first // 512]) + first % 512 * PAGE_BYTES == start
-            last = first + (end - start) // PAGE_BYTES - 1
-            assert int(blocks[last // 512]) + last % 512 * PAGE_BYTES == end - PAGE_BYTES
-        covered += pieces
-    assert [start for start, _ in covered if start in {pair[0] for pair in pairs}] == [pair[0] for pair in pairs]
-    assert sum(end - start for start, end in covered) == sum(end - start for start, end in pairs)
+    for pieces in cut(whole, CHUNK_PAGES, program.MAX_BLOCKS):
+        layout = laid_out(pieces)
+        assert len(layout.addresses) <= program.MAX_BLOCKS
+        assert (np.diff(layout.addresses) > 0).all()  # each once, however many spans lie in it
+        numbers = layout.numbers(np.arange(int(pieces.pages.sum())))
+        words = (layout.addresses[:, None] // PAGE_BYTES + np.arange(512, dtype=U64)).reshape(-1)
+        assert words[layout.places].tolist() == numbers.tolist() == page_numbers(pieces).tolist()
+        covered.append(numbers)
+    assert np.concatenate(covered).tolist() == page_numbers(whole).tolist()
 
 
 # ---- BTF
@@ -300,14 +310,6 @@ def test_a_panel_of_everything_has_no_error_and_one_of_one_block_no_estimate() -
     found = sampling.extrapolate(np.array([1, 2, 3], U64), 3)
     assert found == sampling.WorkingSet(6 * PAGE_BYTES, 0.0, 3, 3)
     assert sampling.extrapolate(np.array([1], U64), 3) is None
-
-
-def test_blocks_are_clipped_to_the_spans() -> None:
-    found = sampling.clipped(
-        np.array([4 * MIB, 0, 0], U64), spans((MIB, MIB + 4096), (MIB + 8192, 5 * MIB), (6 * MIB, 7 * MIB))
-    )
-    pairs = list(zip(found.starts.tolist(), found.ends.tolist(), strict=True))
-    assert pairs == [(MIB, MIB + 4096), (MIB + 8192, 2 * MIB), (4 * MIB, 5 * MIB)]
 
 
 # ---- hardware events

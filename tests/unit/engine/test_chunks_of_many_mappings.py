@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from memtier_engine.model import PAGE_BYTES, PageChunk, Spans
 from memtier_engine.pages.ages import AGE_MAX, NOT_RESIDENT, PAGED_OUT, AgeClock, ProcessPages, true_runs
 from memtier_engine.pages.regions import RegionCounters
-from memtier_engine.trackers.common import FirstSight, chunks, grouped, spans_of
 from support.fakes import BASE, PROCESS, pages_of, spans
 
 MAPPINGS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=6)
@@ -79,23 +78,3 @@ def test_runs_end_at_borders() -> None:
     mask = np.array([1, 1, 1, 0, 1, 1], np.bool_)
     assert true_runs(mask, np.array([0, 2, 3, 4, 5, 6])).tolist() == [[0, 2], [2, 3], [4, 5], [5, 6]]
     assert true_runs(mask, np.array([], np.int64)).tolist() == [[0, 3], [4, 6]]
-
-
-def test_pieces_are_grouped_up_to_the_limit_and_a_larger_one_stays_alone() -> None:
-    pieces = list(chunks(spans((0, 2), (3, 5), (6, 16), (20, 21))))
-    groups = list(grouped(pieces, most_pages=4))
-    assert [len(group) for group in groups] == [2, 1, 1]
-    assert spans_of(groups[1]) is None
-    both = spans_of(groups[0])
-    assert both is not None
-    assert pages_of(both) == [(0, 2), (3, 5)]
-
-
-def test_only_pages_that_the_scan_before_did_not_cover_are_marked() -> None:
-    seen, old, new = FirstSight(), spans((0, 2), (5, 7)), spans((0, 3), (5, 7))
-    seen.completed(PROCESS, old)
-    for current, expected in ((old, []), (new, [2])):
-        group = list(chunks(current))
-        accessed = np.zeros(int(current.pages.sum()), np.bool_)
-        seen.mark(PROCESS, current, accessed, group)
-        assert np.flatnonzero(accessed).tolist() == expected

@@ -29,7 +29,7 @@ def table(*rows: tuple[int, int, int]) -> SmapsTable:
     starts, ends, referenced = (np.array(column, U64) for column in zip(*rows, strict=True))
     nothing = np.zeros(len(rows), U64)
     no = np.zeros(len(rows), np.bool_)
-    return SmapsTable(starts, ends, nothing, referenced, nothing, nothing, no, no, ("",) * len(rows))
+    return SmapsTable(starts, ends, nothing, referenced, nothing, nothing, no, no, ("",) * len(rows), nothing)
 
 
 def beyond(smaps: SmapsTable, *pieces: tuple[int, int, int]) -> list[bool]:

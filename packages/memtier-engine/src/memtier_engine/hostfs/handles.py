@@ -234,6 +234,11 @@ class OpenProcesses(Closing):
             if entry is not None and not entry.users:
                 entry.files.close()
 
+    def keep(self, processes: frozenset[ProcessId]) -> None:
+        """Drop all others."""
+        for process in self._entries.keys() - processes:
+            self.drop(process)
+
     def close(self) -> None:
         """Close all. Safe to call twice."""
         for process in list(self._entries):

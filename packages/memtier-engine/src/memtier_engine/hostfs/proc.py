@@ -56,6 +56,8 @@ class SmapsTable:
     locked: Bools  # mlock: cannot be paged out
     hugetlb: Bools  # pages of hugetlbfs: cannot be paged out
     names: tuple[str, ...]
+    shared_bytes: U64
+    """Pages that other mappings, of other processes mostly, map too."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -84,6 +86,7 @@ def parse_smaps(text: bytes) -> SmapsTable:
         locked=np.array([b"lo" in words for words in flags], np.bool_),
         hugetlb=np.array([b"ht" in words for words in flags], np.bool_),
         names=mappings.names,
+        shared_bytes=column(b"Shared_Clean") + column(b"Shared_Dirty"),
     )
 
 

@@ -25,9 +25,10 @@ from memtier_engine.hostfs.damon import DamonAttributes, DamonRegions, Kdamond, 
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import read_mappings, read_start_ticks
 from memtier_engine.hostfs.numa import frame_nodes
-from memtier_engine.hostfs.pagemap import Pagemap, pfns, present
+from memtier_engine.hostfs.pagemap import Pagemap, pfns, present, swapped
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, PageChunk, ProcessId, Spans
-from memtier_engine.trackers.common import FirstSight, chunks, mark_new
+from memtier_engine.trackers.common import FirstSight, cut, mark_new, spans_of
+from memtier_engine.trackers.words import page_numbers, read_words, tags_of
 
 _Value = TypeVar("_Value", bound=np.generic)
 
@@ -168,19 +169,27 @@ class DamonTracker:
         source: _Source = _ByFrame(self._read_memory()) if self.physical else _ByAddress(self._regions(process))
         regions = source.regions
         window_s = self._snapshot_s - self._scanned_s.get(process, -np.inf)
-        known = self._seen.previous(process)
+        known = self._seen.known(process, spans)
         touched = regions.accesses > 0
         # `age` counts aggregations since the accesses changed: so short, it may have been used since the last scan.
         touched |= regions.ages * (self._attributes.aggregation_us / 1e6) < window_s
         rates = self._rates(regions)
         with Pagemap(self._host, process.pid) as pagemap:
-            for start, end in chunks(spans):
-                words = pagemap.read(start, end, self._buffer)
+            for pieces in cut(spans):
+                words = read_words(pagemap, pieces, self._buffer)
                 resident = present(words)
-                accessed = source.spread(touched, start, words, outside=True)
-                mark_new(accessed, start, known)
-                by_page = source.spread(rates, start, words, outside=0.0)
-                yield PageChunk(start, accessed & resident, resident, rates=by_page)
+                accessed = source.spread(touched, pieces, words, outside=True)
+                mark_new(accessed, pieces, known)
+                by_page = source.spread(rates, pieces, words, outside=0.0)
+                yield PageChunk(
+                    int(pieces.starts[0]),
+                    accessed & resident,
+                    resident,
+                    rates=by_page,
+                    spans=spans_of(pieces),
+                    swapped=swapped(words),
+                    tags=tags_of(words),
+                )
         self._seen.completed(process, spans)
         self._scanned_s[process] = self._snapshot_s
 
@@ -298,10 +307,13 @@ class _ByAddress:
         self.regions = regions
 
     def spread(
-        self, values: NDArray[_Value], start: int, words: NDArray[np.uint64], *, outside: bool | float
+        self, values: NDArray[_Value], pieces: Spans, words: NDArray[np.uint64], *, outside: bool | float
     ) -> NDArray[_Value]:
-        """The value of the region over each page from `start` on; `outside` where there is none."""
-        return spread(self.regions, values, start, start + (len(words) << PAGE_SHIFT), outside=outside)
+        """The value of the region over each page of `pieces`; `outside` where there is none."""
+        if len(pieces) == 1:
+            return spread(self.regions, values, int(pieces.starts[0]), int(pieces.ends[0]), outside=outside)
+        addresses = page_numbers(pieces) << np.uint64(PAGE_SHIFT)
+        return _spread_to(self.regions, values, addresses, outside=outside)
 
 
 class _ByFrame:
@@ -311,7 +323,7 @@ class _ByFrame:
         self.regions = regions
 
     def spread(
-        self, values: NDArray[_Value], start: int, words: NDArray[np.uint64], *, outside: bool | float
+        self, values: NDArray[_Value], pieces: Spans, words: NDArray[np.uint64], *, outside: bool | float
     ) -> NDArray[_Value]:
         """The value of the region over the frame of each pagemap word; `outside` where there is no frame."""
         return spread_by_frame(self.regions, values, words, outside=outside)
@@ -333,9 +345,18 @@ def spread_by_frame(
     """
     if not len(regions):
         return np.full(len(words), outside, values.dtype)
-    addresses = pfns(words) << np.uint64(PAGE_SHIFT)
+    found = _spread_to(regions, values, pfns(words) << np.uint64(PAGE_SHIFT), outside=outside)
+    return np.where(present(words), found, np.asarray(outside, values.dtype))
+
+
+def _spread_to(
+    regions: DamonRegions, values: NDArray[_Value], addresses: NDArray[np.uint64], *, outside: bool | float
+) -> NDArray[_Value]:
+    """The value of the region that holds each of uint64[n] addresses; `outside` where there is none."""
+    if not len(regions):
+        return np.full(len(addresses), outside, values.dtype)
     at = np.maximum(np.searchsorted(regions.starts, addresses, side="right") - 1, 0)
-    found = present(words) & (addresses >= regions.starts[at]) & (addresses < regions.ends[at])
+    found = (addresses >= regions.starts[at]) & (addresses < regions.ends[at])
     return np.where(found, values[at], np.asarray(outside, values.dtype))
 
 

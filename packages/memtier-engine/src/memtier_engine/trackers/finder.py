@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present, soft_dirty
-from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans
-from memtier_engine.trackers.common import chunks
+from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present, soft_dirty, swapped
+from memtier_engine.model import CHUNK_PAGES, U64, Bools, PageChunk, ProcessId, Spans
+from memtier_engine.trackers.common import cut, spans_of
 from memtier_engine.trackers.pageruns import runs_where
+from memtier_engine.trackers.words import read_words, tags_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,17 +71,27 @@ class FinderTracker:
         """See `Tracker.scan`; there is no window and no first scan here."""
         config = self._config
         wanted = self._wanted()
+        span_pages = spans.pages
         with Pagemap(self._host, process.pid) as pagemap:
-            for start, end in chunks(spans):
-                words = pagemap.read(start, end, self._buffer)
+            for pieces in cut(spans):
+                words = read_words(pagemap, pieces, self._buffer)
                 matches = _matching(words, wanted)
                 resident = present(words)
                 accessed = np.full(len(words), config.report_accesses > 0) & matches
-                span = int(np.searchsorted(spans.starts, np.uint64(start), side="right")) - 1
-                pages = int(spans.ends[span] - spans.starts[span]) >> PAGE_SHIFT
-                rates = np.where(matches, np.float32(config.report_accesses / pages), np.float32(0))
+                span = np.searchsorted(spans.starts, pieces.starts, side="right") - 1
+                of_page = np.repeat((config.report_accesses / span_pages[span]).astype(np.float32), pieces.pages)
+                rates = np.where(matches, of_page, np.float32(0))
                 movable = matches & (exclusive(words) | ~resident)
-                yield PageChunk(start, accessed & resident, resident, movable=movable, rates=rates)
+                yield PageChunk(
+                    int(pieces.starts[0]),
+                    accessed & resident,
+                    resident,
+                    movable=movable,
+                    rates=rates,
+                    spans=spans_of(pieces),
+                    swapped=swapped(words),
+                    tags=tags_of(words),
+                )
 
     def close(self) -> None:
         """See `Tracker.close`."""

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.kpageflags import KpageFlags
 from memtier_engine.hostfs.page_idle import IdleBitmap
-from memtier_engine.hostfs.pagemap import Pagemap, exclusive, pfns, present
+from memtier_engine.hostfs.pagemap import Pagemap, exclusive, pfns, present, swapped
 from memtier_engine.model import CHUNK_PAGES, U64, Bools, PageChunk, ProcessId, Spans
-from memtier_engine.trackers.common import FirstSight, chunks, grouped, spans_of
+from memtier_engine.trackers.common import FirstSight, TrackerFiles, cut, mark_new, spans_of
 from memtier_engine.trackers.idlerounds import IdleRounds
+from memtier_engine.trackers.words import read_words, tags_of
 
 
 class IdlePageTracker:
@@ -29,13 +31,18 @@ class IdlePageTracker:
     own_accesses_only = True
     stale_tlb = True
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, files: OpenProcesses | None = None) -> None:
         """Raises TrackerUnavailable if there is no bitmap, AccessDenied without the rights for it."""
         self._reader = IdleReader(host)
         self._host = host
         self._seen = FirstSight()
         self._buffer = np.empty(CHUNK_PAGES, np.uint64)
         self._rounds: IdleRounds | None = None
+        self._files = TrackerFiles(host, files)
+
+    def use_files(self, files: OpenProcesses) -> None:
+        """Open files of processes there from now on; before the first scan."""
+        self._files.use(files)
 
     def look_together(self, rounds: IdleRounds, interval_s: float) -> None:
         """From now on, scan in the rounds of several trackers; before the first scan."""
@@ -44,6 +51,7 @@ class IdlePageTracker:
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`."""
+        self._files.keep(processes)
         self._seen.keep(processes)
         if self._rounds is not None:
             self._rounds.keep(self, processes)
@@ -53,21 +61,43 @@ class IdlePageTracker:
         if self._rounds is not None:
             yield from self._rounds.scan(self, process, spans)
             return
-        with Pagemap(self._host, process.pid) as pagemap:
-            for group in grouped(chunks(spans)):
-                words = pagemap.read_all(group, self._buffer)
+        known = self._seen.known(process, spans)
+        with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
+            for pieces in cut(spans):
+                words = read_words(pagemap, pieces, self._buffer)
                 resident = present(words)
                 # A shared frame's bit tells of somebody's access, not of ours: leave those alone.
                 tracked = resident & exclusive(words)
                 accessed: Bools = np.zeros(len(words), np.bool_)
                 if tracked.any():
                     accessed[tracked] = self._reader.touched_and_marked(pfns(words[tracked]))
-                self._seen.mark(process, spans, accessed, group)
-                yield PageChunk(group[0][0], accessed & resident, resident, movable=tracked, spans=spans_of(group))
+                mark_new(accessed, pieces, known)
+                yield PageChunk(
+                    int(pieces.starts[0]),
+                    accessed & resident,
+                    resident,
+                    movable=tracked,
+                    spans=spans_of(pieces),
+                    swapped=swapped(words),
+                    tags=tags_of(words),
+                )
         self._seen.completed(process, spans)
+
+    def look(self, process: ProcessId, spans: Spans) -> Bools | None:
+        """See `LookingTracker`: the bits are read and stay as they are. Pages that others map too count as touched."""
+        found = [np.zeros(0, np.bool_)]
+        with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
+            for pieces in cut(spans):
+                words = read_words(pagemap, pieces)
+                touched = present(words)
+                tracked = touched & exclusive(words)
+                touched[tracked] = ~self._reader.idle(pfns(words[tracked]))[0]
+                found.append(touched)
+        return np.concatenate(found)
 
     def close(self) -> None:
         """See `Tracker.close`."""
+        self._files.close()
         if self._rounds is not None:
             self._rounds.leave(self)
         self._reader.close()
@@ -83,6 +113,12 @@ class IdleReader:
 
     def touched_and_marked(self, frames: U64) -> Bools:
         """bool[n]: touched since the bits were last set. Sets them again."""
+        idle, owners = self.idle(frames)
+        self.bitmap.set_idle(owners)
+        return ~idle
+
+    def idle(self, frames: U64) -> tuple[Bools, U64]:
+        """(bool[n]: not touched since the bits were last set, uint64[n]: the frames that hold the bits)."""
         idle = self.bitmap.is_idle(frames)
         owners = frames
         touched = np.flatnonzero(~idle)
@@ -94,8 +130,7 @@ class IdleReader:
                 idle[touched[tails]] = self.bitmap.is_idle(heads[tails])
                 owners = frames.copy()
                 owners[touched] = heads
-        self.bitmap.set_idle(owners)
-        return ~idle
+        return idle, owners
 
     def close(self) -> None:
         """Close the files. Safe to call twice."""

@@ -20,16 +20,17 @@ import numpy as np
 
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.pagemap import Pagemap, exclusive, pfns, present
-from memtier_engine.model import PAGE_SHIFT, U8, U64, Bools, PageChunk, ProcessId, Spans
+from memtier_engine.hostfs.pagemap import Pagemap, exclusive, pfns, present, swapped
+from memtier_engine.model import U8, U64, Bools, PageChunk, ProcessId, Spans
 from memtier_engine.pages.ages import ProcessPages
-from memtier_engine.trackers.common import chunks, grouped, spans_of
+from memtier_engine.trackers.common import cut, spans_of
+from memtier_engine.trackers.words import read_words
 
 ROUND_PAGES = 1 << 22
 """Looked at in one go (16 GiB): bounds the memory of a round to some 40 MiB."""
 _DUE = 0.5
 """A process whose last look is older than this part of its interval is looked at with the others."""
-_ACCESSED, _MOVABLE, _RESIDENT = np.uint8(1), np.uint8(2), np.uint8(4)
+_ACCESSED, _MOVABLE, _RESIDENT, _SWAPPED = np.uint8(1), np.uint8(2), np.uint8(4), np.uint8(8)
 
 
 class FrameReader(Protocol):
@@ -116,13 +117,27 @@ class IdleRounds:
             look.seen, look.spans = None, spans
         if not known.same_as(spans):
             seen = _carried(process, seen, known, spans)  # mapped since the look: not known to be in RAM
-        first = 0
-        for group in grouped(chunks(spans)):
-            pages = sum(end - start for start, end in group) >> PAGE_SHIFT
-            flags = seen[first : first + pages]
-            resident, movable = (flags & _RESIDENT) != 0, (flags & _MOVABLE) != 0
-            yield PageChunk(group[0][0], (flags & _ACCESSED) != 0, resident, movable=movable, spans=spans_of(group))
-            first += pages
+        first, told = 0, False
+        try:
+            for pieces in cut(spans):
+                pages = int(pieces.pages.sum())
+                flags = seen[first : first + pages]
+                resident, movable, out = (flags & _RESIDENT) != 0, (flags & _MOVABLE) != 0, (flags & _SWAPPED) != 0
+                yield PageChunk(
+                    int(pieces.starts[0]),
+                    (flags & _ACCESSED) != 0,
+                    resident,
+                    movable=movable,
+                    spans=spans_of(pieces),
+                    swapped=out,
+                )
+                first += pages
+            told = True
+        finally:
+            if not told:  # given up in between: the next scan tells it again
+                with self._lock:
+                    if look.seen is None and look.spans is spans:
+                        look.seen = seen
 
     def _round(self, member: _Member, process: ProcessId, spans: Spans) -> _Look:
         """Look at `process` and at all others that are due."""
@@ -151,7 +166,7 @@ class IdleRounds:
             resident = present(words)
             tracked = resident & exclusive(words)
             frames.append(pfns(words[tracked]))
-            found.append((owner, each, where, resident * _RESIDENT | tracked * _MOVABLE))
+            found.append((owner, each, where, resident * _RESIDENT | tracked * _MOVABLE | swapped(words) * _SWAPPED))
         assert self._reader is not None
         touched = self._reader.touched_and_marked(np.concatenate(frames))
         first = 0
@@ -159,14 +174,14 @@ class IdleRounds:
             flags[(flags & _MOVABLE) != 0] |= touched[first : first + len(own)] * _ACCESSED
             first += len(own)
             flags |= _unheard(each, owner.looks.get(each), where)
-            flags[(flags & _RESIDENT) == 0] = 0
+            flags[(flags & _RESIDENT) == 0] &= _SWAPPED
             owner.looks[each] = _Look(where, now_s, flags)
         return member.looks[process]
 
     def _words(self, process: ProcessId, spans: Spans) -> U64:
         with Pagemap(self._host, process.pid) as pagemap:
-            pieces = list(zip(spans.starts.tolist(), spans.ends.tolist(), strict=True))
-            return pagemap.read_all(pieces) if pieces else np.zeros(0, np.uint64)
+            parts = [read_words(pagemap, pieces) for pieces in cut(spans)]
+            return np.concatenate([np.zeros(0, np.uint64), *parts])
 
 
 def _unheard(process: ProcessId, before: _Look | None, spans: Spans) -> U8:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.errors import ConfigError
-from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, Bools, PacedTracker, PageChunk, ProcessId, Spans, Tracker
-from memtier_engine.trackers.common import chunks
+from memtier_engine.model import (
+    PAGE_BYTES,
+    U8,
+    U64,
+    Bools,
+    LookingTracker,
+    PacedTracker,
+    PageChunk,
+    ProcessId,
+    Spans,
+    Tracker,
+)
+from memtier_engine.trackers.common import cut, spans_of
+from memtier_engine.trackers.words import page_numbers
 
 EXCLUSIVE = (frozenset({"idlepage", "refs", "damon", "bpf", "bpf-sampled"}), frozenset({"softdirty"}))
 """Trackers that read and clear the same bits: accessed, soft-dirty."""
@@ -55,11 +67,21 @@ class MultiTracker:
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """See `Tracker.scan`."""
-        readers = [_Reader(run for chunk in part.scan(process, spans) for run in chunk.parts()) for part in self.parts]
-        for start, end in chunks(spans):
-            yield _merged(start, [reader.take(start, end) for reader in readers])
+        readers = [_Reader(part.scan(process, spans)) for part in self.parts]
+        for pieces in cut(spans):
+            yield _merged(pieces, [reader.take(pieces) for reader in readers])
         for reader in readers:
             reader.finish()
+
+    def look(self, process: ProcessId, spans: Spans) -> Bools | None:
+        """See `LookingTracker`: touched if any part says so; None unless all that can see reads can tell."""
+        found: Bools | None = None
+        for part in self.parts:
+            seen = part.look(process, spans) if isinstance(part, LookingTracker) else None
+            if seen is None:
+                return None
+            found = seen if found is None else found | seen
+        return found
 
     def close(self) -> None:
         """See `Tracker.close`."""
@@ -67,41 +89,33 @@ class MultiTracker:
             part.close()
 
 
-@dataclass(slots=True)
-class _Seen:
-    """What one tracker saw of a run of pages; None: it does not tell."""
-
-    reported: Bools
-    accessed: Bools
-    resident: Bools
-    written: Bools | None = None
-    movable: Bools | None = None
-    rates: NDArray[np.float32] | None = None
+_COLUMNS = ("accessed", "resident", "written", "movable", "rates", "swapped", "tags")
 
 
 class _Reader:
-    """Cuts one tracker's chunks to the sizes asked for."""
+    """One tracker's chunks, cut to the pieces asked for."""
 
     def __init__(self, source: Iterator[PageChunk]) -> None:
         self._source = source
         self._chunk: PageChunk | None = None
+        self._numbers = np.zeros(0, np.uint64)
+        """Of the pages of the chunk."""
 
-    def take(self, start: int, end: int) -> _Seen:
-        """Pages from `start` to `end`; calls come in address order."""
-        pages = end - start >> PAGE_SHIFT
-        first = self._next(start)
-        if first is not None and first.start == start and len(first.accessed) == pages:
-            self._chunk = None
-            return _Seen(
-                np.ones(pages, np.bool_), first.accessed, first.resident, first.written, first.movable, first.rates
-            )
-        seen = _Seen(np.zeros(pages, np.bool_), np.zeros(pages, np.bool_), np.zeros(pages, np.bool_))
-        while (part := self._next(start)) is not None and part.start < end:
-            self._copy(part, seen, start, end)
-            if _end(part) > end:
+    def take(self, pieces: Spans) -> PageChunk:
+        """Pages of `pieces`; calls come in address order. Of what the tracker does not tell, nothing is touched."""
+        wanted = page_numbers(pieces)
+        empty = np.zeros(len(wanted), np.bool_)
+        columns: dict[str, Any] = {"accessed": empty, "resident": empty.copy()}
+        while self._next(wanted[0]) and self._numbers[0] <= wanted[-1]:
+            assert self._chunk is not None
+            if len(self._numbers) == len(wanted) and (self._numbers == wanted).all():
+                columns = {name: getattr(self._chunk, name) for name in _COLUMNS}
+            else:
+                self._copy(columns, wanted)
+            if self._numbers[-1] > wanted[-1]:
                 break  # the rest of it belongs to the next call
             self._chunk = None
-        return seen
+        return PageChunk(int(pieces.starts[0]), **columns)
 
     def finish(self) -> None:
         """Run the scan to its end: only then has the tracker begun the next window."""
@@ -109,41 +123,36 @@ class _Reader:
         for _ in self._source:
             pass
 
-    def _next(self, start: int) -> PageChunk | None:
-        while self._chunk is None or _end(self._chunk) <= start:
+    def _next(self, number: np.uint64) -> bool:
+        """Go on to the chunk that has pages from `number` on."""
+        while self._chunk is None or self._numbers[-1] < number:
             self._chunk = next(self._source, None)
             if self._chunk is None:
-                return None
-        return self._chunk
+                return False
+            start = np.array([self._chunk.start], np.uint64)
+            alone = Spans(start, start + np.uint64(len(self._chunk.accessed) * PAGE_BYTES))
+            self._numbers = page_numbers(self._chunk.spans or alone)
+        return True
 
-    def _copy(self, part: PageChunk, seen: _Seen, start: int, end: int) -> None:
-        low, high = max(start, part.start), min(end, _end(part))
-        source = slice(low - part.start >> PAGE_SHIFT, high - part.start >> PAGE_SHIFT)
-        target = slice(low - start >> PAGE_SHIFT, high - start >> PAGE_SHIFT)
-        seen.reported[target] = True
-        seen.accessed[target] = part.accessed[source]
-        seen.resident[target] = part.resident[source]
-        pages = len(seen.reported)
-        if part.written is not None:
-            seen.written = np.zeros(pages, np.bool_) if seen.written is None else seen.written
-            seen.written[target] = part.written[source]
-        if part.movable is not None:
-            seen.movable = np.ones(pages, np.bool_) if seen.movable is None else seen.movable
-            seen.movable[target] = part.movable[source]
-        if part.rates is not None:
-            seen.rates = np.zeros(pages, np.float32) if seen.rates is None else seen.rates
-            seen.rates[target] = part.rates[source]
+    def _copy(self, columns: dict[str, Any], wanted: U64) -> None:
+        rows = np.minimum(np.searchsorted(wanted, self._numbers), len(wanted) - 1)
+        both = wanted[rows] == self._numbers
+        for name in _COLUMNS:
+            column = getattr(self._chunk, name)
+            if column is not None:
+                if columns.get(name) is None:
+                    # What is not told of is movable, as far as this tracker knows.
+                    columns[name] = np.full(len(wanted), name == "movable", column.dtype)
+                columns[name][rows[both]] = column[both]
 
 
-def _end(chunk: PageChunk) -> int:
-    return chunk.start + len(chunk.accessed) * PAGE_BYTES
-
-
-def _merged(start: int, seen: list[_Seen]) -> PageChunk:
+def _merged(pieces: Spans, seen: list[PageChunk]) -> PageChunk:
     accessed, resident = seen[0].accessed.copy(), seen[0].resident.copy()
     written: Bools | None = None
     movable: Bools | None = None
     rates: NDArray[np.float32] | None = None
+    out: Bools | None = None
+    tags: U8 | None = None
     for each in seen[1:]:
         accessed |= each.accessed
         resident |= each.resident
@@ -154,9 +163,21 @@ def _merged(start: int, seen: list[_Seen]) -> PageChunk:
             movable = each.movable if movable is None else movable & each.movable
         if each.rates is not None:
             rates = each.rates if rates is None else rates + each.rates
+        out = each.swapped if out is None else out
+        tags = each.tags if tags is None else tags
     if rates is not None:
         # Parts that only say "touched" count one access per touched page, as they do alone.
         for each in seen:
             if each.rates is None:
                 rates = rates + each.accessed
-    return PageChunk(start, accessed & resident, resident, written=written, movable=movable, rates=rates)
+    return PageChunk(
+        int(pieces.starts[0]),
+        accessed & resident,
+        resident,
+        written=written,
+        movable=movable,
+        rates=rates,
+        spans=spans_of(pieces),
+        swapped=out if out is None else out & ~resident,
+        tags=tags,
+    )

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from memtier_engine.hostfs.pagemap import Pagemap
-from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U64, Bools, Spans
-from memtier_engine.pages.ages import true_runs
-
-_CHUNK_BYTES = CHUNK_PAGES * PAGE_BYTES
+from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, Bools, Spans
+from memtier_engine.trackers.common import cut
+from memtier_engine.trackers.words import page_numbers, read_words
 
 
 def runs_where(pagemap: Pagemap, spans: Spans, wanted: Callable[[U64], Bools]) -> Spans:
@@ -25,13 +24,21 @@ def runs_where(pagemap: Pagemap, spans: Spans, wanted: Callable[[U64], Bools]) -
     """
     buffer = np.empty(CHUNK_PAGES, np.uint64)
     parts = [np.zeros((0, 2), np.uint64)]
-    for start, end in zip(spans.starts.tolist(), spans.ends.tolist(), strict=True):
-        for first in range(start, end, _CHUNK_BYTES):
-            runs = true_runs(wanted(pagemap.read(first, min(first + _CHUNK_BYTES, end), buffer)))
-            parts.append(np.uint64(first) + (runs.astype(np.uint64) << np.uint64(PAGE_SHIFT)))
+    for pieces in cut(spans):
+        numbers = page_numbers(pieces)[wanted(read_words(pagemap, pieces, buffer))]
+        if len(numbers):
+            apart = _apart(numbers[:-1] + np.uint64(1), numbers[1:], pieces)
+            heads, tails = numbers[np.concatenate(([True], apart))], numbers[np.concatenate((apart, [True]))]
+            parts.append(np.column_stack((heads, tails + np.uint64(1))) << np.uint64(PAGE_SHIFT))
     rows = np.concatenate(parts)
     if not len(rows):
         return Spans.empty()
     # Runs that meet within a span were cut where a chunk ends.
     apart = (rows[1:, 0] != rows[:-1, 1]) | np.isin(rows[1:, 0], spans.starts)
     return Spans(rows[np.concatenate(([True], apart)), 0], rows[np.concatenate((apart, [True])), 1])
+
+
+def _apart(expected: U64, numbers: U64, pieces: Spans) -> Bools:
+    borders = pieces.starts[1:] >> np.uint64(PAGE_SHIFT)
+    found: Bools = (numbers != expected) | np.isin(numbers, borders)
+    return found

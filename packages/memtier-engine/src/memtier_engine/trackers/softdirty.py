@@ -15,17 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present, soft_dirty
-from memtier_engine.hostfs.proc import (
-    CLEAR_REFS_REFERENCED,
-    CLEAR_REFS_SOFT_DIRTY,
-    SmapsTable,
-    clear_refs,
-    read_smaps,
-)
+from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present, soft_dirty, swapped
+from memtier_engine.hostfs.proc import CLEAR_REFS_REFERENCED, CLEAR_REFS_SOFT_DIRTY, SmapsTable, parse_smaps
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, U8, U64, Bools, PageChunk, ProcessId, Spans
-from memtier_engine.trackers.common import FirstSight, chunks, mark_new
+from memtier_engine.trackers.common import FirstSight, TrackerFiles, cut, mark_new, offsets_of, spans_of
+from memtier_engine.trackers.words import read_words, tags_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +33,20 @@ class SoftDirtyConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _Part:
     """One chunk as it was read, packed eight pages to the byte."""
 
-    start: int
-    pages: int
-    resident: U8
-    written: U8
-    movable: U8
-    written_bytes: int
+    pieces: Spans
+    columns: tuple[U8, ...]
+    """Resident, written, movable, swapped."""
+    tags: U8 | None
+    written_bytes: U64  # of each piece
 
-    def columns(self) -> tuple[Bools, Bools, Bools]:
-        """Resident, written, movable."""
-        resident, written, movable = (
-            np.unpackbits(bits, count=self.pages).view(np.bool_) for bits in (self.resident, self.written, self.movable)
-        )
-        return resident, written, movable
+    def unpacked(self) -> Iterator[Bools]:
+        """The columns, page by page."""
+        pages = int(self.pieces.pages.sum())
+        for bits in self.columns:
+            yield np.unpackbits(bits, count=pages).view(np.bool_)
 
 
 class SoftDirtyTracker:
@@ -62,50 +56,84 @@ class SoftDirtyTracker:
     page_exact = True
     own_accesses_only = True
 
-    def __init__(self, host: Host, config: SoftDirtyConfig | None = None) -> None:
+    def __init__(
+        self, host: Host, config: SoftDirtyConfig | None = None, *, files: OpenProcesses | None = None
+    ) -> None:
         self._host = host
         self._config = config or SoftDirtyConfig()
         self._seen = FirstSight()
         self._buffer = np.empty(CHUNK_PAGES, np.uint64)
+        self._files = TrackerFiles(host, files)
+
+    def use_files(self, files: OpenProcesses) -> None:
+        """Open files of processes there from now on; before the first scan."""
+        self._files.use(files)
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`."""
+        self._files.keep(processes)
         self._seen.keep(processes)
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
-        """See `Tracker.scan`."""
-        known = self._seen.previous(process)
-        with Pagemap(self._host, process.pid) as pagemap:
-            pieces = [self._piece(pagemap, start, end) for start, end in chunks(spans)]
-        doubtful = np.zeros(len(pieces), np.bool_)
-        if self._config.track_referenced:
-            # Read after pagemap: what is written in between makes a mapping doubtful, and never hides a read.
-            doubtful = touched_beyond(
-                read_smaps(self._host, process.pid),
-                np.array([piece.start for piece in pieces], np.uint64),
-                np.array([piece.start + piece.pages * PAGE_BYTES for piece in pieces], np.uint64),
-                np.array([piece.written_bytes for piece in pieces], np.uint64),
+        """See `Tracker.scan`. Who gives up between two chunks is told next time that all was touched."""
+        known = self._seen.known(process, spans)
+        with self._files.of(process) as files:
+            with Pagemap(self._host, process.pid, files=files) as pagemap:
+                parts = [self._part(pagemap, pieces) for pieces in cut(spans)]
+            doubtful = [np.zeros(len(part.pieces), np.bool_) for part in parts]
+            if self._config.track_referenced and parts:
+                # Read after pagemap: what is written in between makes a mapping doubtful, and never hides a read.
+                of_pieces = touched_beyond(
+                    parse_smaps(files.read("smaps")),
+                    np.concatenate([part.pieces.starts for part in parts]),
+                    np.concatenate([part.pieces.ends for part in parts]),
+                    np.concatenate([part.written_bytes for part in parts]),
+                )
+                doubtful = np.split(of_pieces, np.cumsum([len(part.pieces) for part in parts])[:-1])
+            self._seen.forget(process)
+            if self._config.track_referenced:
+                files.write("clear_refs", str(CLEAR_REFS_REFERENCED))
+            # Cleared before anything is done with what was read: a write in between would be lost.
+            files.write("clear_refs", str(CLEAR_REFS_SOFT_DIRTY))
+        for part, unsure in zip(parts, doubtful, strict=True):
+            resident, written, movable, is_swapped = part.unpacked()
+            accessed = written | np.repeat(unsure, part.pieces.pages)
+            mark_new(accessed, part.pieces, known)
+            yield PageChunk(
+                int(part.pieces.starts[0]),
+                accessed & resident,
+                resident,
+                written=written,
+                movable=movable,
+                spans=spans_of(part.pieces),
+                swapped=is_swapped,
+                tags=part.tags,
             )
-            clear_refs(self._host, process.pid, CLEAR_REFS_REFERENCED)
-        # Cleared before anything is done with what was read: a write in between would be lost.
-        clear_refs(self._host, process.pid, CLEAR_REFS_SOFT_DIRTY)
-        for piece, unsure in zip(pieces, doubtful.tolist(), strict=True):
-            resident, written, movable = piece.columns()
-            accessed = np.ones(piece.pages, np.bool_) if unsure else written.copy()
-            mark_new(accessed, piece.start, known)
-            yield PageChunk(piece.start, accessed & resident, resident, written=written, movable=movable)
         self._seen.completed(process, spans)
 
-    def _piece(self, pagemap: Pagemap, start: int, end: int) -> _Piece:
-        words = pagemap.read(start, end, self._buffer)
+    def _part(self, pagemap: Pagemap, pieces: Spans) -> _Part:
+        words = read_words(pagemap, pieces, self._buffer)
         resident = present(words)
         written = soft_dirty(words) & resident
-        movable = exclusive(words) | ~resident
-        packed = (np.packbits(resident), np.packbits(written), np.packbits(movable))
-        return _Piece(start, len(words), *packed, written_bytes=int(written.sum()) * PAGE_BYTES)
+        columns = (resident, written, exclusive(words) | ~resident, swapped(words))
+        sums = np.concatenate((np.zeros(1, np.int64), np.cumsum(written)))[offsets_of(pieces)]
+        written_bytes = np.diff(sums).astype(np.uint64) * np.uint64(PAGE_BYTES)
+        return _Part(pieces, tuple(map(np.packbits, columns)), tags_of(words), written_bytes)
+
+    def look(self, process: ProcessId, spans: Spans) -> Bools | None:
+        """See `LookingTracker`: the bits of writes. None with `track_referenced`: reads leave none in pagemap."""
+        if self._config.track_referenced:
+            return None
+        found = [np.zeros(0, np.bool_)]
+        with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
+            for pieces in cut(spans):
+                words = read_words(pagemap, pieces)
+                found.append(soft_dirty(words) & present(words))
+        return np.concatenate(found)
 
     def close(self) -> None:
         """See `Tracker.close`."""
+        self._files.close()
 
 
 def touched_beyond(

@@ -25,9 +25,10 @@ from memtier_engine.abi.constants import (
 )
 from memtier_engine.errors import KernelCallError, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.pagemap import Pagemap
+from memtier_engine.hostfs.pagemap import Pagemap, present, swapped
 from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, Bools, PageChunk, ProcessId, Spans
-from memtier_engine.trackers.common import FirstSight, chunks, mark_new
+from memtier_engine.trackers.common import FirstSight, cut, mark_new, spans_of
+from memtier_engine.trackers.words import read_words, tags_of
 
 
 class UserfaultTracker:
@@ -66,19 +67,34 @@ class UserfaultTracker:
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """See `Tracker.scan`."""
-        known = self._seen.previous(process)
+        known = self._seen.known(process, spans)
         current = set(zip(spans.starts.tolist(), spans.ends.tolist(), strict=True))
         self._watched &= current
         with Pagemap(self._host, process.pid) as pagemap:
-            for span in sorted(current):
-                if span not in self._watched and self._register(*span):
+            for span in sorted(current - self._watched):  # a system call each, once
+                if self._register(*span):
                     self._watched.add(span)
-            for start, end in chunks(spans):
-                resident = pagemap.resident(start, end)
-                written = self._written_and_protected(pagemap.fileno(), start, end)
+            for pieces in cut(spans):
+                words = read_words(pagemap, pieces)
+                resident = present(words)
+                # Here neighbours are not joined: one that could not be registered would speak for all.
+                written = np.concatenate(
+                    [
+                        self._written_and_protected(pagemap.fileno(), start, end)
+                        for start, end in zip(pieces.starts.tolist(), pieces.ends.tolist(), strict=True)
+                    ]
+                )
                 accessed = written & resident
-                mark_new(accessed, start, known)
-                yield PageChunk(start, accessed & resident, resident, written=written & resident)
+                mark_new(accessed, pieces, known)
+                yield PageChunk(
+                    int(pieces.starts[0]),
+                    accessed & resident,
+                    resident,
+                    written=written & resident,
+                    spans=spans_of(pieces),
+                    swapped=swapped(words),
+                    tags=tags_of(words),
+                )
         self._seen.completed(process, spans)
 
     def _register(self, start: int, end: int) -> bool:

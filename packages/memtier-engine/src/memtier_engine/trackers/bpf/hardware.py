@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from memtier_engine.closing import Closing
 from memtier_engine.errors import KernelCallError, MemtierError, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.pagemap import Pagemap, present
+from memtier_engine.hostfs.pagemap import Pagemap, present, swapped
 from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, PageChunk, ProcessId, Spans
 from memtier_engine.trackers.bpf import attach
 from memtier_engine.trackers.bpf.loaders import Loaded, load
 from memtier_engine.trackers.bpf.rights import explained
-from memtier_engine.trackers.common import FirstSight, chunks, mark_new
+from memtier_engine.trackers.common import FirstSight, cut, mark_new, spans_of
+from memtier_engine.trackers.words import page_numbers, read_words, tags_of
 
 PMUS = "sys/bus/event_source/devices"
 DEFAULT_PERIOD = 10007
@@ -205,21 +206,33 @@ class HardwareTracker:
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """See `Tracker.scan`."""
-        known = self._seen.previous(process)
+        known = self._seen.known(process, spans)
         for other, (more_pages, more_counts) in self._sampler.read().items():
             pages, counts = self._samples.get(other, (_NONE, _NONE))
             self._samples[other] = np.concatenate((pages, more_pages)), np.concatenate((counts, more_counts))
-        pages, counts = self._samples.pop(process, (_NONE, _NONE))
+        pages, counts = self._samples.get(process, (_NONE, _NONE))
+        sampled = pages >> np.uint64(PAGE_SHIFT)
         with Pagemap(self._host, process.pid) as pagemap:
-            for start, end in chunks(spans):
-                resident = present(pagemap.read(start, end, self._buffer))
-                inside = (pages >= np.uint64(start)) & (pages < np.uint64(end))
+            for pieces in cut(spans):
+                words = read_words(pagemap, pieces, self._buffer)
+                resident = present(words)
+                numbers = page_numbers(pieces)
+                rows = np.minimum(np.searchsorted(numbers, sampled), len(numbers) - 1)
+                inside = numbers[rows] == sampled
                 rates: NDArray[np.float32] = np.zeros(len(resident), np.float32)
-                rows = ((pages[inside] - np.uint64(start)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-                np.add.at(rates, rows, (counts[inside] * np.uint64(self._sampler.period)).astype(np.float32))
+                np.add.at(rates, rows[inside], (counts[inside] * np.uint64(self._sampler.period)).astype(np.float32))
                 accessed = rates > 0
-                mark_new(accessed, start, known)
-                yield PageChunk(start, accessed & resident, resident, rates=rates)
+                mark_new(accessed, pieces, known)
+                yield PageChunk(
+                    int(pieces.starts[0]),
+                    accessed & resident,
+                    resident,
+                    rates=rates,
+                    spans=spans_of(pieces),
+                    swapped=swapped(words),
+                    tags=tags_of(words),
+                )
+        self._samples.pop(process, None)
         self._seen.completed(process, spans)
 
     def close(self) -> None:

@@ -132,9 +132,7 @@ class Walker(Closing):
                 words = self.walk(pagemap.fileno(), blocks).words
                 first = int(at - block) >> PAGE_SHIFT
                 own = words.reshape(-1)[first : first + _TRIAL_PAGES]
-                if (own & np.uint64(paging.PTE_HUGE)).any():
-                    own = own + (np.arange(first, first + _TRIAL_PAGES, dtype=np.uint64) << np.uint64(PAGE_SHIFT))
-                seen = (own & np.uint64(self.mask)) >> np.uint64(PAGE_SHIFT)
+                seen = paging.frames(own, self.mask)
                 if not (paging.resident(own).all() and paging.accessed(own).all() and (seen == frames).all()):
                     frames = self._frames(pagemap, address)  # migrated meanwhile?
                     if not (seen == frames).all():

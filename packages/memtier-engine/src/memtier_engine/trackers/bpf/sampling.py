@@ -21,21 +21,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memtier_engine.abi import syscalls
-from memtier_engine.abi.constants import MADV_COLD, UIO_MAXIOV
-from memtier_engine.errors import AccessDenied, KernelCallError, ProcessGone
+from memtier_engine.errors import AccessDenied, ProcessGone
+from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap
-from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans
+from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans
 from memtier_engine.trackers.bpf import paging, rights
+from memtier_engine.trackers.bpf.blocks import laid_out
 from memtier_engine.trackers.bpf.program import MAX_BLOCKS, SharedWalker
-from memtier_engine.trackers.bpf.tracker import batches, blocks_of
-from memtier_engine.trackers.common import FirstSight, mark_new
+from memtier_engine.trackers.bpf.tracker import BitClearer, Seen, look_at
+from memtier_engine.trackers.clearing import Cold
+from memtier_engine.trackers.common import FirstSight, TrackerFiles, cut, mark_new, spans_of
 
 DEFAULT_SHARE = 0.05
 DEFAULT_PANEL_SCANS = 64
 """Longer than it takes a page to count as idle, or no page ever will."""
-_BLOCK_MASK = np.uint64(paging.BLOCK_BYTES - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ class SampledBpfTracker:
         panel_scans: int = DEFAULT_PANEL_SCANS,
         seed: int | None = None,
         loader: str = "auto",
+        files: OpenProcesses | None = None,
     ) -> None:
         """Raises TrackerUnavailable: it does not work here; without CAP_SYS_NICE it could not clear any bit."""
         if not 0 < share <= 1:
@@ -98,6 +99,9 @@ class SampledBpfTracker:
             raise rights.lacking(host, "process_madvise(MADV_COLD) on other processes", rights.FOR_COLD)
         self._host = host
         self._shared = SharedWalker(host, loader)
+        self._bits = BitClearer(self._shared.walker)
+        self._clearing = Cold()
+        self._files = TrackerFiles(host, files)
         self._share = share
         self._panel_scans = panel_scans
         self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
@@ -106,8 +110,13 @@ class SampledBpfTracker:
         self._seen = FirstSight()
         self._buffer = np.empty((MAX_BLOCKS, paging.BLOCK_PAGES), np.uint64)
 
+    def use_files(self, files: OpenProcesses) -> None:
+        """Open files of processes there from now on; before the first scan."""
+        self._files.use(files)
+
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`."""
+        self._files.keep(processes)
         self._seen.keep(processes)
         for process in self._scans.keys() - processes:
             del self._scans[process]
@@ -118,86 +127,72 @@ class SampledBpfTracker:
         return self._estimates.get(process)
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
-        """See `Tracker.scan`."""
-        known = self._seen.previous(process)
+        """See `Tracker.scan`. What was yielded is cleared, what was not is not."""
+        known = self._seen.known(process, spans)
         scans = self._scans.get(process, 0)
         seed = self._seed + scans // self._panel_scans
         pages_of_sampled: list[U64] = [np.zeros(0, np.uint64)]
-        sampled: list[U64] = [np.zeros(0, np.uint64)]
         mapped_blocks = 0
-        with Pagemap(self._host, process.pid) as pagemap:
-            for pieces in batches(spans):
-                blocks, firsts = blocks_of(pieces)
-                chosen = in_panel(blocks, seed, self._share)
-                asked = blocks | np.where(chosen, np.uint64(0), np.uint64(paging.HEAD_ONLY))
-                walk = self._shared.walker.walk(pagemap.fileno(), asked, self._buffer)
-                if len(walk.states) and walk.states[0] == paging.STATE_GONE:
-                    raise ProcessGone(f"process {process.pid} exited", errno.ESRCH)
-                mapped = walk.states != paging.STATE_NOTHING
-                mapped_blocks += int(mapped.sum())
-                resident = np.repeat(mapped, paging.BLOCK_PAGES).reshape(-1, paging.BLOCK_PAGES)
-                accessed = resident.copy()
-                resident[chosen] = paging.resident(walk.words[chosen])
-                accessed[chosen] = (paging.accessed(walk.words[chosen]) | walk.other_mmu) & resident[chosen]
-                pages_of_sampled.append(accessed[chosen & mapped].sum(axis=1, dtype=np.uint64))
-                sampled.append(blocks[chosen & mapped])
-                for (start, end), first in zip(pieces, firsts, strict=True):
-                    rows = slice(first, first + (end - start >> PAGE_SHIFT))
-                    touched = accessed.reshape(-1)[rows]
-                    mark_new(touched, start, known)
-                    there = resident.reshape(-1)[rows]
-                    yield PageChunk(start, touched & there, there)
+        try:
+            with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
+                for pieces in cut(spans, CHUNK_PAGES, MAX_BLOCKS):
+                    seen, chosen = self._look(pagemap, pieces, seed)
+                    mapped = seen.walk.states != paging.STATE_NOTHING
+                    mapped_blocks += int(mapped.sum())
+                    accessed = seen.accessed | seen.resident & (seen.layout.of_blocks(~chosen) | seen.walk.other_mmu)
+                    pages_of_sampled.append(self._accessed_by_block(seen, accessed, chosen & mapped))
+                    mark_new(accessed, pieces, known)
+                    swapped = None if not chosen.all() else paging.swapped(seen.words)
+                    self._bits.clear(files, pagemap, seen, self._clearing, self._buffer)
+                    accessed &= seen.resident
+                    yield PageChunk(
+                        int(pieces.starts[0]), accessed, seen.resident, spans=spans_of(pieces), swapped=swapped
+                    )
+        except AccessDenied as failure:
+            raise rights.denied(self._host, failure, (*rights.FOR_COLD, *rights.FOR_OTHERS)) from None
         self._estimates.pop(process, None)
         if scans % self._panel_scans:  # the panel's bits were cleared by the scan before
             found = extrapolate(np.concatenate(pages_of_sampled), mapped_blocks)
             if found is not None:
                 self._estimates[process] = found
-        try:
-            make_cold(process, clipped(np.concatenate(sampled), spans))
-        except AccessDenied as failure:
-            raise rights.denied(self._host, failure, (*rights.FOR_COLD, *rights.FOR_OTHERS)) from None
         self._scans[process] = scans + 1
         self._seen.completed(process, spans)
 
+    def _look(self, pagemap: Pagemap, pieces: Spans, seed: int) -> tuple[Seen, Bools]:
+        """What was seen, and bool[b]: which of its blocks are of the panel. Others are resident if anything maps them,
+        and have no bits set."""
+        layout = laid_out(pieces)
+        chosen = in_panel(layout.addresses, seed, self._share)
+        asked = layout.addresses | np.where(chosen, np.uint64(0), np.uint64(paging.HEAD_ONLY))
+        walk = self._shared.walker.walk(pagemap.fileno(), asked, self._buffer)
+        if walk.states[0] == paging.STATE_GONE:
+            raise ProcessGone(f"process {pagemap.pid} exited", errno.ESRCH)
+        walk.words[~chosen] = 0
+        walk.words[~chosen & (walk.states != paging.STATE_NOTHING)] = paging.PTE_PRESENT
+        words: U64 = walk.words.reshape(-1)[layout.places]
+        resident = paging.resident(words)
+        return Seen(pieces, layout, walk, words, resident, paging.accessed(words) & resident), chosen
+
+    @staticmethod
+    def _accessed_by_block(seen: Seen, accessed: Bools, wanted: Bools) -> U64:
+        """uint64[blocks wanted]: accessed pages of each."""
+        numbers = seen.layout.numbers(np.flatnonzero(accessed))
+        block = np.searchsorted(seen.layout.addresses, numbers << np.uint64(PAGE_SHIFT), side="right") - 1
+        counts: U64 = np.bincount(block, minlength=len(wanted))[wanted].astype(np.uint64)
+        return counts
+
+    def look(self, process: ProcessId, spans: Spans) -> Bools | None:
+        """See `LookingTracker`: exact in the panel, touched outside."""
+        seed = self._seed + max(0, self._scans.get(process, 0) - 1) // self._panel_scans
+        found = [np.zeros(0, np.bool_)]
+        with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
+            for pieces in cut(spans, CHUNK_PAGES, MAX_BLOCKS):
+                seen = look_at(self._shared.walker, pagemap, pieces)
+                outside = seen.layout.of_blocks(~in_panel(seen.layout.addresses, seed, self._share))
+                found.append(seen.accessed | seen.resident & (outside | seen.walk.other_mmu))
+        return np.concatenate(found)
+
     def close(self) -> None:
         """See `Tracker.close`."""
+        self._files.close()
         self._shared.close()
-
-
-def clipped(blocks: U64, spans: Spans) -> Spans:
-    """What `spans` has of the 2 MiB `blocks`; a block that reaches over several spans is cut into as many pieces."""
-    blocks = np.unique(blocks)
-    ends = blocks + np.uint64(paging.BLOCK_BYTES)
-    first = np.searchsorted(spans.ends, blocks, side="right")
-    last = np.searchsorted(spans.starts, ends, side="left")
-    counts = last - first
-    rows = np.repeat(np.arange(len(blocks)), counts)
-    which = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
-    return Spans(np.maximum(blocks[rows], spans.starts[which]), np.minimum(ends[rows], spans.ends[which]))
-
-
-def make_cold(process: ProcessId, spans: Spans) -> None:
-    """Clear the accessed bits of `spans` (MADV_COLD). What the kernel refuses (locked, shared) stays as it is.
-
-    Raises:
-        ProcessGone: it exited.
-        AccessDenied: needs CAP_SYS_NICE and CAP_SYS_PTRACE.
-    """
-    pidfd = syscalls.pidfd_open(process.pid)
-    try:
-        lengths = spans.ends - spans.starts
-        sums = np.cumsum(lengths)
-        at = 0
-        while at < len(spans):
-            last = min(at + UIO_MAXIOV, len(spans))
-            advised = 0
-            try:
-                advised = syscalls.process_madvise(pidfd, spans.starts[at:last], lengths[at:last], MADV_COLD)
-            except KernelCallError as failure:
-                if failure.errno not in (errno.EINVAL, errno.ENOMEM):
-                    raise
-            done = (int(sums[at - 1]) if at else 0) + advised
-            reached = int(np.searchsorted(sums, done, side="right"))
-            at = reached if reached >= last else max(at, reached) + 1  # skip the one it stopped at
-    finally:
-        os.close(pidfd)

@@ -1,31 +1,37 @@
 """Tracker `bpf`: accessed and dirty bits straight from the page tables, read by a BPF program.
 
 Exact per page (2 MiB and 1 GiB pages: per huge page), for reads and writes, without the idle bitmap. A scan reads the
-bits of `spans`, then clears those of the whole process (clear_refs 1). Touches between the reading and the clearing of
-a page, milliseconds, are not seen. `written` tells pages that were touched and are dirty: those touched and clean
-were only read, but a page that was dirty before and only read in this window shows as written too.
+bits of up to 256 MiB, clears those that are set (`memtier_engine.trackers.clearing`), and goes on. Touches between
+the reading and the clearing of a page, a few milliseconds, are not seen. `written` tells pages that were touched and
+are dirty: those touched and clean were only read, but a page that was dirty before and only read in this window shows
+as written too.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from loguru import logger
 
-from memtier_engine.errors import AccessDenied, KernelCallError, ProcessGone
+from memtier_engine.errors import AccessDenied, ProcessGone
+from memtier_engine.hostfs.handles import OpenProcesses, ProcessFiles
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.pagemap import Pagemap, soft_dirty
-from memtier_engine.hostfs.probe_base import TrialPages
-from memtier_engine.hostfs.proc import CLEAR_REFS_REFERENCED, CLEAR_REFS_SOFT_DIRTY, clear_refs
-from memtier_engine.model import PAGE_SHIFT, U64, PageChunk, ProcessId, Spans
+from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present
+from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans, frame_tags
 from memtier_engine.trackers.bpf import paging, rights
-from memtier_engine.trackers.bpf.program import MAX_BLOCKS, SharedWalker
-from memtier_engine.trackers.common import FirstSight, chunks, grouped, spans_of
+from memtier_engine.trackers.bpf.blocks import Layout, laid_out
+from memtier_engine.trackers.bpf.program import MAX_BLOCKS, SharedWalker, Walk, Walker
+from memtier_engine.trackers.clearing import Batches, BestClearing, Clearing, Ranges, ranges_of
+from memtier_engine.trackers.common import I64, FirstSight, TrackerFiles, cut, mark_new, overlaps, spans_of
 
-_BLOCK_MASK = paging.BLOCK_BYTES - 1
+RETRY_BLOCKS = 32
+"""Pages that kept their bits are tried once more if they lie this close together (64 MiB): some 3 ms."""
+SAMPLE_PAGES = 16
 _BLOCK_SHIFT = paging.BLOCK_BYTES.bit_length() - 1
+_BLOCK_PAGE_SHIFT = np.uint64(_BLOCK_SHIFT - PAGE_SHIFT)
 
 
 class BpfTracker:
@@ -35,13 +41,20 @@ class BpfTracker:
     page_exact = True
     own_accesses_only = True
 
-    def __init__(self, host: Host, *, loader: str = "auto") -> None:
-        """Raises TrackerUnavailable: with the reason and what would help."""
+    def __init__(self, host: Host, *, loader: str = "auto", files: OpenProcesses | None = None) -> None:
+        """`files`: of the processes, shared with others; None: its own.
+
+        Raises:
+            TrackerUnavailable: with the reason and what would help.
+        """
         self._host = host
         self._shared = SharedWalker(host, loader)
         self.walker = self._shared.walker
         self.loader = self.walker.loader
-        self.flushes = flush_is_free(host)
+        self.clearing = BestClearing(host)
+        self.flushes = self.clearing.flushes()
+        self._bits = BitClearer(self.walker)
+        self._files = TrackerFiles(host, files)
         self._seen = FirstSight()
         self._warned: set[ProcessId] = set()
         self._buffer = np.empty((MAX_BLOCKS, paging.BLOCK_PAGES), np.uint64)
@@ -51,44 +64,70 @@ class BpfTracker:
         """See `memtier_engine.engine.probing`."""
         return not self.flushes
 
+    def use_files(self, files: OpenProcesses) -> None:
+        """Open files of processes there from now on; before the first scan."""
+        self._files.use(files)
+
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`."""
+        self._files.keep(processes)
         self._seen.keep(processes)
+        self.clearing.watch(processes)
         self._warned &= processes
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
-        """See `Tracker.scan`."""
+        """See `Tracker.scan`. What was yielded is cleared, what was not is not: it may be given up at any chunk."""
+        known = self._seen.known(process, spans)
+        clearing = self.clearing.of(process)
         try:
-            with Pagemap(self._host, process.pid) as pagemap:
-                for pieces in batches(spans):
-                    yield from self._read(process, pagemap, pieces, spans)
-            clear_refs(self._host, process.pid, CLEAR_REFS_REFERENCED)
-            if self.flushes:
-                clear_refs(self._host, process.pid, CLEAR_REFS_SOFT_DIRTY)
+            with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
+                touched = shared = 0
+                for pieces in cut(spans, CHUNK_PAGES, MAX_BLOCKS):
+                    seen = look_at(self.walker, pagemap, pieces, self._buffer)
+                    if seen.walk.other_mmu:
+                        self._warn_of_other_mmu(process)
+                    chunk = self._chunk(seen, known)
+                    if not clearing.whole:
+                        try:
+                            touched += int(np.count_nonzero(seen.accessed))
+                            shared += self._bits.clear(files, pagemap, seen, clearing, self._buffer)
+                        except AccessDenied as failure:
+                            self.clearing.refused(process, failure)
+                            clearing = self.clearing.of(process)
+                    yield chunk
+                if clearing.whole or self.clearing.all_is_better(files, touched, shared):
+                    self.clearing.refs.clear(files, Ranges.none(), spans)
         except AccessDenied as failure:
             raise rights.denied(self._host, failure, rights.FOR_OTHERS) from None
         self._seen.completed(process, spans)
 
-    def _read(
-        self, process: ProcessId, pagemap: Pagemap, pieces: list[tuple[int, int]], spans: Spans
-    ) -> Iterator[PageChunk]:
-        blocks, firsts = blocks_of(pieces)
-        walk = self.walker.walk(pagemap.fileno(), blocks, self._buffer)
-        if len(walk.states) and walk.states[0] == paging.STATE_GONE:
-            raise ProcessGone(f"process {process.pid} exited", errno.ESRCH)
-        if walk.other_mmu:
-            self._warn_of_other_mmu(process)
-        flat = walk.words.reshape(-1)
-        row_of = dict(zip(pieces, firsts, strict=True))
-        for group in grouped(pieces):
-            rows = [flat[row_of[piece] : row_of[piece] + (piece[1] - piece[0] >> PAGE_SHIFT)] for piece in group]
-            words = rows[0] if len(rows) == 1 else np.concatenate(rows)
-            resident = paging.resident(words)
-            accessed = resident.copy() if walk.other_mmu else paging.accessed(words) & resident
-            written = paging.dirty(words) & accessed
-            self._seen.mark(process, spans, accessed, group)
-            accessed &= resident
-            yield PageChunk(group[0][0], accessed, resident, written=written, spans=spans_of(group))
+    def _chunk(self, seen: Seen, known: Spans | None) -> PageChunk:
+        words, resident = seen.words, seen.resident
+        accessed = resident.copy() if seen.walk.other_mmu else seen.accessed.copy()
+        written = paging.dirty(words) & accessed
+        mark_new(accessed, seen.pieces, known)
+        accessed &= resident
+        return PageChunk(
+            int(seen.pieces.starts[0]),
+            accessed,
+            resident,
+            written=written,
+            spans=spans_of(seen.pieces),
+            swapped=paging.swapped(words),
+            tags=frame_tags(paging.frames(words, self.walker.mask)),
+        )
+
+    def look(self, process: ProcessId, spans: Spans) -> Bools | None:
+        """See `LookingTracker`: the bits as they are."""
+        found = [np.zeros(0, np.bool_)]
+        try:
+            with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
+                for pieces in cut(spans, CHUNK_PAGES, MAX_BLOCKS):
+                    seen = look_at(self.walker, pagemap, pieces)
+                    found.append(seen.resident if seen.walk.other_mmu else seen.accessed)
+        except AccessDenied as failure:
+            raise rights.denied(self._host, failure, rights.FOR_OTHERS) from None
+        return np.concatenate(found)
 
     def _warn_of_other_mmu(self, process: ProcessId) -> None:
         if process not in self._warned:
@@ -101,51 +140,94 @@ class BpfTracker:
 
     def close(self) -> None:
         """See `Tracker.close`."""
+        self._files.close()
         self._shared.close()
 
 
-def flush_is_free(host: Host) -> bool:
-    """Whether clear_refs 4 does nothing on this kernel but flush the TLBs of the process.
+class Seen(NamedTuple):
+    """One run of the walk."""
 
-    clear_refs 1 clears the accessed bits without a flush, and a page that a CPU has in its TLB does not set the bit
-    again: a busy process with a small working set looked idle by half (seen on 6.18). clear_refs 4 flushes; without
-    CONFIG_MEM_SOFT_DIRTY that is all it does, in 1 ms per GiB. With it, every page would be write-protected, which
-    costs the process a fault per page written: then we leave it to the kernel's own flushes.
-    Source: fs/proc/task_mmu.c, clear_refs_write().
+    pieces: Spans
+    layout: Layout
+    walk: Walk
+    words: U64  # uint64[m], of the pages of `pieces`
+    resident: Bools  # bool[m]
+    accessed: Bools  # bool[m]: bit set, of resident pages
+
+
+def look_at(walker: Walker, pagemap: Pagemap, pieces: Spans, buffer: U64 | None = None) -> Seen:
+    """Read the words of `pieces`, which lie in at most `MAX_BLOCKS` blocks.
+
+    Raises:
+        ProcessGone: it exited.
     """
-    trial = TrialPages(1)
-    try:
-        clear_refs(host, host.own_pid, CLEAR_REFS_SOFT_DIRTY)
-        trial.touch(0, 1)
-        with Pagemap(host, host.own_pid) as pagemap:
-            return not soft_dirty(pagemap.read(trial.start, trial.end)).any()
-    except KernelCallError:  # EINVAL: newer kernels refuse it without CONFIG_MEM_SOFT_DIRTY
-        return False
-    finally:
-        trial.close()
+    layout = laid_out(pieces)
+    walk = walker.walk(pagemap.fileno(), layout.addresses, buffer)
+    if walk.states[0] == paging.STATE_GONE:
+        raise ProcessGone(f"process {pagemap.pid} exited", errno.ESRCH)
+    words: U64 = walk.words.reshape(-1)[layout.places]
+    resident = paging.resident(words)
+    return Seen(pieces, layout, walk, words, resident, paging.accessed(words) & resident)
 
 
-def batches(spans: Spans) -> Iterator[list[tuple[int, int]]]:
-    """The chunks (start, end) of `spans` in groups whose 2 MiB blocks fit into one run of the walk."""
-    pieces: list[tuple[int, int]] = []
-    used = 0
-    for start, end in chunks(spans):
-        count = ((end + _BLOCK_MASK) >> _BLOCK_SHIFT) - (start >> _BLOCK_SHIFT)
-        if pieces and used + count > MAX_BLOCKS:
-            yield pieces
-            pieces, used = [], 0
-        pieces.append((start, end))
-        used += count
-    if pieces:
-        yield pieces
+class BitClearer:
+    """Clears the bits that a walk found set, and looks whether they are."""
+
+    def __init__(self, walker: Walker) -> None:
+        self._walker = walker
+        self._batches = Batches()
+
+    def clear(self, files: ProcessFiles, pagemap: Pagemap, seen: Seen, clearing: Clearing, buffer: U64) -> int:
+        """Clear what `seen` has set. `buffer` may be the one that it was read into: its words are not used any more.
+
+        Returns:
+            How many pages kept their bit because others have them too, by a sample.
+        Raises:
+            AccessDenied, ProcessGone: see `Clearing`.
+        """
+        states = seen.walk.states
+        # A block that changed while it was read may be a huge page by now: cleared in parts, it would be split.
+        sure = (states == paging.STATE_TABLE) | (states == paging.STATE_HUGE_PMD)
+        touched = seen.accessed if sure.all() else seen.accessed & seen.layout.of_blocks(sure)
+        pages = np.flatnonzero(touched)
+        if not len(pages):
+            return 0
+        huge_blocks = states == paging.STATE_HUGE_PMD
+        huge = seen.layout.of_blocks(huge_blocks)[pages] if huge_blocks.any() else None
+        numbers = seen.layout.numbers(pages)
+        clearing.clear(files, ranges_of(numbers, seen.pieces, huge), seen.pieces)
+        kept = self._still_set(pagemap, numbers, buffer)
+        if huge is not None:
+            kept &= ~huge
+        rest = numbers[kept]
+        if len(rest) and self._few(rest):
+            self._batches.drain()
+            # Whole blocks now: of a large folio of a file, a part alone cannot be cleared while it is dirty.
+            blocks = np.unique(rest >> _BLOCK_PAGE_SHIFT) << np.uint64(_BLOCK_SHIFT)
+            around = Spans(blocks, blocks + np.uint64(paging.BLOCK_BYTES))
+            clearing.clear(files, Ranges(overlaps(around, seen.pieces).spans), seen.pieces)
+            rest = rest[self._still_set(pagemap, rest, buffer)]
+        return _shared_of(pagemap, rest) if len(rest) else 0
+
+    def _few(self, numbers: U64) -> bool:
+        """Whether trying again costs little: as many as wait in batches, or in one place."""
+        few = int(numbers[-1] - numbers[0]) < RETRY_BLOCKS * paging.BLOCK_PAGES
+        return few or len(numbers) <= self._batches.most_pages
+
+    def _still_set(self, pagemap: Pagemap, numbers: U64, buffer: U64) -> Bools:
+        """bool[n]: which of these pages have their bit set."""
+        blocks = numbers >> _BLOCK_PAGE_SHIFT
+        fresh = np.concatenate(([True], blocks[1:] != blocks[:-1]))
+        walk = self._walker.walk(pagemap.fileno(), blocks[fresh] << np.uint64(_BLOCK_SHIFT), buffer)
+        within = (numbers & np.uint64(paging.BLOCK_PAGES - 1)).astype(np.int64)
+        places: I64 = (np.cumsum(fresh) - 1) * paging.BLOCK_PAGES + within
+        words: U64 = walk.words.reshape(-1)[places]
+        return paging.resident(words) & paging.accessed(words)
 
 
-def blocks_of(pieces: list[tuple[int, int]]) -> tuple[U64, list[int]]:
-    """(addresses of the 2 MiB blocks that hold `pieces`, per piece the number of its first page among their pages)."""
-    columns = [np.arange(start & ~_BLOCK_MASK, end, paging.BLOCK_BYTES, dtype=np.uint64) for start, end in pieces]
-    before = np.cumsum([0] + [len(column) for column in columns[:-1]]).tolist()
-    firsts = [
-        count * paging.BLOCK_PAGES + ((start & _BLOCK_MASK) >> PAGE_SHIFT)
-        for (start, _), count in zip(pieces, before, strict=True)
-    ]
-    return np.concatenate(columns), firsts
+def _shared_of(pagemap: Pagemap, numbers: U64) -> int:
+    """How many of these pages are mapped by other processes too, by a sample."""
+    sample = numbers[:: max(1, len(numbers) // SAMPLE_PAGES)]
+    pages = [(number << PAGE_SHIFT, number + 1 << PAGE_SHIFT) for number in sample.tolist()]
+    words = pagemap.read_all(pages)
+    return int((present(words) & ~exclusive(words)).mean() * len(numbers))

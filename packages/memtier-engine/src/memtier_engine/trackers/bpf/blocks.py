@@ -1,0 +1,53 @@
+"""Pieces of spans in the 2 MiB blocks that the walk reads: which, and where in their words each page is. No IO."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from memtier_engine.model import PAGE_SHIFT, U64, Bools, Spans
+from memtier_engine.trackers.bpf import paging
+from memtier_engine.trackers.common import I64, offsets_of
+
+_BLOCK_SHIFT = np.uint64(paging.BLOCK_BYTES.bit_length() - 1)
+_WORD_SHIFT = paging.BLOCK_PAGES.bit_length() - 1
+
+
+class Layout(NamedTuple):
+    """Where the pages of some pieces are."""
+
+    addresses: U64  # uint64[b]: of the distinct 2 MiB blocks, ascending
+    places: slice | I64
+    """Of the pages, in order, among the 512 * b words of the blocks."""
+
+    def of_blocks(self, rows: Bools) -> Bools:
+        """A value per block as one per page."""
+        values: Bools = np.repeat(rows, paging.BLOCK_PAGES)[self.places]
+        return values
+
+    def numbers(self, pages: I64) -> U64:
+        """uint64[n]: page numbers (address / 4 KiB) of the pages at these indices."""
+        places = pages + self.places.start if isinstance(self.places, slice) else self.places[pages]
+        blocks = self.addresses[places >> _WORD_SHIFT] >> np.uint64(PAGE_SHIFT)
+        numbers: U64 = blocks + (places & (paging.BLOCK_PAGES - 1)).astype(np.uint64)
+        return numbers
+
+
+def laid_out(pieces: Spans) -> Layout:
+    """The blocks of `pieces` (at least one), each once however many pieces lie in it."""
+    first = pieces.starts >> _BLOCK_SHIFT
+    counts = (((pieces.ends - np.uint64(1)) >> _BLOCK_SHIFT) - first).astype(np.int64) + 1
+    before = np.cumsum(counts) - counts
+    blocks = np.repeat(first, counts) + (np.arange(int(counts.sum())) - np.repeat(before, counts)).astype(np.uint64)
+    fresh = np.concatenate(([True], blocks[1:] != blocks[:-1]))
+    rows = np.cumsum(fresh) - 1
+    within = ((pieces.starts & np.uint64(paging.BLOCK_BYTES - 1)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    places = rows[before] * paging.BLOCK_PAGES + within
+    offsets = offsets_of(pieces)
+    addresses = blocks[fresh] << _BLOCK_SHIFT
+    shifts = places - offsets[:-1]
+    total = int(offsets[-1])
+    if (shifts == shifts[0]).all():
+        return Layout(addresses, slice(int(places[0]), int(places[0]) + total))
+    return Layout(addresses, np.repeat(shifts, np.diff(offsets)) + np.arange(total))
