@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
 from memtier_engine.pages.ages import PAGED_OUT, AgeClock, ProcessPages
-from memtier_engine.pages.refaults import BIN_S, PageSet, RefaultLedger
-from support.fakes import BASE, PROCESS, chunk, spans
+from memtier_engine.pages.gaps import BIN_S
+from memtier_engine.pages.pageset import PageSet, common, page_numbers_of, within
+from memtier_engine.pages.refaults import RefaultLedger
+from memtier_engine.pages.spaceledger import SwapInsSeen, idle_of
+from support.fakes import BASE, PROCESS, chunk, pages_of, spans
 
 FIRST_PAGE = BASE // PAGE_BYTES
 NONE = Spans.empty()
@@ -194,6 +201,182 @@ def test_remembering_a_gigabyte_of_runs_takes_some_kilobytes() -> None:
     assert ledger.stats(100).stored_bytes < 20_000
 
 
+def seen(*regions: int, major: int = 0) -> SwapInsSeen:
+    """Swap-ins in these 2 MiB regions, counted from the first page, and major faults of the whole process."""
+    return SwapInsSeen(np.array(regions, np.uint64) * np.uint64(2 << 20) + np.uint64(BASE), major)
+
+
+class Freed(Scene):
+    """1024 pages in two regions, of which all went out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own.set_spans(spans((0, 1024)))
+        self.look()
+        self.page_out(0, 1024)
+        self.ledger.settle(PROCESS, self.own, seen(), self.now_s)
+
+    def look(self, *, resident: Collection[int] = (), swapped: Collection[int] | None = None) -> None:
+        self.now_s += 10
+        self.clock.begin_scan(self.now_s)
+        here = [page in resident for page in range(1024)]
+        found = chunk(0, here, here)
+        if swapped is not None:
+            found = replace(found, swapped=np.array([page in swapped for page in range(1024)]))
+        self.ledger.observe(PROCESS, self.own, found, self.clock.idle_s(), self.now_s)
+        self.own.update(found, self.clock.step_table())
+
+    def totals(self) -> tuple[int, int, int]:
+        """Pages that were (wanted back early, wanted back late, are out)."""
+        stats = self.ledger.stats(self.now_s)
+        each = (stats.early_bytes, stats.late_bytes, stats.pending_bytes)
+        return each[0] // PAGE_BYTES, each[1] // PAGE_BYTES, each[2] // PAGE_BYTES
+
+
+def test_what_its_process_freed_is_neither_out_nor_back() -> None:
+    """MADV_DONTNEED of the first half: neither in RAM nor in swap."""
+    scene = Freed()
+    scene.look(swapped=range(512, 1024))
+    assert scene.totals() == (0, 0, 512)
+    scene.look(resident=range(512), swapped=range(512, 1024))
+    assert scene.totals() == (0, 0, 512)
+
+
+def test_freed_and_filled_anew_between_two_scans_is_not_back() -> None:
+    """The kernel counted no swap-in there: the pages were not wanted. In the other region there was one."""
+    scene = Freed()
+    scene.look(resident=range(1024), swapped=())
+    scene.ledger.settle(PROCESS, scene.own, seen(1), scene.now_s)
+    assert scene.totals() == (512, 0, 0)
+
+
+def test_a_fault_may_be_counted_with_the_window_before_and_its_page_seen_only_now() -> None:
+    scene = Freed()
+    scene.look(swapped=range(1024))
+    scene.ledger.settle(PROCESS, scene.own, seen(0), scene.now_s)
+    scene.look(resident=range(1024), swapped=())
+    scene.ledger.settle(PROCESS, scene.own, seen(), scene.now_s)
+    assert scene.totals() == (512, 0, 0)
+
+
+def test_what_system_calls_brought_back_was_wanted_though_no_access_of_the_program_was_counted() -> None:
+    """read(2) into a buffer that is out: its faults are the kernel's, and only the process's sum has them."""
+    scene = Freed()
+    scene.look(resident=range(1024), swapped=())
+    scene.ledger.settle(PROCESS, scene.own, seen(major=1024), scene.now_s)
+    assert scene.totals() == (1024, 0, 0)
+
+
+def test_without_the_kernels_count_all_that_came_back_was_wanted() -> None:
+    scene = Freed()
+    scene.look(resident=range(1024), swapped=())
+    scene.ledger.settle(PROCESS, scene.own, None, scene.now_s)
+    assert scene.totals() == (1024, 0, 0)
+    scene = Freed()
+    scene.ledger.settle(PROCESS, scene.own, None, scene.now_s)  # a window of which it is not known: nor of the next
+    scene.look(resident=range(1024), swapped=())
+    scene.ledger.settle(PROCESS, scene.own, seen(), scene.now_s)
+    assert scene.totals() == (1024, 0, 0)
+
+
+@pytest.mark.parametrize("after", [spans(), spans((256, 768)), spans((5000, 6000)), spans((0, 256), (512, 1024))])
+def test_what_is_not_mapped_any_more_is_not_out(after: Spans) -> None:
+    """munmap(2), mremap(2), execve(2): the new mappings may lie where the old ones were."""
+    scene = Freed()
+    kept = sum(last - first for first, last in pages_of(after) if first < 1024)
+    scene.ledger.remapped(PROCESS, scene.own, after)
+    assert scene.totals() == (0, 0, kept)
+
+
+def test_what_went_out_of_the_old_mapping_does_not_come_back_in_the_new_one() -> None:
+    """munmap and mmap at the same address, seen unmapped in between."""
+    scene = Freed()
+    for after in (spans(), spans((0, 1024))):
+        scene.ledger.remapped(PROCESS, scene.own, after)
+        scene.own.set_spans(after)
+    scene.look(resident=range(1024))
+    assert scene.totals() == (0, 0, 0)
+
+
+def test_dead_processes_are_not_kept_however_they_came_in() -> None:
+    """Also one whose last page goes out after it was forgotten."""
+    ledger = RefaultLedger()
+    for pid in range(1, 6):
+        ledger.paged_out(ProcessId(pid, 1), spans((0, 10)), NONE, 30, 0)
+    ledger.forget(ProcessId(1, 1))
+    ledger.paged_out(ProcessId(1, 1), spans((0, 10)), NONE, 30, 1)
+    assert len(ledger) == 5
+    ledger.keep([ProcessId(2, 1)])
+    assert len(ledger) == len(ledger.governors) == 1
+    assert ledger.stats(1).pending_bytes == pages(10)
+
+
+def test_what_came_back_of_a_dead_process_stays_in_the_sums() -> None:
+    scene = Scene(gaps=True)
+    scene.scan()
+    scene.page_out(0, 10)
+    scene.come_back(0, 1)
+    scene.scan()
+    scene.ledger.forget(PROCESS)
+    assert scene.ledger.stats(scene.now_s).early_bytes == scene.ledger.wanted_bytes() == pages(2)
+    assert sum(scene.gap_counts().values()) == 2
+
+
+def test_the_idle_time_of_a_batch_is_that_of_its_pages() -> None:
+    """Half of it was idle for 20 s, half for 300: the gaps are two, and neither is that of the oldest page."""
+    scene = Scene(gaps=True)
+    scene.scan()
+    scene.own.set_age(spans((0, 20)), PAGED_OUT)
+    scene.out |= set(range(20))
+    idle_s = np.array([20.0, 300.0] * 10)
+    scene.ledger.paged_out(PROCESS, spans((0, 20)), NONE, idle_s, scene.now_s)
+    counts = scene.ledger.out_pages(scene.now_s + 100, 20)
+    assert {round(float(BIN_S[index])): int(counts[index]) for index in np.flatnonzero(counts)} == {117: 10, 395: 10}
+    scene.come_back(*range(20))
+    scene.scan()
+    counted = scene.gap_counts()
+    assert sorted(counted.values()) == [10, 10]
+    assert min(counted) <= 30 < 280 <= max(counted)
+
+
+def test_how_long_the_pages_of_a_batch_were_idle_comes_from_their_ages() -> None:
+    """Of what was unmapped since, or was not in RAM, nothing is known."""
+    scene = Scene()
+    for _ in range(6):
+        scene.scan()
+    scene.own.ages[:4] = [5, 2, PAGED_OUT, 4]
+    found = idle_of(scene.own, spans((0, 4), (99, 101)), scene.clock.idle_s())
+    assert found[[0, 1, 3]].tolist() == [50, 20, 40]
+    assert np.isnan(found).tolist() == [False, False, True, False, False, True]
+
+
+def test_a_trial_that_comes_back_is_no_wrong_decision() -> None:
+    """It counts in the sums, and says nothing to the governor."""
+    scene = Scene()
+    scene.scan()
+    for trial in (True, False):
+        scene.own.set_age(spans((0, 100)), PAGED_OUT)
+        scene.ledger.paged_out(PROCESS, spans((0, 100)), NONE, 30, scene.now_s, trial=trial)
+        scene.scan()
+        wrong = scene.ledger.settle(PROCESS, scene.own, None, scene.now_s)
+        assert wrong != trial
+    assert scene.ledger.stats(scene.now_s).early_bytes == pages(200)
+
+
+def test_a_page_that_goes_out_twice_in_a_slice_of_time_is_known_by_the_second_time() -> None:
+    scene = Scene(gaps=True)
+    scene.scan()
+    scene.page_out(0, 10, idle_s=20)
+    scene.come_back(*range(10))
+    scene.scan()
+    scene.gap_counts()
+    scene.page_out(0, 10, idle_s=200)
+    scene.come_back(*range(10))
+    scene.scan()
+    [(gap_s, count)] = scene.gap_counts().items()
+    assert (round(gap_s, -1), count) == (200, 10)
+
+
 ranges = st.lists(st.tuples(st.integers(0, 200_000), st.integers(1, 5_000)), max_size=20).map(
     lambda items: sorted(set(items))
 )
@@ -213,8 +396,8 @@ def _disjoint(items: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def test_a_page_set_is_a_set(added: list[tuple[int, int]], removed: list[tuple[int, int]], sealed: bool) -> None:
     model: set[int] = set()
     pages_set = PageSet()
-    pages_set.add(spans(*_disjoint(added)))
-    pages_set.remove(spans(*_disjoint(removed)))
+    pages_set.add(page_numbers_of(spans(*_disjoint(added))))
+    pages_set.remove(page_numbers_of(spans(*_disjoint(removed))))
     for first, last in _disjoint(added):
         model |= set(range(first, last))
     for first, last in _disjoint(removed):
@@ -225,3 +408,19 @@ def test_a_page_set_is_a_set(added: list[tuple[int, int]], removed: list[tuple[i
     found = pages_set.contains(asked + np.uint64(FIRST_PAGE))
     assert set(asked[found].tolist()) == {page for page in model if page % 7 == 0}
     assert pages_set.count() == len(model)
+
+
+@settings(deadline=None, max_examples=60)
+@given(one=ranges, other=ranges)
+def test_what_two_lists_of_spans_have_in_common_is_in_both(
+    one: list[tuple[int, int]], other: list[tuple[int, int]]
+) -> None:
+    """Spans of both may touch; what comes out is ascending and not empty."""
+    first, second = spans(*_disjoint(one)), spans(*_disjoint(other))
+    found = common(first, second)
+    both = set(page_numbers_of(first).tolist()) & set(page_numbers_of(second).tolist())
+    assert set(page_numbers_of(found).tolist()) == both
+    assert bool((found.ends > found.starts).all())
+    assert bool((found.starts[1:] >= found.ends[:-1]).all())
+    numbers = page_numbers_of(first)
+    assert set(numbers[within(numbers, second)].tolist()) == both

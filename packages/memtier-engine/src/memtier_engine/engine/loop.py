@@ -24,11 +24,12 @@ from memtier_engine.engine.membership import Membership
 from memtier_engine.engine.pace import Pace
 from memtier_engine.engine.probing import Probing
 from memtier_engine.engine.report import StepReport
+from memtier_engine.engine.returns import ReturnsWatch
 from memtier_engine.engine.scanning import Halted, Scanner
 from memtier_engine.engine.telling import tell
 from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
 from memtier_engine.guards.config import GuardsConfig
-from memtier_engine.guards.guardset import Context, GuardSet
+from memtier_engine.guards.guardset import GuardSet
 from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.observers import Observers
@@ -42,13 +43,14 @@ from memtier_engine.model import (
     MoveTask,
     PacedTracker,
     ProcessId,
-    Spans,
     Tracker,
 )
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
+from memtier_engine.pages.governor import governed, withheld_bytes
 from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.pages.space import AddressSpace, Probe, Spaces
+from memtier_engine.pages.spaceledger import SwapInsSeen, idle_of
 from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
 from memtier_engine.policies.base import Policy
 from memtier_engine.stats.observer import Observer, event_prefix
@@ -131,7 +133,9 @@ class Engine:
             scan_interval_s=self.config.scan_interval_ms / 1000,
         )
         self.observers: list[Observer] = list(observers)
+        limits = self.config.guards.refaults
         self.refaults = refaults or RefaultLedger()
+        self.refaults.share_percent = None if limits is None else limits.close_at
         self.pace = pace
         self._swap_ins = SwapInWatch(self.host) if self.config.count_swap_ins else None
         self.files = OpenProcesses(self.host)
@@ -142,6 +146,7 @@ class Engine:
         self._membership = Membership(self.host, self.spaces, self._note, observers=observing)
         self._families = Families(self.files)
         self.age_clock = AgeClock()
+        self._returns = ReturnsWatch(self.host)
         self._asleep = AsleepWatch(self.tracker)
         self._probing = Probing(self.tracker, self._probe_of, lambda: (space.probe for space in self.spaces))
         self.halted: Callable[[], bool] = lambda: self._halt
@@ -161,7 +166,7 @@ class Engine:
         self._next_scan_s = now_s
         self._next_decision_s = now_s
         self._candidate_bytes = 0
-        self._requested_bytes = self._moved_bytes = self._refault_bytes = 0
+        self._requested_bytes = self._moved_bytes = 0
         self._cpu_s = 0.0
         self._errors: list[str] = []
         self.following = Following(self.config.scan_interval_ms / 1000)
@@ -264,7 +269,7 @@ class Engine:
             for space in self.spaces:
                 if space.shared_bytes:
                     tell(space)
-        self._count_swap_ins()
+        self._settle(self._count_swap_ins(), now_s)
         scan_seconds = time.monotonic() - began_s
         if self.pace is not None:
             self.pace.scanned(time.thread_time() - began_cpu_s)
@@ -273,8 +278,9 @@ class Engine:
         ages = histogram_of(self.spaces)
         tasks = self._decide(now_s) if now_s >= self._next_decision_s else None
         if tasks or not rested or self.mover.wait_s() is not None:  # else there is nothing to guard
-            self.guards.check(now_s, Context(int(ages[: AGE_MAX + 1].sum()) * PAGE_BYTES, self._refault_bytes))
+            self.guards.check(now_s)
         if tasks is not None and not self.config.dry_run:
+            tasks = governed(tasks, self.pages, self.age_clock, self.refaults.governors, now_s)
             self.mover.replace(self.guards.admit(self._probing.limit(tasks), self.guards.verdict, now_s))
         self._cpu_s += time.thread_time() - began_cpu_s
         return self._report(now_s, scan_seconds, ages)
@@ -368,7 +374,7 @@ class Engine:
             if self.halted():
                 raise Halted
             try:
-                back = self._scanner.scan(space, table)
+                self._scanner.scan(space, table)
             except ProcessGone:
                 self._forget(space)
             except KernelCallError as failure:
@@ -380,8 +386,6 @@ class Engine:
             else:
                 if len(space.left_out):
                     tell(space)
-                if not self.refaults.swap_shrank:
-                    self._refault_bytes += back * PAGE_BYTES
                 self._probing.scanned(space.probe)
 
     def _new_pages(self, process: ProcessId) -> ProcessPages:
@@ -404,20 +408,38 @@ class Engine:
         for observer in self.observers:
             observer.forgotten(process)
 
-    def _count_swap_ins(self) -> None:
+    def _count_swap_ins(self) -> dict[ProcessId, SwapInsSeen]:
+        """Returns what is known in full of some processes."""
         each = None if self._swap_ins is None else self._swap_ins.read_each(self.pages.keys())
-        if each is not None:
-            found = total(each)
-            self.refaults.swapped_in(found.count, found.waited, found.wait_s)
-            for process, own in each.items():
-                for observer in self.observers:
-                    observer.swapped_in(process, own.count, own.waited, own.wait_s)
+        if self._swap_ins is None or each is None:
+            return {}
+        found = total(each)
+        self.refaults.swapped_in(found.count, found.waited, found.wait_s)
+        for process, own in each.items():
+            for observer in self.observers:
+                observer.swapped_in(process, own.count, own.waited, own.wait_s)
+        return self._returns.read(self._swap_ins, each)
+
+    def _settle(self, seen: dict[ProcessId, SwapInsSeen], now_s: float) -> None:
+        """Judge what came back. Where a decision was wrong, what is pending of it is dropped."""
+        self.refaults.keep(self.pages.keys())
+        wrong = {
+            process
+            for process, own in self.pages.items()
+            if self.refaults.settle(process, own, seen.get(process), now_s)
+        }
+        for process in wrong:
+            logger.info("pid {}: {}", process.pid, self.refaults.governors[process].why(now_s))
+        if wrong:
+            self.mover.retain(lambda task: task.to_node != SWAP_NODE or task.process not in wrong)
 
     def _decide(self, now_s: float) -> list[MoveTask]:
         interval_s = (self.policy.interval_ms or self.config.scan_interval_ms) / 1000
         self._next_decision_s = max(self._next_decision_s, now_s - interval_s / 2) + interval_s
         until_next_s = max(interval_s, self.scan_interval_s)
         budget = None if self.config.dry_run else self.mover.budget_bytes(until_next_s)
+        if budget is not None:  # what is held back of some must not use up the others' budget
+            budget += withheld_bytes(self.pages, self.age_clock, self.refaults.governors, now_s)
         for space in self.spaces:
             space.retry(now_s)
         tasks = self.policy.decide(self.pages, self.age_clock, budget)
@@ -440,8 +462,10 @@ class Engine:
         own, now_s = space.pages, self.clock.now_s()
         if outcome.to_node == SWAP_NODE:
             if outcome.moved_bytes:
-                idle_s = self._least_idle_s(own, outcome.spans)
-                self.refaults.paged_out(outcome.process, outcome.spans, outcome.stuck, idle_s, now_s)
+                idle_s = idle_of(own, outcome.spans, self.age_clock.idle_s())
+                self.refaults.paged_out(
+                    space.process, outcome.spans, outcome.stuck, idle_s, now_s, trial=space.probe.trial
+                )
                 if self._swap_ins is not None:
                     self._swap_ins.paged_out(outcome.process)
                 own.set_age(outcome.spans, PAGED_OUT)
@@ -455,18 +479,10 @@ class Engine:
             own.set_place(outcome.spans, outcome.to_node)
             own.set_place(outcome.later, NOWHERE)
 
-    def _least_idle_s(self, own: ProcessPages, spans: Spans) -> float:
-        """How long the pages of a batch were idle, by its first and last page: decisions take them by age."""
-        idle_s = self.age_clock.idle_s()
-        found = []
-        for address in (int(spans.starts[0]), int(spans.ends[-1]) - PAGE_BYTES):
-            try:
-                age = int(own.ages[own.index_of(address)])
-            except KeyError:  # unmapped since
-                continue
-            if age <= AGE_MAX and np.isfinite(idle_s[age]):
-                found.append(float(idle_s[age]))
-        return min(found, default=0.0)
+    def _skipped(self, now_s: float) -> dict[int, str]:
+        whys = {process.pid: governor.why(now_s) for process, governor in self.refaults.governors.items()}
+        skipped = {process.pid: why for process, why in self.guards.skipped.items()}
+        return {pid: why for pid, why in whys.items() if why} | skipped
 
     def _note(self, error: str) -> None:
         if len(self._errors) < ERRORS_KEPT and error not in self._errors:
@@ -486,14 +502,14 @@ class Engine:
             candidate_bytes=self._candidate_bytes,
             requested_bytes_total=self._requested_bytes,
             moved_bytes_total=self._moved_bytes,
-            refault_bytes_total=self._refault_bytes,
+            refault_bytes_total=self.refaults.wanted_bytes(),
             scan_seconds=scan_seconds,
             cpu_seconds_total=self._cpu_s,
             age_pages=pages,
             idle_s=self.age_clock.idle_s(),
             errors=errors,
             guards=self.guards.verdict.states,
-            skipped={process.pid: why for process, why in self.guards.skipped.items()},
+            skipped=self._skipped(now_s),
             sharers={space.process.pid: space.sharers for space in self.spaces if space.shared_bytes},
             kept={space.process.pid: kept for space in self.spaces if (kept := space.kept_bytes())},
             left_out_bytes=sum(space.left_out.total_bytes for space in self.spaces if len(space.left_out)),

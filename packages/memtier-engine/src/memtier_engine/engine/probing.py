@@ -72,8 +72,11 @@ class Probing:
         for task in tasks:
             process, probe = task.process, probes[task.process]
             if task.to_node != SWAP_NODE or probe.sure:
+                if task.to_node == SWAP_NODE:
+                    probe.trial = False
                 yield task
             elif not probe.waits and process not in begun and len(task.spans):
                 begun.add(process)
+                probe.trial = True
                 first, _ = take(task.spans, probe.next_bytes or PROBE_BYTES)
                 yield MoveTask(process, first, task.to_node, task.reason)

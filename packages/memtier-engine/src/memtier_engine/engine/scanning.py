@@ -58,8 +58,8 @@ class Scanner:
         """Nothing is remembered of others."""
         self._mappings.retain(processes)
 
-    def scan(self, space: AddressSpace, table: U8) -> int:
-        """Look at all of it. Returns the pages that had been paged out and came back.
+    def scan(self, space: AddressSpace, table: U8) -> None:
+        """Look at all of it.
 
         Args:
             space: whose.
@@ -72,15 +72,15 @@ class Scanner:
         began_s = time.monotonic()
         process, own = space.process, space.pages
         spans = self._spans(space)
+        self._refaults.remapped(process, own, spans)
         own.set_spans(spans)
         self._policy.begin(process, spans)
         for observer in self._observers:
             observer.scan_began(process, spans, self._clock.now_s)
         idle_s, now_s = self._clock.idle_s(), self._clock.now_s
-        came_back = 0
         for chunk in self._tracker.scan(process, spans):
             self._refaults.observe(process, own, chunk, idle_s, now_s)
-            came_back += own.update(chunk, table)
+            own.update(chunk, table)
             self._policy.observe(process, chunk)
             for observer in self._observers:
                 observer.chunk(process, chunk)
@@ -91,7 +91,6 @@ class Scanner:
         space.known_bytes = int(counts[: AGE_MAX + 1].sum() + counts[PAGED_OUT]) * PAGE_BYTES
         for observer in self._observers:
             observer.scan_ended(process, time.monotonic() - began_s)
-        return came_back
 
     def _spans(self, space: AddressSpace) -> Spans:
         """What to look at: what can be tiered, is meant by the target, and holds something."""

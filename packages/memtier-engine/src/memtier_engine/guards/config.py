@@ -48,7 +48,9 @@ class GuardsConfig:
     compression: Thresholds | None = COMPRESSION
     """Original size by memory used in zram and zswap. Below 1.2 paging out saves under a sixth and costs CPU."""
     refaults: Thresholds | None = REFAULTS
-    """Percent of the resident memory that came back within the last minute after we paged it out."""
+    """Percent that came back early of what was paged out of a process, or of its memory in RAM within a minute: from
+    `close_at` on its pages must be idle for longer to go out (see `pages.governor`). Policy `reclaim`: percent of the
+    cgroups' memory that came back within the last minute."""
     protection: bool = True
     """Leave a cgroup what its memory.min and memory.low guarantee: MADV_PAGEOUT does not look at them."""
     start_grace_s: float | None = None

@@ -43,7 +43,8 @@ class Context:
     """What the engine knows itself."""
 
     resident_bytes: int = 0
-    refault_bytes_total: int = 0
+    refault_bytes_total: int | None = None
+    """None: each address space is judged by itself, see `governor`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +131,11 @@ class GuardSet:
         idle_disk = readings["swap-writes"].missing
         if idle_disk in (IN_RAM, NO_SWAP):
             readings["psi-io-node"] = readings["psi-io-cgroup"] = Reading(missing=idle_disk)
-        recent = self._refaults.add(context.refault_bytes_total, now_s)
-        share = recent / max(context.resident_bytes, WORKING_SET_LEAST_BYTES)
-        readings["refaults"] = Reading(100 * share)
+        if context.refault_bytes_total is None:
+            readings["refaults"] = Reading(missing="each process is judged by itself")
+        else:
+            recent = self._refaults.add(context.refault_bytes_total, now_s)
+            readings["refaults"] = Reading(100 * recent / max(context.resident_bytes, WORKING_SET_LEAST_BYTES))
         states = tuple(guard.update(readings, now_s) for guard in self.guards)
         headroom = readings["protection"].value if self.config.protection else None
         verdict = Verdict(

@@ -28,6 +28,8 @@ class Probe:
     """Scanned after something went out, and that after the last decision."""
     next_bytes: int | None = None
     """Size of the next probe; None: the least."""
+    trial: bool = False
+    """What goes out now is a probe: where that comes back, no decision was wrong."""
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ import numpy as np
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId, Why
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
-from memtier_engine.pages.refaults import BIN_S
+from memtier_engine.pages.gaps import BIN_S
 from memtier_engine.policies.base import BasePolicy
 from memtier_engine.policies.goals import Goal
 from memtier_engine.policies.touches import I64, Window, by_bin, coming_of_age, from_above, hazard_of, measured_from

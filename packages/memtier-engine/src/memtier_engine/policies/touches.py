@@ -1,6 +1,6 @@
 """How often pages are touched again, by how long they have been idle: what policy `auto` knows of a program. No IO.
 
-Arrays are by `refaults.BIN_S`, bins of idle time that grow with it.
+Arrays are by `gaps.BIN_S`, bins of idle time that grow with it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier_engine.pages.refaults import BIN_S, BINS, BINS_PER_DOUBLING, bins_of
+from memtier_engine.pages.gaps import BIN_S, BINS, BINS_PER_DOUBLING, bins_of
 
 LESS_EVENTS_THAN_THIS = 1.0
 """Added to the touches counted: where little was seen, no touch is no proof."""

@@ -94,6 +94,7 @@ class ReclaimEngine(Engine):
         self._cgroups = target
         self._members: dict[Path, _Member] = {}
         self._turn = 0
+        self._refault_bytes = 0
         self._node_gauges = HostGauges(host)
 
     def advance(self, now_s: float) -> tuple[StepReport | None, float]:
@@ -241,6 +242,7 @@ class ReclaimEngine(Engine):
             tracked_bytes=resident_bytes,
             resident_bytes=resident_bytes,
             paged_out_bytes=sum(member.facts.out_bytes or 0 for member in members),
+            refault_bytes_total=self._refault_bytes,
             idle_s=idle_s,
         )
 

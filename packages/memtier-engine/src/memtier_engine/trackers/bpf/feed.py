@@ -9,14 +9,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 from loguru import logger
 
 from memtier_engine.errors import KernelCallError, ProcessGone, TrackerUnavailable, Unavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.taskstats import SwapInDelay, TaskStats
-from memtier_engine.model import ProcessId
+from memtier_engine.model import U64, ProcessId
 from memtier_engine.trackers.bpf.faults import FaultCounter, FaultTable
 
 
@@ -29,14 +30,18 @@ class SwapIns:
     """Of them, those that waited for the swap device."""
     wait_s: float = 0.0
     """Time that these took in all."""
+    regions: U64 = field(default_factory=lambda: np.zeros(0, np.uint64), compare=False)
+    """Addresses of the 2 MiB regions that they were in, where that is known; some more than once."""
 
     def __add__(self, other: SwapIns) -> SwapIns:
-        return SwapIns(self.count + other.count, self.waited + other.waited, self.wait_s + other.wait_s)
+        regions = np.concatenate((self.regions, other.regions))
+        return SwapIns(self.count + other.count, self.waited + other.waited, self.wait_s + other.wait_s, regions)
 
     @staticmethod
     def of(table: FaultTable) -> SwapIns:
         """The sum over all regions."""
-        return SwapIns(int(table.swap_ins.sum()), int(table.major.sum()), float(table.major_s.sum()))
+        regions = table.regions[table.swap_ins > 0]
+        return SwapIns(int(table.swap_ins.sum()), int(table.major.sum()), float(table.major_s.sum()), regions)
 
 
 def total(each: Mapping[ProcessId, SwapIns]) -> SwapIns:
@@ -183,6 +188,9 @@ class SwapInWatch:
         self._feed: SwapInFeed | DelayFeed | None = None
         self._refused = False
         self._processes: frozenset[ProcessId] = frozenset()
+        self._counted: frozenset[ProcessId] = frozenset()  # at the last reading
+        self.covered: frozenset[ProcessId] = frozenset()
+        """Processes of which the last reading has all faults of their own since the one before, with the regions."""
 
     def paged_out(self, process: ProcessId) -> None:
         """Memory went out of `process`: count what comes back, from now on."""
@@ -219,6 +227,9 @@ class SwapInWatch:
             self.close()
             return None
         self._processes = left
+        # Delay accounting has only what waited, and not where.
+        self.covered = self._counted & left if isinstance(self._feed, SwapInFeed) else frozenset()
+        self._counted = left
         return found
 
     def close(self) -> None:
@@ -227,6 +238,7 @@ class SwapInWatch:
             self._feed.close()
             self._feed = None
         self._refused = True
+        self.covered = self._counted = frozenset()
 
     def _open(self) -> SwapInFeed | DelayFeed | None:
         try:
