@@ -201,9 +201,9 @@ def test_remembering_a_gigabyte_of_runs_takes_some_kilobytes() -> None:
     assert ledger.stats(100).stored_bytes < 20_000
 
 
-def seen(*regions: int, major: int = 0) -> SwapInsSeen:
-    """Swap-ins in these 2 MiB regions, counted from the first page, and major faults of the whole process."""
-    return SwapInsSeen(np.array(regions, np.uint64) * np.uint64(2 << 20) + np.uint64(BASE), major)
+def seen(*regions: int, others: int = 0) -> SwapInsSeen:
+    """Swap-ins in these 2 MiB regions, counted from the first page, and other major faults."""
+    return SwapInsSeen(np.array(regions, np.uint64) * np.uint64(2 << 20) + np.uint64(BASE), others)
 
 
 class Freed(Scene):
@@ -263,8 +263,15 @@ def test_what_system_calls_brought_back_was_wanted_though_no_access_of_the_progr
     """read(2) into a buffer that is out: its faults are the kernel's, and only the process's sum has them."""
     scene = Freed()
     scene.look(resident=range(1024), swapped=())
-    scene.ledger.settle(PROCESS, scene.own, seen(major=1024), scene.now_s)
+    scene.ledger.settle(PROCESS, scene.own, seen(others=1024), scene.now_s)
     assert scene.totals() == (1024, 0, 0)
+
+
+def test_a_few_faults_of_its_files_do_not_make_all_that_was_filled_anew_wanted() -> None:
+    scene = Freed()
+    scene.look(resident=range(1024), swapped=())
+    scene.ledger.settle(PROCESS, scene.own, seen(others=20), scene.now_s)
+    assert scene.totals() == (0, 0, 0)
 
 
 def test_without_the_kernels_count_all_that_came_back_was_wanted() -> None:

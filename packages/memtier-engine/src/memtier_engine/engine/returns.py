@@ -42,6 +42,7 @@ class ReturnsWatch:
                 continue
             before = self._major.get(process)
             if before is not None:
-                found[process] = SwapInsSeen(each.get(process, SwapIns()).regions, major[process] - before)
+                counted = each.get(process, SwapIns())
+                found[process] = SwapInsSeen(counted.regions, max(0, major[process] - before - counted.waited))
         self._major = major
         return found

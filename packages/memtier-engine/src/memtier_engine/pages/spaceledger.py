@@ -24,8 +24,9 @@ GENERATIONS = 10
 """Into which the time of judgement is cut."""
 REGION_SHIFT = 21
 """Swap-ins are counted per 2 MiB."""
-PAGES_PER_FAULT = 256
-"""The most that one fault brings in: a large folio of half a region. Source: mm/memory.c, alloc_swap_folio()."""
+PAGES_PER_FAULT = 16
+"""That a fault of a system call is taken to bring in: of a swap device 8 are read ahead (vm.page-cluster), and 64 KiB
+are the folios that machines with mTHP use most. Source: mm/swap_state.c; mm/memory.c, alloc_swap_folio()."""
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -37,8 +38,8 @@ class SwapInsSeen:
 
     regions: U64
     """Addresses of the 2 MiB regions where a program's own access found a page in swap."""
-    major_faults: int
-    """Of all its tasks: those in system calls are among them, which `regions` does not have."""
+    other_waits: int
+    """Major faults besides those: of system calls on its memory, and of its files."""
 
 
 @dataclass(slots=True)
@@ -205,7 +206,7 @@ class SpaceLedger:
         if seen is not None and before is not None:
             # Scans take time: a fault may have been counted with the window before and its page seen only now.
             regions = np.concatenate((seen.regions, before.regions))
-            wanted = _wanted(pages, regions, seen.major_faults + before.major_faults)
+            wanted = _wanted(pages, regions, seen.other_waits + before.other_waits)
             self._withdraw(pages[~wanted])
             pages = pages[wanted]
         self._came_back(pages, self._returned_s)
@@ -307,7 +308,7 @@ class SpaceLedger:
                 self.kept += max(0, part.moved - part.early)
 
 
-def _wanted(pages: U64, regions: U64, major_faults: int) -> Bools:
+def _wanted(pages: U64, regions: U64, other_waits: int) -> Bools:
     """bool[n]: which of the pages that came back were wanted: those of regions where something was swapped in.
 
     The others were freed and filled anew between two scans, or a system call touched them. The latter waits for swap,
@@ -315,7 +316,7 @@ def _wanted(pages: U64, regions: U64, major_faults: int) -> Bools:
     """
     known = np.isin(pages >> np.uint64(REGION_SHIFT - PAGE_SHIFT), regions >> np.uint64(REGION_SHIFT))
     others = len(pages) - int(np.count_nonzero(known))
-    if others and major_faults * PAGES_PER_FAULT >= others:
+    if others and other_waits * PAGES_PER_FAULT >= others:
         return np.ones(len(pages), np.bool_)
     return known
 
