@@ -10,16 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interop import peers
+from interop import peers, releases
 from interop.peers import Peer
 from nri_core import Backoff, Container, Pod, Runtime, Stub, Update
 from nri_core.plugin import Plugin
 
 QUICK = Backoff(least_s=0.05, most_s=0.2)
-RUNTIME_VERSIONS = {"v0.6.1": "v1.7.24", "v0.8.0": "v2.1.0", "v0.10.0": "v2.2.0"}
-"""containerd releases with these NRI releases."""
-NEWEST_RUNTIME_VERSION = "v2.4.0"
-
 POD = {
     "id": "pod1",
     "name": "web",
@@ -56,17 +52,17 @@ class Release:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Such as (0, 10)."""
-        return tuple(int(part) for part in self.version[1:].split(".")[:2])
+        """Such as (0, 10, 0)."""
+        return releases.numbers(self.version)
 
     @property
     def runtime_version(self) -> str:
         """What a containerd with this NRI calls itself."""
-        return RUNTIME_VERSIONS.get(self.version, NEWEST_RUNTIME_VERSION)
+        return releases.NRI[self.version]
 
-    def has(self, major: int, minor: int) -> bool:
+    def has(self, *since: int) -> bool:
         """Whether it is this release or a newer one."""
-        return self.numbers >= (major, minor)
+        return self.numbers >= since
 
 
 def release(version: str) -> Release:

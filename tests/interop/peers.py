@@ -17,15 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from interop import releases
 from vm.harness.cache import Cache, digest, digest_files
 from vm.harness.errors import VmError
 from vm.harness.host import apt_install
 
 SOURCES = Path(__file__).parent / "go"
-NRI_RELEASES = ("v0.6.1", "v0.8.0", "v0.10.0", "v0.12.5")
-"""What containerd 1.7, 2.0 and 2.2 ship, and the newest on the module proxy."""
-TTRPC_RELEASES = ("v1.2.3", "v1.2.10")
-"""What NRI v0.6 pins, and the newest."""
+NRI_RELEASES = tuple(releases.NRI)
+TTRPC_RELEASES = releases.TTRPC
 NEWEST_NRI = NRI_RELEASES[-1]
 WAIT_S = 20.0
 
@@ -74,7 +73,7 @@ def build(module: str, release: str) -> Path:
     folder = SOURCES / module
     files = {path.name: path for path in [*folder.glob("*.go"), folder / "go.mod"]}
     pins = {f"release{suffix}": folder / "releases" / f"{release}{suffix}" for suffix in (".mod", ".sum")}
-    tags = "nri_no_wasm" + (",nri_v0_10" if module == "nri" and release not in ("v0.6.1", "v0.8.0") else "")
+    tags = releases.build_tags(module, release)
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     cache = Cache(Path(base) / "memtier" / "go")
     kind = f"{module}-{release}"

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from interop import releases
 from nri_core import Container, Plugin, Pod, Stub
+from nri_core.aio.stub import NRI_VERSION
 from nri_core.pb import nri_pb2
 from nri_core.testing import FakeRuntime
 
@@ -50,6 +52,18 @@ def test_the_schema_has_every_message_field_enum_and_method() -> None:
     assert len(enums) == 10
     assert sum(len(message.fields) for message in messages) == 255
     assert sum(len(service.methods) for service in file.services_by_name.values()) == 21
+
+
+def test_the_newest_release_that_is_tested_is_the_one_that_is_spoken_and_documented() -> None:
+    """tests/interop/releases.py is the one place that names releases; what follows from it agrees."""
+    for module, listed in (("nri", [*releases.NRI]), ("ttrpc", [*releases.TTRPC])):
+        pinned = (ROOT / f"tests/interop/go/{module}/releases").glob("*.mod")
+        assert sorted(path.stem for path in pinned) == sorted(listed)
+        assert listed == sorted(listed, key=releases.numbers)
+    newest = [*releases.NRI][-1]
+    assert newest == NRI_VERSION
+    assert f"v1alpha1 up to {newest}" in (ROOT / "packages/nri-core/README.md").read_text()
+    assert f"releases/{newest}.mod" in (ROOT / "tests/interop/go/README.md").read_text()
 
 
 def test_the_generated_code_is_fresh() -> None:

@@ -23,6 +23,9 @@ type plugin struct {
 	DelayMS   map[string]int             `json:"delay_ms"` // by method
 	Reject    string                     `json:"reject"`   // the reason for which adjustments are refused
 	EventMask int32                      `json:"event_mask"`
+
+	FailRequest   bool `json:"fail_request"`
+	KeepConnected bool `json:"keep_connected"`
 }
 
 // heard tells of a call and does what the settings say of it.
@@ -119,11 +122,12 @@ func runPlugin(socket, settings string) {
 	if err := json.Unmarshal([]byte(settings), implementation); err != nil {
 		fail(err)
 	}
-	running, err := stub.New(implementation,
+	options := append(implementation.moreOptions(),
 		stub.WithSocketPath(socket),
 		stub.WithPluginName(implementation.Name),
 		stub.WithPluginIdx(implementation.Index),
 		stub.WithOnClose(func() { say(map[string]any{"event": "closed"}) }))
+	running, err := stub.New(implementation, options...)
 	if err != nil {
 		fail(err)
 	}

@@ -84,6 +84,9 @@ def timed(hook: Hook) -> Hook:
 class MemtierdPlugin(Plugin):
     """Answers the runtime and feeds the fleet."""
 
+    exclusive = "memtierd"
+    rivals = ("nri-memtierd",)  # the reference's, too
+
     def __init__(
         self,
         fleet: Fleet,
