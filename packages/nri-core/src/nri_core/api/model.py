@@ -273,6 +273,7 @@ def container_to_message(container: Container) -> nri_pb2.Container:
         args=container.args,
         env=container.env,
         pid=container.pid or 0,
+        started_at=container.started_at_ns or 0,
     )
     for mount in container.mounts:
         message.mounts.add(destination=mount.destination, source=mount.source, type=mount.type, options=mount.options)
