@@ -105,10 +105,10 @@ class PluginConnection:
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container], *, parts: int = 1) -> None:
         """Tell the plugin what there is, in `parts` messages, or in more if one would be too long."""
-        requests = _synchronize_requests(pods, containers, parts)
+        requests = synchronize_requests(pods, containers, parts)
         while max(request.ByteSize() for request in requests) > MAX_SYNCHRONIZE_BYTES:
             parts *= 2
-            requests = _synchronize_requests(pods, containers, parts)
+            requests = synchronize_requests(pods, containers, parts)
         for request in requests:
             response = await self.call("Synchronize", request, nri_pb2.SynchronizeResponse())
             if response.more != request.more or (request.more and response.update):
@@ -323,9 +323,10 @@ class FakeRuntime:
                 self._queue.put_nowait(plugin)
 
 
-def _synchronize_requests(
+def synchronize_requests(
     pods: Sequence[Pod], containers: Sequence[Container], parts: int
 ) -> list[nri_pb2.SynchronizeRequest]:
+    """SynchronizeRequests for what there is, in `parts` messages."""
     pod_share, container_share = -(-len(pods) // parts) or 1, -(-len(containers) // parts) or 1
     return [
         nri_pb2.SynchronizeRequest(

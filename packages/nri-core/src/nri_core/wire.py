@@ -33,14 +33,17 @@ class TooManyParts(ValueError):
     """A message is made of more parts than are decoded."""
 
 
-def decoded(message: M, data: bytes) -> M:
+def decoded(message: M, data: bytes, *, few: bool = False) -> M:
     """Fill `message` from `data`, and give it back.
 
+    Args:
+        few: it is usually large and made of few parts, such as one payload: to count them is quicker than to look at
+            all of `data`.
     Raises:
         TooManyParts: it has more than `MAX_SMALL_PARTS` parts of fewer than `SMALL_BYTES` bytes.
         ValueError: it is no such message.
     """
-    if may_be_small(data) > MAX_SMALL_PARTS:
+    if len(data) > 2 * MAX_SMALL_PARTS and (few or may_be_small(data) > MAX_SMALL_PARTS):
         _count(memoryview(data), message.DESCRIPTOR, [0, 0])
     try:
         message.ParseFromString(data)

@@ -43,7 +43,7 @@ def encode_request(head: CallHead) -> bytes:
 
 def decode_request(data: bytes) -> CallHead:
     """The inverse. Raises ValueError; TooManyParts with more than `MAX_METADATA` pairs."""
-    message = decoded(ttrpc_pb2.Request(), data)
+    message = decoded(ttrpc_pb2.Request(), data, few=True)
     if len(message.metadata) > MAX_METADATA:
         raise TooManyParts(f"{len(message.metadata)} pairs of metadata; the most is {MAX_METADATA}")
     metadata = tuple((pair.key, pair.value) for pair in message.metadata)
@@ -62,7 +62,7 @@ def encode_status(code: int, text: str) -> bytes:
 
 def decode_response(data: bytes) -> bytes:
     """The payload. Raises ValueError if it is no Response, RpcError if it carries a status that is not OK."""
-    message = decoded(ttrpc_pb2.Response(), data)
+    message = decoded(ttrpc_pb2.Response(), data, few=True)
     if message.HasField("status") and message.status.code != Code.OK:
         raise RpcError(message.status.code, message.status.message)
     return message.payload
