@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from memtier_cli.nri_memtierd.container_cgroup import ContainerCgroup
-from memtier_cli.nri_memtierd.fleet import Job
+from memtier_cli.nri_memtierd.launch.base import Job
 from memtier_cli.nri_memtierd.launch.inprocess import InProcessLauncher
 from memtier_cli.nri_memtierd.rundir import Place, RunDirectory
 from memtier_engine.hostfs.host import Host

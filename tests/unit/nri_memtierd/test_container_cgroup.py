@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from memtier_cli.nri_memtierd.container_cgroup import (
     BadCgroupsPath,
     CgroupNotFound,
+    CgroupTree,
     ContainerCgroup,
     expand_slice,
     find_container_cgroup,
@@ -172,3 +175,75 @@ def test_a_cgroup_made_again_under_the_same_name_is_another(node: Node) -> None:
     (node.root / "placeholder").mkdir()  # so that the inode is not handed out again at once
     made.mkdir()
     assert not found.is_there()
+
+
+@pytest.mark.parametrize("ups", [1, 2, 5])
+@pytest.mark.parametrize("inner", ["", "/container", "/container/deeper"])
+def test_a_process_is_found_from_within_a_cgroup_namespace(node: Node, ups: int, inner: str) -> None:
+    """A pod has one on cgroup v2: the kernel then gives paths from that pod's own cgroup."""
+    node.make(f"elsewhere/other/{ID}")  # the same name, another place
+    made = node.make(f"kubepods/burstable/pod1/{ID}")
+    (made / "container" / "deeper").mkdir(parents=True)
+    node.process(7, f"{'/..' * ups}/burstable/pod1/{ID}{inner}")
+    assert node.find("/not/there", pid=7).path == made
+
+
+@pytest.mark.parametrize("cgroup", ["/..", "/../..", f"/../pod/../{ID}", f"/../elsewhere/{ID}", f"/pod1/../{ID}"])
+def test_dots_that_lead_to_no_directory_of_that_path_do_not_count(node: Node, cgroup: str) -> None:
+    node.make(f"kubepods/crio-conmon-{ID}")
+    node.make("kubepods/pod1/other")
+    node.process(7, cgroup)
+    with pytest.raises(CgroupNotFound):
+        node.find("/not/there", pid=7)
+
+
+@pytest.mark.parametrize(
+    "text", ["/a\0b", "a.slice:p:x\0y", "a.slice:p\0:x", "\0", "/\ud800", "/a\nb", "/" + "x" * 5000]
+)
+def test_whatever_a_path_holds_only_that_container_is_not_found(node: Node, text: str) -> None:
+    tree = CgroupTree(node.root)
+    with pytest.raises(CgroupNotFound):
+        tree.find(container_id=ID, cgroups_path=text)
+    made = node.make(f"pod/{ID}")
+    assert tree.find(container_id=ID, cgroups_path=f"/pod/{ID}").path == made
+
+
+@given(st.text(max_size=30), st.text(max_size=10))
+def test_any_words_of_a_runtime_find_a_directory_inside_or_none(cgroups_path: str, container_id: str) -> None:
+    with TemporaryDirectory() as base:
+        root = Path(base) / "cg"
+        (root / "a.slice" / "p-x.scope").mkdir(parents=True)
+        try:
+            found = CgroupTree(root).find(container_id=container_id, cgroups_path=cgroups_path)
+        except CgroupNotFound:
+            return
+        assert found.path.resolve().is_relative_to(root.resolve())
+        assert found.path.resolve() != root.resolve()
+
+
+def test_the_tree_is_walked_once_for_all(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty containers of a runtime that says other paths than it makes: sixty walks took too long."""
+    made = [node.make(f"kubepods/pod{number}/crio-{number:064x}.scope") for number in range(60)]
+    looks = 0
+    scandir = os.scandir
+
+    def counted(path: str) -> object:
+        nonlocal looks
+        looks += 1
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    tree = CgroupTree(node.root)
+    for number, path in enumerate(made):
+        assert tree.find(container_id=f"{number:064x}", cgroups_path=f"/kata/{number}").path == path
+    with pytest.raises(CgroupNotFound):
+        tree.find(container_id="f" * 64, cgroups_path="/kata/gone")
+    assert looks == 1 + 1 + 60 + 60, "the root, kubepods, its pods, their containers"
+
+
+def test_no_tree_is_walked_for_those_that_are_where_the_runtime_says(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = node.make(f"pod/{ID}")
+    monkeypatch.setattr(os, "scandir", None)
+    assert CgroupTree(node.root).find(container_id=ID, cgroups_path=f"/pod/{ID}").path == made

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from memtier_cli.nri_memtierd.care import HEALTHY_S, RETRY_MOST_S
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
 from memtier_cli.nri_memtierd.events import ContainerInfo, Listed, Reconfigured, Started, Stopped
-from memtier_cli.nri_memtierd.fleet import Fleet, Job, RunningEngine
-from memtier_cli.nri_memtierd.rundir import Place, RunDirectory
+from memtier_cli.nri_memtierd.fleet import Fleet
+from memtier_cli.nri_memtierd.launch.base import Job, RunningEngine
+from memtier_cli.nri_memtierd.rundir import OUTPUTS_BYTES_MAX, Place, RunDirectory, RunDirError
 from memtier_engine.clock import FakeClock
 from memtier_engine.errors import MemtierError
 
@@ -27,6 +31,7 @@ class FakeEngine:
         self.job = job
         self.stopped = False
         self.why: str | None = None
+        self.is_stuck = False
 
     def ended(self) -> str | None:
         return self.why
@@ -37,6 +42,9 @@ class FakeEngine:
 
     def tend(self) -> None:
         pass
+
+    def stuck(self) -> bool:
+        return self.is_stuck
 
 
 class FakeLauncher:
@@ -175,13 +183,58 @@ def test_reported_twice_a_container_has_one_engine(scene: Scene) -> None:
     assert scene.launcher.attempts == 1
 
 
-def test_a_restart_under_the_same_name_replaces_the_engine_and_keeps_the_new_directory(scene: Scene) -> None:
-    """The stop of the old instance may come after the start of the new one."""
+def test_two_live_containers_of_one_name_have_an_engine_each_and_the_younger_the_plain_path(scene: Scene) -> None:
+    """A restart whose stop comes late; or two pods of one name, one of which is being deleted."""
     scene.tell(Started(scene.container("old")), Started(scene.container("new")))
-    assert [engine.stopped for engine in scene.launcher.engines] == [True, False]
+    assert [engine.stopped for engine in scene.launcher.engines] == [False, False], "neither loses what it has learnt"
+    assert scene.files() == ["default/pod/c0.old/memtierd.config.yaml", "default/pod/c0/memtierd.config.yaml"]
+    assert "pods/new" in (scene.runs / "default/pod/c0/memtierd.config.yaml").read_text()
+    old = scene.launcher.engines[0].job.files
+    old.append_output("of the old one")
+    assert (scene.runs / "default/pod/c0.old/memtierd.output").read_text() == "of the old one"
     scene.tell(Stopped("old"))
     assert scene.fleet.managed() == {"new": "swap"}
     assert scene.files() == ["default/pod/c0/memtierd.config.yaml"]
+
+
+def test_the_survivor_of_two_keeps_its_engine(scene: Scene) -> None:
+    scene.tell(Started(scene.container("old")), Started(scene.container("new")))
+    scene.tell(Stopped("new"))
+    assert [engine.stopped for engine in scene.launcher.engines] == [False, True]
+    assert scene.files() == ["default/pod/c0.old/memtierd.config.yaml"]
+    scene.tell(Started(scene.container("newest")))
+    assert scene.files() == ["default/pod/c0.old/memtierd.config.yaml", "default/pod/c0/memtierd.config.yaml"]
+
+
+@pytest.mark.parametrize("order", [("old", "new"), ("new", "old")])
+def test_which_of_two_is_older_does_not_hang_on_the_order_of_the_list(scene: Scene, order: tuple[str, str]) -> None:
+    ages_s = {"old": 3000.0, "new": 20.0}
+    both = [
+        replace(scene.container(key), started_at_s=scene.wall_s - ages_s[key]) for key in order
+    ]  # fmt: skip
+    scene.tell(Listed(tuple(both)))
+    assert scene.fleet.running() == {"old", "new"}
+    assert "pods/new" in (scene.runs / "default/pod/c0/memtierd.config.yaml").read_text()
+    assert "pods/old" in (scene.runs / "default/pod/c0.old/memtierd.config.yaml").read_text()
+
+
+def test_an_earlier_instance_whose_cgroup_is_gone_makes_way_as_a_whole(scene: Scene) -> None:
+    scene.tell(Started(scene.container("old")))
+    (scene.root / "pods/old").rmdir()
+    scene.tell(Started(scene.container("new")))
+    assert [engine.stopped for engine in scene.launcher.engines] == [True, False]
+    assert scene.files() == ["default/pod/c0/memtierd.config.yaml"]
+    assert scene.fleet.managed() == {"new": "swap"}
+
+
+def test_an_older_one_that_cannot_be_renamed_starts_anew_beside(scene: Scene) -> None:
+    blocking = scene.runs / "default/pod/c0.old"
+    blocking.mkdir(parents=True, mode=0o700)
+    (blocking / "core").write_text("not ours")
+    scene.tell(Started(scene.container("old")), Started(scene.container("new")))
+    scene.later(1.0)
+    assert scene.fleet.running() == {"old", "new"}
+    assert [engine.stopped for engine in scene.launcher.engines] == [True, False, False]
 
 
 def test_listed_containers_are_adopted_and_absent_ones_dropped(scene: Scene) -> None:
@@ -276,6 +329,201 @@ def test_a_container_whose_cgroup_is_gone_is_dropped_even_if_nobody_says_so(scen
     scene.later(60)
     assert scene.fleet.managed() == {}
     assert scene.namespaces() == []
+
+
+def test_a_container_whose_cgroup_is_gone_is_forgotten(scene: Scene) -> None:
+    """Not only its engine: nothing brings it back."""
+    scene.tell(Started(scene.container("a")))
+    (scene.root / "pods/a").rmdir()
+    scene.later(60)
+    scene.container("a")  # a cgroup of the same name, somebody else's
+    scene.tell(Reconfigured(PluginConfig((WorkloadClass("swap", True, "changed: 1\n"),))))
+    scene.later(600)
+    assert scene.launcher.attempts == 1
+    assert scene.fleet.status() == []
+
+
+def test_a_cgroup_that_appears_late_is_found(scene: Scene) -> None:
+    scene.tell(Started(scene.container("a", exists=False)))
+    (found,) = scene.fleet.status()
+    assert found["engine"] == "waiting"
+    assert "does not exist" in str(found["why"])
+    scene.container("a")
+    scene.later(1.1)
+    assert scene.fleet.running() == {"a"}
+
+
+def test_after_the_end_of_a_container_nothing_of_it_is_remembered(scene: Scene) -> None:
+    """A node sees millions of them."""
+    for number in range(100):
+        container = scene.container(f"b{number}", f"n{number}")
+        scene.tell(Started(container), Stopped(container.id), Stopped(container.id))
+        scene.tell(Stopped(f"never heard of {number}"))
+    fleet = scene.fleet
+    assert not fleet._gone
+    assert not fleet._cares._by_id
+    assert not fleet._cares._by_names
+    assert not fleet._litter._left
+    assert not fleet._stuck
+
+
+def test_waits_grow_to_a_limit_and_no_further(scene: Scene) -> None:
+    scene.launcher.refuse = "no tracker works here"
+    scene.tell(Started(scene.container("a")))
+    tries = []
+    for second in range(4000):
+        before = scene.launcher.attempts
+        scene.later(1.0)
+        if scene.launcher.attempts > before:
+            tries.append(second)
+    waits = [later - earlier for earlier, later in itertools.pairwise(tries)]
+    assert waits[:4] == [2, 4, 8, 16]
+    assert max(waits) == RETRY_MOST_S
+    assert waits[-3:] == [RETRY_MOST_S] * 3
+
+
+def test_failures_are_forgotten_after_a_healthy_while(scene: Scene) -> None:
+    """An engine that worked for days does not wait minutes after the ninth hiccup of a lifetime."""
+    scene.tell(Started(scene.container("a")))
+    for _ in range(12):
+        scene.later(HEALTHY_S)
+        scene.launcher.engines[-1].why = "a hiccup"
+        scene.later(1.0)
+        scene.later(1.0)
+        assert scene.launcher.engines[-1].why is None, "the first wait is the short one"
+    assert scene.launcher.attempts == 13
+
+
+def test_failures_within_a_short_while_are_not_forgotten(scene: Scene) -> None:
+    scene.tell(Started(scene.container("a")))
+    for _ in range(6):
+        scene.launcher.engines[-1].why = "again"
+        scene.later(1.0)
+        scene.later(HEALTHY_S / 2)
+    scene.launcher.engines[-1].why = "again"
+    scene.later(1.0)
+    assert scene.fleet.status()[0]["next_try_s"] == 64
+
+
+class Refusing:
+    """A file system that refuses, for one container or all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str, whose: str = "") -> None:
+        self.on, self.refused = True, 0
+        real = getattr(RunDirectory, call)
+
+        def refuse(own: RunDirectory, place: Place) -> object:
+            if self.on and whose in str(place):
+                self.refused += 1
+                raise RunDirError(f"cannot {call}: No space left on device")
+            return real(own, place)
+
+        monkeypatch.setattr(RunDirectory, call, refuse)
+
+
+def test_a_full_volume_is_tried_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Refusing(monkeypatch, "create")
+    scene.tell(Started(scene.container("a")))
+    scene.later(2.0)
+    assert scene.launcher.attempts == 0
+    assert scene.fleet.managed() == {"a": "swap"}
+    assert "No space left" in str(scene.fleet.status()[0]["why"])
+    full.on = False
+    scene.later(10.0)
+    assert scene.fleet.running() == {"a"}
+
+
+def test_a_directory_that_cannot_be_removed_hurts_nobody_else(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    stubborn = Refusing(monkeypatch, "remove", ":a")
+    a, b, c, d = (scene.container(key, key) for key in "abcd")
+    scene.tell(Started(a), Started(d), Listed((b, c)))
+    assert scene.fleet.running() == {"b", "c"}
+    assert scene.launcher.live() == ["default/pod:b", "default/pod:c"]
+    scene.tell(Reconfigured(PluginConfig((WorkloadClass("swap", True, "changed: 1\n"),))))
+    assert scene.fleet.running() == {"b", "c"}
+    for _ in range(2000):
+        scene.later(1.0)
+    assert 8 < stubborn.refused < 20, "tried again, less and less often"
+    stubborn.on = False
+    scene.later(RETRY_MOST_S)
+    assert {name.split("/")[2] for name in scene.files()} == {"b", "c"}
+
+
+def test_a_container_that_comes_back_to_a_directory_that_was_to_go_keeps_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stubborn = Refusing(monkeypatch, "remove")
+    scene.tell(Started(scene.container("a")), Stopped("a"), Started(scene.container("b")))
+    stubborn.on = False
+    scene.later(RETRY_MOST_S)
+    assert scene.files() == ["default/pod/c0/memtierd.config.yaml"]
+
+
+@pytest.mark.parametrize("call", ["configure", "clean", "tend"])
+def test_a_launcher_that_fails_at_one_thing_still_does_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("a defect")
+
+    scene = Scene(tmp_path)
+    monkeypatch.setattr(scene.launcher, call, fail)
+    scene.fleet.start()
+    scene.tell(Started(scene.container("a")), Reconfigured(PluginConfig((TRACK, SWAP))))
+    assert scene.fleet.running() == {"a"}
+    scene.fleet.stop()
+
+
+def test_an_engine_that_fails_to_stop_does_not_keep_the_others(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(engine: FakeEngine) -> None:
+        engine.stopped = True
+        raise RuntimeError("a defect")
+
+    scene.tell(*(Started(scene.container(key, key)) for key in "abc"))
+    monkeypatch.setattr(FakeEngine, "stop", fail)
+    scene.tell(Listed((scene.container("c", "c"),)))
+    assert scene.fleet.running() == {"c"}
+    assert {name.split("/")[2] for name in scene.files()} == {"c"}
+    assert scene.fleet.stop()
+    assert scene.namespaces() == []
+
+
+def test_a_container_whose_engine_is_stuck_waits_for_it_whatever_happens(scene: Scene) -> None:
+    """Another engine for it would only take one more thread."""
+    scene.tell(Started(scene.container("a")), Started(scene.container("b", "c1")))
+    engine = scene.launcher.engines[0]
+    engine.is_stuck, engine.why = True, "a step has not returned for 30 s"
+    scene.later(400)
+    assert scene.launcher.attempts == 2
+    scene.tell(Reconfigured(PluginConfig((WorkloadClass("swap", True, "changed: 1\n"),))))
+    scene.later(400)
+    assert [each.job.label for each in scene.launcher.engines] == ["default/pod:c0", "default/pod:c1", "default/pod:c1"]
+    assert "does not return" in str({each["id"]: each for each in scene.fleet.status()}["a"]["why"])
+    engine.is_stuck = False
+    scene.later(400)
+    assert scene.fleet.running() == {"a", "b"}
+
+
+def test_the_status_names_every_container_and_why_it_has_no_engine(scene: Scene) -> None:
+    scene.tell(Reconfigured(PluginConfig((SWAP, NO_ENGINE), grace_s=100)))
+    scene.tell(*(Started(scene.container(key, key, cls=cls)) for key, cls in
+                 {"a": "swap", "b": "limits-only", "c": "gone", "d": ""}.items()))  # fmt: skip
+    found = {str(each["id"]): each for each in scene.fleet.status()}
+    assert found["a"] == {
+        "container": "default/pod:a", "id": "a", "class": "swap", "engine": "waiting",
+        "why": "left alone after its start", "next_try_s": 100,
+    }  # fmt: skip
+    assert found["b"]["why"] == "class limits-only has no engine"
+    assert "not configured" in str(found["c"]["why"])
+    assert found["d"]["why"] == "it names no class"
+    scene.later(101)
+    assert scene.fleet.status()[0]["engine"] == "running"
+
+
+def test_outputs_are_bounded_together(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.tell(*(Started(scene.container(f"k{number}", f"c{number}")) for number in range(200)))
+    scene.later(60)
+    assert 2 * 200 * scene.run_directory.output_bytes_max <= OUTPUTS_BYTES_MAX
 
 
 def test_hostile_names_get_no_engine_and_no_file(scene: Scene, tmp_path: Path) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loguru import logger
 
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
 from memtier_cli.nri_memtierd.events import Event, Listed, Reconfigured, Started, Stopped
 from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
 from memtier_engine.errors import ConfigError
 from nri_core import Backoff, Container, ContainerState, EventMask, Pod, RpcError, Stub
+from nri_core.pb import nri_pb2
 from nri_core.testing import FakeRuntime, PluginConnection
 
 CLASS = "class.memtierd.nri.io"
@@ -42,6 +44,30 @@ class Scene:
     runtime: FakeRuntime
     connection: PluginConnection
     task: asyncio.Task[None]
+
+
+class Sent:
+    """What the plugin asks of the runtime with UpdateContainers."""
+
+    def __init__(self, refused: Collection[str] = ()) -> None:
+        self.requests: list[list[nri_pb2.ContainerUpdate]] = []
+        self._refused = refused
+
+    def take(self, updates: Sequence[nri_pb2.ContainerUpdate]) -> Sequence[nri_pb2.ContainerUpdate]:
+        self.requests.append(list(updates))
+        return [update for update in updates if update.container_id in self._refused]
+
+    def values(self) -> dict[str, dict[str, str]]:
+        found = [update for request in self.requests for update in request]
+        return {update.container_id: dict(update.linux.resources.unified) for update in found}
+
+    async def until(self, requests: int) -> None:
+        await self.settled(lambda: len(self.requests) >= requests)
+
+    async def settled(self, what: Callable[[], bool]) -> None:
+        async with asyncio.timeout(30):
+            while not what():  # noqa: ASYNC110  # a thread looks at the cgroups
+                await asyncio.sleep(0.01)
 
 
 Body = Callable[[Scene], Coroutine[Any, Any, None]]
@@ -188,12 +214,76 @@ def test_adopted_containers_get_the_memory_values_they_lack(tmp_path: Path) -> N
         (tmp_path / "pods" / name).mkdir(parents=True)
         (tmp_path / "pods" / name / "memory.swap.max").write_text(value + "\n")
 
+    sent = Sent()
+
     async def body(scene: Scene) -> None:
-        asked = {update.container_id: dict(update.linux.resources.unified) for update in scene.connection.updates}
-        assert asked == {"id-c0": {"memory.swap.max": "max"}}
+        assert scene.connection.updates == [], "the answer to Synchronize waits for nothing"
+        await sent.until(1)
+        assert sent.values() == {"id-c0": {"memory.swap.max": "max"}}
 
     there = [container(name, ContainerState.RUNNING) for name in values]
-    run(tmp_path, body, runtime={"pods": [POD], "containers": there})
+    run(tmp_path, body, runtime={"pods": [POD], "containers": there, "on_update": sent.take})
+
+
+def test_many_values_are_sent_a_few_at_a_time_and_told_when_they_are_confirmed(tmp_path: Path) -> None:
+    """A runtime carries updates out one by one, and refuses some: the log must not say otherwise."""
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(str(message)), format="{extra[container]} {message}", level="INFO",
+                      filter=lambda record: "container" in record["extra"])  # fmt: skip
+    sent = Sent(refused={"id-n3", "id-n30"})
+    names = [f"n{number}" for number in range(45)]
+    for name in names:
+        (tmp_path / "pods" / name).mkdir(parents=True)
+        (tmp_path / "pods" / name / "memory.swap.max").write_text("0\n")
+
+    async def body(scene: Scene) -> None:
+        await sent.until(3)
+        await sent.settled(lambda: len(lines) == len(names))
+
+    there = [container(name, ContainerState.RUNNING) for name in names]
+    try:
+        run(tmp_path, body, runtime={"pods": [POD], "containers": there, "on_update": sent.take})
+    finally:
+        logger.remove(sink)
+    assert [len(each) for each in sent.requests] == [20, 20, 5]
+    assert [line for line in lines if "was not set" in line] == [
+        f"default/pod:{name} {{'memory.swap.max': 'max'}} was not set: the runtime refuses\n" for name in ("n3", "n30")
+    ]
+    assert sum("set after the fact" in line for line in lines) == 43
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["a.slice:p:x\0y", "/pods/c0\0", "/pods/\ud800", "../../etc", "/", "a:b", "a.slice:p:" + "x" * 5000, "/p\n/q"],
+)
+def test_a_hostile_cgroup_path_hurts_only_its_own_container(tmp_path: Path, path: str) -> None:
+    (tmp_path / "pods" / "c0").mkdir(parents=True)
+    (tmp_path / "pods" / "c0" / "memory.swap.max").write_text("0\n")
+    sent = Sent()
+    there = [replace(container(name, ContainerState.RUNNING), cgroups_path=f"/pods/{name}") for name in ("bad", "c0")]
+    there[0] = replace(there[0], cgroups_path=path.encode(errors="replace").decode())
+
+    async def body(scene: Scene) -> None:
+        await sent.until(1)
+        assert sent.values() == {"id-c0": {"memory.swap.max": "max"}}
+
+    run(tmp_path, body, runtime={"pods": [POD], "containers": there, "on_update": sent.take})
+
+
+def test_pods_that_say_nothing_to_us_are_not_kept(tmp_path: Path) -> None:
+    other = replace(POD, id="p2", annotations={"app": "x"})
+
+    async def body(scene: Scene) -> None:
+        await scene.connection.notify("StartContainer", other, container("c5", pod="p2"))
+        await scene.connection.notify("StartContainer", POD, container("c6"))
+        listed, started = scene.fleet.events
+        assert isinstance(listed, Listed)
+        assert [info.id for info in listed.running] == ["id-c0"]
+        assert isinstance(started, Started)
+        assert started.container.id == "id-c6"
+
+    there = [container("c0", ContainerState.RUNNING), container("c4", ContainerState.RUNNING, pod="p2")]
+    run(tmp_path, body, runtime={"pods": [POD, other], "containers": there})
 
 
 def test_without_adoption_nothing_is_asked_for(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ Never by substring: a monitor's cgroup (`crio-conmon-ID`) has the id in its name
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +16,7 @@ from memtier_engine.errors import MemtierError
 
 MONITOR_PREFIX = "crio-conmon-"
 _SEARCH_DIRECTORIES_MAX = 200_000
+_BEFORE_ID = re.compile("[-:]")
 
 
 class CgroupNotFound(MemtierError):
@@ -48,6 +50,8 @@ def relative_path(cgroups_path: str) -> PurePosixPath:
     Raises:
         BadCgroupsPath: it is neither, or it could lead out of the tree.
     """
+    if not cgroups_path.isprintable():
+        raise BadCgroupsPath(f"cgroups_path {cgroups_path[:200]!r} has characters that no runtime writes")
     parts = cgroups_path.split(":")
     if len(parts) == 3 and "/" not in cgroups_path:
         slice_name, prefix, name = parts
@@ -85,6 +89,68 @@ def names_container(directory: str, container_id: str) -> bool:
     return stem == container_id or stem.endswith((f"-{container_id}", f":{container_id}"))
 
 
+class CgroupTree:
+    """Finds containers in a tree; it is walked at most once, and only if one has to be looked for by its name.
+
+    So a new one is made for each round of looking.
+    """
+
+    def __init__(self, root: Path, proc: Path = Path("/proc")) -> None:
+        """`root`: of the node's cgroup v2 tree."""
+        self._root = root
+        self._proc = proc
+        self._real_root: Path | None = None
+        self._by_name: dict[str, list[Path]] | None = None
+
+    def find(self, *, container_id: str, cgroups_path: str, pid: int | None = None) -> ContainerCgroup:
+        """Where the container's processes are: by what the runtime said, by its process, by the directory's name.
+
+        Args:
+            pid: of its first process, as the runtime numbers it; None or 0: not known.
+        Raises:
+            CgroupNotFound: no such directory, whatever the arguments are.
+        """
+        if not container_id:
+            raise CgroupNotFound("the runtime gave no container id")
+        tried = []
+        if cgroups_path:
+            try:
+                path = self._root / relative_path(cgroups_path)
+            except BadCgroupsPath as error:
+                tried.append(str(error))
+            else:
+                if path != self._root and (found := self._identify(path)):
+                    return found
+                tried.append(f"{path} does not exist")
+        if pid:
+            by_process = _of_process(self._root, self._proc, pid, container_id, self)
+            if by_process and (found := self._identify(by_process)):
+                return found
+            tried.append(f"process {pid} is not in a cgroup of this container")
+        for path in self.named(container_id):
+            if found := self._identify(path):
+                return found
+        tried.append(f"no directory of its name below {self._root}")
+        raise CgroupNotFound("; ".join(tried), hint="did it exit, or is another cgroup tree mounted here?")
+
+    def named(self, container_id: str) -> list[Path]:
+        """Directories with a name that runtimes give to the cgroup of this container, from the top down."""
+        if self._by_name is None:
+            self._by_name = _names(self._root)
+        return [path for path in self._by_name.get(container_id, ()) if names_container(path.name, container_id)]
+
+    def _identify(self, path: Path) -> ContainerCgroup | None:
+        try:
+            if self._real_root is None:
+                self._real_root = self._root.resolve()
+            real = path.resolve(strict=True)
+            found = real.stat()
+        except (OSError, RuntimeError, ValueError):  # ValueError: what no path can hold
+            return None
+        inside = real.is_relative_to(self._real_root) and real != self._real_root
+        return ContainerCgroup(path, found.st_ino) if inside and stat.S_ISDIR(found.st_mode) else None
+
+
 def find_container_cgroup(
     root: Path,
     *,
@@ -93,49 +159,16 @@ def find_container_cgroup(
     pid: int | None = None,
     proc: Path = Path("/proc"),
 ) -> ContainerCgroup:
-    """Where the container's processes are: by what the runtime said, by its process, by the directory's name.
+    """As `CgroupTree.find`, for a single container. Raises: CgroupNotFound."""
+    return CgroupTree(root, proc).find(container_id=container_id, cgroups_path=cgroups_path, pid=pid)
 
-    Args:
-        root: of the node's cgroup v2 tree.
-        pid: of its first process, as the runtime numbers it; None or 0: not known.
-    Raises:
-        CgroupNotFound: no such directory.
+
+def _of_process(root: Path, proc: Path, pid: int, container_id: str, tree: CgroupTree | None = None) -> Path | None:
+    """The container's directory on the way to the process's cgroup.
+
+    In a cgroup namespace, as a pod has on cgroup v2, the kernel gives that from the namespace's root: `/../../pod/ID`.
+    Where that root is in the tree nobody says, so what follows the dots is looked for.
     """
-    if not container_id:
-        raise CgroupNotFound("the runtime gave no container id")
-    tried = []
-    if cgroups_path:
-        try:
-            path = root / relative_path(cgroups_path)
-        except BadCgroupsPath as error:
-            tried.append(str(error))
-        else:
-            if path != root and (found := _identify(root, path)):
-                return found
-            tried.append(f"{path} does not exist")
-    if pid:
-        by_process = _of_process(root, proc, pid, container_id)
-        if by_process and (found := _identify(root, by_process)):
-            return found
-        tried.append(f"process {pid} is not in a cgroup of this container")
-    for path in _search(root, container_id):
-        if found := _identify(root, path):
-            return found
-    tried.append(f"no directory of its name below {root}")
-    raise CgroupNotFound("; ".join(tried), hint="did it exit, or is another cgroup tree mounted here?")
-
-
-def _identify(root: Path, path: Path) -> ContainerCgroup | None:
-    try:
-        real = path.resolve(strict=True)
-        found = real.stat()
-    except (OSError, RuntimeError):
-        return None
-    inside = real.is_relative_to(root.resolve()) and real != root.resolve()
-    return ContainerCgroup(path, found.st_ino) if inside and stat.S_ISDIR(found.st_mode) else None
-
-
-def _of_process(root: Path, proc: Path, pid: int, container_id: str) -> Path | None:
     try:
         text = (proc / str(pid) / "cgroup").read_text(errors="surrogateescape")
     except OSError:
@@ -144,17 +177,30 @@ def _of_process(root: Path, proc: Path, pid: int, container_id: str) -> Path | N
         if not line.startswith("0::/"):
             continue
         names = [name for name in line[3:].split("/") if name]
-        for depth, name in enumerate(names):
+        ups = 0
+        while ups < len(names) and names[ups] == "..":
+            ups += 1
+        below = tuple(names[ups:])
+        if ".." in below:
+            continue
+        for depth, name in enumerate(below):
             # crun puts the processes one level below the container's cgroup.
-            if ".." not in names and names_container(name, container_id):
-                return root.joinpath(*names[: depth + 1])
+            if not names_container(name, container_id):
+                continue
+            end = below[: depth + 1]
+            if not ups:
+                return root.joinpath(*end)
+            found = (tree or CgroupTree(root, proc)).named(container_id)
+            return next((path for path in found if path.parts[-len(end) :] == end), None)
     return None
 
 
-def _search(root: Path, container_id: str) -> Iterator[Path]:
-    stack, seen = [root], 0
-    while stack and seen < _SEARCH_DIRECTORIES_MAX:
-        directory = stack.pop()
+def _names(root: Path) -> dict[str, list[Path]]:
+    """Every directory of the tree by what may be a container's id in its name: all of it, or what follows - or :."""
+    found: dict[str, list[Path]] = {}
+    waiting, seen = deque([str(root)]), 0
+    while waiting and seen < _SEARCH_DIRECTORIES_MAX:
+        directory = waiting.popleft()
         seen += 1
         try:
             with os.scandir(directory) as entries:
@@ -162,7 +208,12 @@ def _search(root: Path, container_id: str) -> Iterator[Path]:
         except OSError:
             continue  # it was removed meanwhile
         for child in children:
-            if names_container(child.name, container_id):
-                yield Path(child.path)
-            else:
-                stack.append(Path(child.path))
+            waiting.append(child.path)
+            if child.name.endswith(".slice") or child.name.startswith(MONITOR_PREFIX):
+                continue
+            stem = child.name.removesuffix(".scope")
+            path = Path(child.path)
+            found.setdefault(stem, []).append(path)
+            for cut in _BEFORE_ID.finditer(stem):
+                found.setdefault(stem[cut.end() :], []).append(path)
+    return found

@@ -1,95 +1,39 @@
-"""Container events -> engines: started, adopted, reconfigured, restarted, stopped; keyed by container id.
+"""A reconciler: which containers run, which engine each should have, which it has; the difference is worked off.
 
-One thread does all of it in the order of the events, so no two hooks can race for a container. Whoever reports
-an event only puts it on a queue and goes on.
+Events only change what is known. After each of them, and at every tick, `reconcile` looks at each container, guarded
+from the others: whatever fails for one is tried again for that one, less and less often. One thread does all of it,
+so no two hooks can race for a container; whoever reports an event only puts it on a queue and goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from loguru import logger
 
 from memtier_cli.nri_memtierd import allocator
+from memtier_cli.nri_memtierd.care import Care, Cares, Litter
 from memtier_cli.nri_memtierd.classify import ContainerRefused, OnUnknownClass, classify
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass, render
-from memtier_cli.nri_memtierd.container_cgroup import CgroupNotFound, ContainerCgroup, find_container_cgroup
+from memtier_cli.nri_memtierd.container_cgroup import CgroupTree
 from memtier_cli.nri_memtierd.events import ContainerInfo, Ended, Event, Listed, Reconfigured, Started, Stopped
-from memtier_cli.nri_memtierd.rundir import CONFIG_NAME, ContainerDirectory, Place, RunDirectory, RunDirError
+from memtier_cli.nri_memtierd.launch.base import Job, Launcher, MayStick, RunningEngine
+from memtier_cli.nri_memtierd.rundir import CONFIG_NAME, RunDirectory
 from memtier_engine.errors import MemtierError
 
 CHECK_S = 1.0
 """Time between looks at whether the engines still run."""
+BEAT_S = 5.0
+"""Without anything to do, the fleet shows at least so often that it lives."""
 HOUSEKEEPING_S = 30.0
 """Time between looks for cgroups that are gone and outputs that are full."""
-RETRY_FIRST_S = 1.0
-RETRY_MOST_S = 300.0
 STOP_S = 4.0
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What an engine is to do."""
-
-    label: str
-    """NAMESPACE/POD:CONTAINER, for people."""
-    text: str
-    """The memtierd configuration, variables replaced."""
-    cgroup: ContainerCgroup
-    files: ContainerDirectory
-
-
-class RunningEngine(Protocol):
-    """An engine at work."""
-
-    def ended(self) -> str | None:
-        """Why it ended by itself; None while it works."""
-
-    def stop(self) -> None:
-        """Begin to stop it, without waiting. Nothing is written to its files afterwards by us."""
-
-    def tend(self) -> None:
-        """Bound the files it writes to."""
-
-
-class Launcher(Protocol):
-    """Makes engines."""
-
-    def clean(self, run_directory: RunDirectory) -> None:
-        """End the engines that an earlier run of the program left."""
-
-    def configure(self, config: PluginConfig) -> None:
-        """What holds for all engines together."""
-
-    def launch(self, job: Job) -> RunningEngine:
-        """Start an engine. Raises: MemtierError."""
-
-    def tend(self) -> bool:
-        """Finish what was stopped, as far as it has ended; True if it wants to be called again soon."""
-
-    def close(self, timeout_s: float) -> None:
-        """Wait for what was stopped; after the time limit, by force."""
-
-
-@dataclass(slots=True)
-class _Managed:
-    """A container that has, or shall have, an engine."""
-
-    container: ContainerInfo
-    workload_class: WorkloadClass
-    job: Job
-    place: Place
-    due_s: float | None
-    """When to launch; None while the engine runs."""
-    engine: RunningEngine | None = None
-    failures: int = 0
 
 
 class Fleet:
@@ -105,7 +49,9 @@ class Fleet:
         on_unknown_class: OnUnknownClass = "fail",
         now_s: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
+        beat: Callable[[str], object] = lambda doing: None,
     ) -> None:
+        """`beat` is called with what is about to be done, empty before a wait: for whoever watches the fleet."""
         self._config = config
         self._run_directory = run_directory
         self._launcher = launcher
@@ -113,9 +59,12 @@ class Fleet:
         self._on_unknown_class = on_unknown_class
         self._now_s = now_s
         self._wall_s = wall_s
+        self._beat = beat
         self._queue: queue.SimpleQueue[Event | threading.Event] = queue.SimpleQueue()
-        self._known: dict[str, ContainerInfo] = {}
-        self._managed: dict[str, _Managed] = {}
+        self._cares = Cares()
+        self._litter = Litter(run_directory)
+        self._stuck: dict[str, list[MayStick]] = {}
+        """Stopped engines, by container id, in a step that has not returned."""
         self._gone: set[str] = set()
         """Stopped before their start was handled."""
         self._check_s = self._housekeeping_s = 0.0
@@ -146,95 +95,98 @@ class Fleet:
 
     def managed(self) -> Mapping[str, str]:
         """Container ids with their class, of those that have an engine or wait for one."""
-        return {key: each.workload_class.name for key, each in list(self._managed.items())}
+        return {care.container.id: care.wanted.name for care in self._cares.all() if care.wanted is not None}
 
     def running(self) -> frozenset[str]:
         """Ids of the containers whose engine runs now."""
-        return frozenset(key for key, each in list(self._managed.items()) if each.engine is not None)
+        return frozenset(care.container.id for care in self._cares.all() if care.engine is not None)
+
+    def status(self) -> list[dict[str, object]]:
+        """Each container that names a class or values of ours, with what it has and, if that is no engine, why."""
+        now_s = self._now_s()
+        return [care.status(now_s) for care in self._cares.all()]
 
     def _work(self) -> None:
         self._guarded(self._clean)
         while True:
+            self._beat("")
             try:
                 event = self._queue.get(timeout=self._wait_s())
             except queue.Empty:
                 event = None
-            if isinstance(event, threading.Event):
-                self._guarded(self._tick)
-                event.set()
-                continue
+            self._beat("handling events")
             if isinstance(event, Ended):
                 self._guarded(self._end)
                 return
-            if event is not None:
+            if event is not None and not isinstance(event, threading.Event):
                 self._guarded(self._handle, event)
             self._guarded(self._tick)
+            if isinstance(event, threading.Event):
+                event.set()
 
     def _guarded(self, call: Callable[..., None], *arguments: object) -> None:
+        """A defect in one matter must not leave all others without care."""
         try:
             call(*arguments)
         except MemtierError as error:
             logger.error("{}", error)
         except Exception:
-            # A defect in handling one container must not leave all others without care.
-            logger.exception("handling a container event failed")
+            logger.exception("{} failed", call.__name__.strip("_"))
 
     def _wait_s(self) -> float:
-        now_s = self._now_s()
-        due = [each.due_s for each in self._managed.values() if each.due_s is not None]
-        if self._managed or self._leaving:
-            due.append(self._check_s)
-        return max(0.0, min(due, default=now_s + HOUSEKEEPING_S) - now_s)
+        due_s = min(self._cares.soonest_s, self._litter.soonest_s)
+        if len(self._cares) or self._leaving:
+            due_s = min(due_s, self._check_s)
+        return min(BEAT_S, max(0.0, due_s - self._now_s()))
 
     def _clean(self) -> None:
         if self._config is not None:
-            self._launcher.configure(self._config)
-        self._launcher.clean(self._run_directory)
+            self._guarded(self._launcher.configure, self._config)
+        self._guarded(self._launcher.clean, self._run_directory)
         for place in self._run_directory.leftovers():
             logger.info("{}: removed what an earlier run left", place)
-            self._guarded(self._run_directory.remove, place)
+            self._litter.remove(place, self._now_s())
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, Started):
             self._started(event.container)
         elif isinstance(event, Stopped):
             self._gone.discard(event.container_id)
-            self._known.pop(event.container_id, None)
-            self._drop(event.container_id)
+            self._forget(event.container_id)
         elif isinstance(event, Listed):
-            self._listed(event)
+            present = {container.id for container in event.running} | event.created
+            for container_id in self._cares.ids() - present:
+                self._guarded(self._forget, container_id)
+            for container in event.running if event.adopt else ():
+                self._guarded(self._started, container)
         elif isinstance(event, Reconfigured):
-            self._reconfigure(event.config)
+            self._config = event.config
+            self._guarded(self._launcher.configure, event.config)
+            for care in self._cares.all():
+                self._guarded(self._want, care)
 
     def _started(self, container: ContainerInfo) -> None:
-        if container.id in self._gone:
+        if container.id in self._gone or container.id in self._cares.ids():
             return
-        self._known[container.id] = container
-        if container.id not in self._managed:
-            self._manage(container)
+        self._want(self._cares.add(container))
 
-    def _listed(self, event: Listed) -> None:
-        present = {container.id for container in event.running} | event.created
-        for container_id in [key for key in self._known if key not in present]:
-            self._known.pop(container_id)
-            self._drop(container_id)
-        if event.adopt:
-            for container in event.running:
-                self._guarded(self._started, container)
+    def _forget(self, container_id: str) -> None:
+        care = self._cares.pop(container_id)
+        if care is not None:
+            self._take_down(care)
 
-    def _reconfigure(self, config: PluginConfig) -> None:
-        self._config = config
-        self._launcher.configure(config)
-        for container in list(self._known.values()):
-            managed = self._managed.get(container.id)
-            if managed is not None and self._class_of(container) == managed.workload_class:
-                continue
-            if managed is not None:
-                self._drop(container.id)
-            self._guarded(self._manage, container)
+    def _want(self, care: Care) -> None:
+        """What the container should have by the configuration in force."""
+        wanted = self._class_of(care)
+        if wanted != care.wanted or care.job is None:
+            now_s = self._now_s()
+            care.wanted = wanted
+            care.failures, care.due_s = 0, now_s + self._grace_left_s(care.container)
+            self._cares.due(care.due_s if care.job is None else now_s)
 
-    def _class_of(self, container: ContainerInfo) -> WorkloadClass | None:
+    def _class_of(self, care: Care) -> WorkloadClass | None:
         """The class with an engine that the container is to have now."""
+        container = care.container
         try:
             decision = classify(
                 container.annotations,
@@ -244,105 +196,167 @@ class Fleet:
                 on_unknown_class=self._on_unknown_class,
             )
         except ContainerRefused as error:
-            logger.warning("{}: no engine: {}", container, error)
+            care.why = str(error)
+            logger.bind(container=str(container)).warning("no engine: {}", error)
             return None
         chosen = decision.workload_class
-        return chosen if chosen is not None and chosen.template is not None else None
-
-    def _manage(self, container: ContainerInfo) -> None:
-        chosen = self._class_of(container)
-        if chosen is None or chosen.template is None:
-            return
-        try:
-            place = Place(container.namespace, container.pod, container.name)
-            cgroup = find_container_cgroup(
-                self._cgroup_root,
-                container_id=container.id,
-                cgroups_path=container.cgroups_path,
-                pid=container.pid,
-            )
-        except (CgroupNotFound, RunDirError) as error:
-            logger.warning("{}: no engine: {}", container, error)
-            return
-        for other_id, other in list(self._managed.items()):
-            if other.place == place:  # an earlier instance, whose stop we have not heard of yet
-                self._drop(other_id)
-        files = self._run_directory.create(place)
-        try:
-            text = render(chosen.template, cgroup=str(cgroup.path), stats=str(files.stats_path))
-            files.write(CONFIG_NAME, text, 0o600)
-        except MemtierError:
-            self._run_directory.remove(place)
-            raise
-        job = Job(str(container), text, cgroup, files)
-        due_s = self._now_s() + self._grace_left_s(container)
-        self._managed[container.id] = _Managed(container, chosen, job, place, due_s)
+        if chosen is not None and chosen.template is not None:
+            return chosen
+        care.why = "it names no class" if chosen is None else f"class {chosen.name} has no engine"
+        return None
 
     def _grace_left_s(self, container: ContainerInfo) -> float:
         grace_s = self._config.grace_s if self._config else 0.0
         age_s = 0.0 if container.started_at_s is None else max(0.0, self._wall_s() - container.started_at_s)
         return max(0.0, grace_s - age_s)
 
-    def _drop(self, container_id: str) -> None:
-        managed = self._managed.pop(container_id, None)
-        if managed is None:
-            return
-        if managed.engine is not None:
-            managed.engine.stop()
-            self._leaving = True
-            logger.info("{}: engine stopped", managed.container)
-        self._run_directory.remove(managed.place)
-
     def _tick(self) -> None:
         now_s = self._now_s()
-        for managed in list(self._managed.values()):
-            if managed.due_s is not None and managed.due_s <= now_s:
-                self._launch(managed, now_s)
-        if now_s >= self._check_s:
+        check = now_s >= self._check_s
+        if check:
             self._check_s = now_s + CHECK_S
-            self._leaving = self._launcher.tend()
-            for managed in list(self._managed.values()):
-                if managed.engine is not None and (why := managed.engine.ended()) is not None:
-                    managed.engine = None
-                    self._retry(managed, now_s, f"engine ended: {why}")
+            self._guarded(self._check)
+        if check or now_s >= self._cares.soonest_s:
+            self.reconcile(now_s)
+        self._litter.retry(now_s)
         if now_s >= self._housekeeping_s:
             self._housekeeping_s = now_s + HOUSEKEEPING_S
-            allocator.release()
-            for container_id, managed in list(self._managed.items()):
-                if not managed.job.cgroup.is_there():
-                    logger.info("{}: its cgroup is gone", managed.container)
-                    self._known.pop(container_id, None)
-                    self._drop(container_id)
-                elif managed.engine is not None:
-                    with contextlib.suppress(MemtierError):
-                        managed.engine.tend()
+            self._guarded(self._keep_house)
 
-    def _launch(self, managed: _Managed, now_s: float) -> None:
-        managed.due_s = None
-        try:
-            managed.engine = self._launcher.launch(managed.job)
-        except MemtierError as error:
-            self._retry(managed, now_s, f"engine not started: {error}")
+    def reconcile(self, now_s: float) -> None:
+        """Work off the difference between what each container should have and what it has. In the fleet's thread."""
+        tree = CgroupTree(self._cgroup_root)  # walked at most once, for those that have to be looked for
+        self._cares.soonest_s = math.inf
+        for care in self._cares.all():
+            if not self._cares.has(care):  # forgotten on behalf of another one
+                continue
+            label = str(care.container)
+            self._beat(f"container {label}")
+            with logger.contextualize(container=label):
+                try:
+                    self._reconcile(care, tree, now_s)
+                except MemtierError as error:
+                    self._failed(care, now_s, f"engine not started: {error}")
+                except Exception as defect:
+                    logger.exception("a defect")
+                    self._failed(care, now_s, f"engine not started: a defect: {type(defect).__name__}")
+            if care.wanted is not None and care.engine is None:
+                self._cares.due(care.due_s)
+
+    def _reconcile(self, care: Care, tree: CgroupTree, now_s: float) -> None:
+        if care.job is not None and care.workload_class != care.wanted:
+            self._take_down(care)
+        if care.wanted is None:
             return
-        except Exception:
-            self._retry(managed, now_s, "engine not started: a defect")
-            raise
-        logger.info("{}: engine started, class {}", managed.container, managed.workload_class.name)
+        if care.engine is not None:
+            why = care.engine.ended()
+            if why is None:
+                return
+            self._note_stuck(care.container.id, care.engine)
+            care.engine = None
+            care.forget_failures(now_s)
+            self._failed(care, now_s, f"engine ended: {why}")
+        if now_s < care.due_s:
+            return
+        if self._is_stuck(care.container.id):
+            care.why = "a step of its engine before this one does not return"
+            care.due_s = now_s + CHECK_S
+            return
+        if care.job is None:
+            self._prepare(care, care.wanted, tree)
+        assert care.job is not None
+        care.engine = self._launcher.launch(care.job)
+        care.launched_s, care.why = now_s, ""
+        logger.info("engine started, class {}", care.wanted.name)
 
-    def _retry(self, managed: _Managed, now_s: float, why: str) -> None:
-        wait_s = min(RETRY_MOST_S, RETRY_FIRST_S * 2.0**managed.failures)
-        managed.failures += 1
-        managed.due_s = now_s + wait_s
-        logger.error("{}: {}; next try in {:.0f} s", managed.container, why, wait_s)
-        with contextlib.suppress(MemtierError):
-            managed.job.files.append_output(f"{why}\n")
+    def _prepare(self, care: Care, wanted: WorkloadClass, tree: CgroupTree) -> None:
+        """Its cgroup and its files. Raises: MemtierError: what was made is removed."""
+        container = care.container
+        assert wanted.template is not None
+        cgroup = tree.find(container_id=container.id, cgroups_path=container.cgroups_path, pid=container.pid)
+        for older in self._cares.in_the_way(care):
+            self._make_way(older)
+        place = self._cares.place(care)
+        self._litter.taken(place)
+        files = self._run_directory.create(place)
+        try:
+            text = render(wanted.template, cgroup=str(cgroup.path), stats=str(files.stats_path))
+            files.write(CONFIG_NAME, text, 0o600)
+        except MemtierError:
+            self._litter.remove(place, self._now_s())
+            raise
+        care.job, care.workload_class = Job(str(container), text, cgroup, files), wanted
+
+    def _make_way(self, older: Care) -> None:
+        """Another container of its names has started: most often it is about to stop, or gone already."""
+        assert older.job is not None
+        if not older.job.cgroup.is_there():
+            self._forget(older.container.id)
+            return
+        try:
+            self._run_directory.move(older.job.files, self._cares.place(older))
+        except MemtierError as error:
+            logger.bind(container=str(older.container)).warning("its engine starts anew: {}", error)
+            self._take_down(older)
+            self._cares.due(older.due_s)
+
+    def _take_down(self, care: Care) -> None:
+        """Its engine and its files."""
+        engine, job = care.engine, care.job
+        care.engine = care.job = care.workload_class = None
+        if engine is not None:
+            self._stop(care.container.id, engine)
+            logger.bind(container=str(care.container)).info("engine stopped")
+        if job is not None:
+            self._litter.remove(job.files.place, self._now_s())
+
+    def _stop(self, container_id: str, engine: RunningEngine) -> None:
+        self._guarded(engine.stop)
+        self._leaving = True
+        self._note_stuck(container_id, engine)
+
+    def _note_stuck(self, container_id: str, engine: RunningEngine) -> None:
+        if isinstance(engine, MayStick) and engine.stuck():
+            self._stuck.setdefault(container_id, []).append(engine)
+
+    def _is_stuck(self, container_id: str) -> bool:
+        left = [engine for engine in self._stuck.pop(container_id, ()) if engine.stuck()]
+        if left:
+            self._stuck[container_id] = left
+        return bool(left)
+
+    def _failed(self, care: Care, now_s: float, why: str) -> None:
+        wait_s = care.failed(now_s, why)
+        logger.bind(container=str(care.container)).error("{}; next try in {:.0f} s", why, wait_s)
+        if care.job is not None:
+            with contextlib.suppress(MemtierError):
+                care.job.files.append_output(f"{why}\n")
+
+    def _check(self) -> None:
+        self._leaving = self._launcher.tend()
+
+    def _keep_house(self) -> None:
+        allocator.release()
+        with_files = [care for care in self._cares.all() if care.job is not None]
+        self._run_directory.share_outputs(len(with_files))
+        for container_id in list(self._stuck):
+            self._is_stuck(container_id)
+        for care in with_files:
+            assert care.job is not None
+            if not care.job.cgroup.is_there():
+                logger.bind(container=str(care.container)).info("its cgroup is gone")
+                self._guarded(self._forget, care.container.id)
+            elif care.engine is not None:
+                with contextlib.suppress(MemtierError):
+                    care.engine.tend()
 
     def _end(self) -> None:
-        managed = list(self._managed.values())
-        self._managed.clear()
-        for each in managed:
-            if each.engine is not None:
-                each.engine.stop()
-        self._launcher.close(STOP_S - 1.0)
-        for each in managed:
-            self._guarded(self._run_directory.remove, each.place)
+        cares = self._cares.all()
+        for care in cares:
+            if care.engine is not None:
+                self._guarded(care.engine.stop)
+        self._guarded(self._launcher.close, STOP_S - 1.0)
+        for care in cares:
+            if care.job is not None:
+                self._litter.remove(care.job.files.place, self._now_s())
+            self._cares.pop(care.container.id)

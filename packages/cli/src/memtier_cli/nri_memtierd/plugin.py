@@ -2,8 +2,7 @@
 
 Hooks decide from annotations and the configuration, both in memory, and queue the rest. The runtime holds a lock
 while it waits for an answer, and drops a plugin that needs more than 2 s: no hook touches a file, starts a thread
-or waits for one. The one exception is Synchronize, once per connection, which reads cgroup files of the
-containers that have memory values, in a thread.
+or waits for one. What containers lack that run already is found out and sent after Synchronize was answered.
 """
 
 from __future__ import annotations
@@ -17,19 +16,25 @@ from typing import Any, TypeVar, cast
 
 from loguru import logger
 
+from memtier_cli.nri_memtierd.aside import aside
 from memtier_cli.nri_memtierd.classify import SUFFIX, ContainerRefused, Decision, OnUnknownClass, classify
 from memtier_cli.nri_memtierd.config import CheckTemplate, PluginConfig, load
-from memtier_cli.nri_memtierd.container_cgroup import CgroupNotFound, find_container_cgroup
+from memtier_cli.nri_memtierd.container_cgroup import CgroupNotFound, CgroupTree
 from memtier_cli.nri_memtierd.events import ContainerInfo, Listed, Reconfigured, Started, Stopped
 from memtier_cli.nri_memtierd.fleet import Fleet
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES
-from nri_core import Adjustment, Container, ContainerState, Plugin, Pod, Runtime, Update
+from nri_core import Adjustment, Container, ContainerState, NriError, Plugin, Pod, Runtime, Update
 
 LAG_CHECK_S = 0.25
 LATE_S = 0.5
 """Runtimes give an answer 2 s: worth a warning well before."""
 
+SLICE = 20
+"""Updates in one request: a runtime carries them out one by one, and serves nobody else meanwhile."""
+SLICE_S = 30.0
+
+Wanted = tuple[ContainerInfo, Mapping[str, str]]
 Hook = TypeVar("Hook", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
@@ -106,6 +111,7 @@ class MemtierdPlugin(Plugin):
         self._on_unknown_class = on_unknown_class
         self._adopt = adopt
         self.times = HookTimes()
+        self._sending: asyncio.Task[None] | None = None
 
     def use(self, config: PluginConfig) -> None:
         """From now on, another configuration. In the event loop's thread."""
@@ -127,7 +133,7 @@ class MemtierdPlugin(Plugin):
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> list[Update]:
         """See `Plugin.synchronize`. Adopts what runs; gives it the memory values it would have got at creation."""
-        by_id = {pod.id: pod for pod in pods}
+        by_id = {pod.id: pod for pod in pods if concerns_us(pod)}
         running: list[ContainerInfo] = []
         created: set[str] = set()
         wanted: list[tuple[ContainerInfo, Mapping[str, str]]] = []
@@ -143,11 +149,13 @@ class MemtierdPlugin(Plugin):
                     wanted.append((info, decision.unified))
             elif container.state is ContainerState.CREATED:  # StartContainer is still to come
                 created.add(container.id)
-        logger.info("{} pods, {} running containers", len(pods), len(running))
+        logger.info("{} pods, {} containers, {} of ours run", len(pods), len(containers), len(running))
         self._fleet.report(Listed(tuple(running), frozenset(created), self._adopt))
-        if not self._adopt or not wanted:
-            return []
-        return await asyncio.to_thread(self._missing_values, wanted)
+        if self._sending is not None:
+            self._sending.cancel()  # of a connection that has ended
+        if self._adopt and wanted:
+            self._sending = asyncio.create_task(self._send_missing(wanted))
+        return []
 
     @timed
     async def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
@@ -166,7 +174,8 @@ class MemtierdPlugin(Plugin):
     @timed
     async def start_container(self, pod: Pod, container: Container) -> None:
         """See `Plugin.start_container`. Never fails: a container without an engine is better than none."""
-        self._fleet.report(Started(describe(pod, container, started_now=True)))
+        if concerns_us(pod):
+            self._fleet.report(Started(describe(pod, container, started_now=True)))
 
     @timed
     async def update_container(self, pod: Pod, container: Container, resources: Any) -> list[Update]:
@@ -210,14 +219,40 @@ class MemtierdPlugin(Plugin):
             logger.debug("{}/{}:{}: {}", pod.namespace, pod.name, container.name, error)
             return None
 
-    def _missing_values(self, wanted: Sequence[tuple[ContainerInfo, Mapping[str, str]]]) -> list[Update]:
+    async def _send_missing(self, wanted: Sequence[Wanted]) -> None:
+        """Give containers that run already the values they lack, a few at a time, and say what came of it.
+
+        Not in the answer to Synchronize: looking at thousands of cgroups takes longer than a runtime waits, and an
+        answer that comes too late is lost with all values.
+        """
+        try:
+            updates = await aside(lambda: self._missing_values(wanted))
+            names = {info.id: str(info) for info, _ in wanted}
+            for first in range(0, len(updates), SLICE):
+                await self._send(updates[first : first + SLICE], names)
+        except (NriError, TimeoutError) as error:
+            why = str(error) or "the runtime does not answer"
+            logger.warning("memory values of running containers are not set: {}; the next connection tries again", why)
+        except Exception:
+            logger.exception("memory values of running containers are not set")
+
+    async def _send(self, updates: Sequence[Update], names: Mapping[str, str]) -> None:
+        assert self.stub is not None
+        failed = {update.container_id for update in await self.stub.update_containers(updates, timeout_s=SLICE_S)}
+        for update in updates:
+            log = logger.bind(container=names[update.container_id])
+            if update.container_id in failed:
+                log.warning("{} was not set: the runtime refuses", dict(update.resources.unified))
+            else:
+                log.info("{} set after the fact", dict(update.resources.unified))
+
+    def _missing_values(self, wanted: Sequence[Wanted]) -> list[Update]:
         """Updates for the containers whose cgroup says something else than it should."""
         updates = []
+        tree = CgroupTree(self._cgroup_root)
         for info, unified in wanted:
             try:
-                cgroup = find_container_cgroup(
-                    self._cgroup_root, container_id=info.id, cgroups_path=info.cgroups_path, pid=info.pid
-                )
+                cgroup = tree.find(container_id=info.id, cgroups_path=info.cgroups_path, pid=info.pid)
             except CgroupNotFound:
                 continue
             update = Update(info.id, ignore_failure=True)
@@ -225,9 +260,13 @@ class MemtierdPlugin(Plugin):
                 if not _holds(cgroup.path / key, value):
                     update = update.unified(key, value)
             if update.resources.unified:
-                logger.info("{}: {} set after the fact", info, dict(update.resources.unified))
                 updates.append(update)
         return updates
+
+
+def concerns_us(pod: Pod) -> bool:
+    """Whether a pod says anything to this plugin: of the others nothing is kept, and nothing looked at."""
+    return any(SUFFIX in key for key in pod.annotations)
 
 
 def describe(pod: Pod, container: Container, *, started_now: bool = False) -> ContainerInfo:

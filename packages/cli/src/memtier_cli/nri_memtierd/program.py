@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from memtier_cli.logqueue import LogQueue
     from memtier_cli.nri_memtierd.config import CheckTemplate, PluginConfig
     from memtier_cli.nri_memtierd.config_file import ConfigFile
-    from memtier_cli.nri_memtierd.fleet import Launcher
+    from memtier_cli.nri_memtierd.launch.base import Launcher
     from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
 
 SOCKET = "/var/run/nri/nri.sock"

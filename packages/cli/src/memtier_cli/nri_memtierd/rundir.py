@@ -241,6 +241,25 @@ class RunDirectory:
             for fd in fds:
                 os.close(fd)
 
+    def move(self, files: ContainerDirectory, place: Place) -> None:
+        """Rename a container's directory within its pod's; whoever has `files` goes on with them.
+
+        Raises:
+            RunDirError: the file system refuses, such as for a directory of that name with something in it.
+        """
+        old, fds = files.place, [os.dup(self._fd)]
+        try:
+            for name in old.names[:2]:
+                fds.append(os.open(name, DIRECTORY, dir_fd=fds[-1]))
+            files.place = place  # first: what is written meanwhile is lost, and not in another container's file
+            os.rename(old.container, place.container, src_dir_fd=fds[-1], dst_dir_fd=fds[-1])
+        except OSError as error:
+            files.place = old
+            raise _failure(self.directory(place), error, "rename") from None
+        finally:
+            for fd in fds:
+                os.close(fd)
+
     def leftovers(self) -> list[Place]:
         """Containers with files of ours, or with a directory that is as we make it and empty. None without the claim.
 
@@ -303,7 +322,11 @@ class ContainerDirectory:
     def __init__(self, run_directory: RunDirectory, place: Place) -> None:
         self._run_directory = run_directory
         self.place = place
-        self.path = run_directory.directory(place)
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self._run_directory.directory(self.place)
 
     @property
     def config_path(self) -> Path:

@@ -11,7 +11,7 @@ from loguru import logger
 
 from memtier_cli.nri_memtierd.config import PluginConfig
 from memtier_cli.nri_memtierd.container_cgroup import ContainerCgroup
-from memtier_cli.nri_memtierd.fleet import Job
+from memtier_cli.nri_memtierd.launch.base import Job
 from memtier_cli.nri_memtierd.rundir import ContainerDirectory, RunDirectory
 from memtier_cli.statactions import StatActions, check_routines
 from memtier_engine.config.files import Spec, parse

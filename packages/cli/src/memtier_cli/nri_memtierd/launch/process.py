@@ -14,7 +14,7 @@ from pathlib import Path
 from loguru import logger
 
 from memtier_cli.nri_memtierd.config import PluginConfig
-from memtier_cli.nri_memtierd.fleet import Job
+from memtier_cli.nri_memtierd.launch.base import Job
 from memtier_cli.nri_memtierd.rundir import CONFIG_NAME, OUTPUT_NAME, PID_NAME, ContainerDirectory, RunDirectory
 from memtier_engine.config.files import parse
 from memtier_engine.errors import MemtierError
