@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 from loguru import logger
@@ -25,6 +26,7 @@ from memtier_engine.model import ProcessId
 from memtier_engine.targets.base import Target
 
 WORKERS = 2
+LOCK_S = 1.0
 
 
 def check_template(text: str) -> None:
@@ -66,6 +68,10 @@ class InProcessLauncher:
         delay_s = self._node.adopt(engine, cgroups=[job.cgroup.path])
         return InProcessEngine(self._runner, engine, spec, job, debug_output=self._debug_output, delay_s=delay_s)
 
+    def steps(self) -> list[tuple[Mapping[str, str], float]]:
+        """See `Runner.steps`."""
+        return self._runner.steps()
+
     def tend(self) -> bool:
         """Nothing: the runner closes what was stopped."""
         return False
@@ -98,7 +104,14 @@ class InProcessEngine:
         self._failure: str | None = None
         self._actions: StatActions | None = StatActions(spec.routines, self._write, now_s=engine.clock.now_s())
         self._write(f"INFO: tracker {engine.tracker.name}, policy {engine.policy.name}, {job.cgroup.path}\n")
-        runner.add(engine, on_report=self._report, on_failure=self._failed, delay_s=delay_s)
+        runner.add(
+            engine,
+            on_report=self._report,
+            on_failure=self._failed,
+            on_stuck=self._stuck,
+            delay_s=delay_s,
+            context={"container": job.label, "engine": f"{engine.policy.name}/{engine.tracker.name}"},
+        )
 
     def ended(self) -> str | None:
         """The text of the exception that ended it; None while it works."""
@@ -106,12 +119,26 @@ class InProcessEngine:
 
     def stop(self) -> None:
         """Take it out; a step that goes on now ends by itself and writes nothing any more."""
-        with self._lock:
+        taken = self._lock.acquire(timeout=LOCK_S)  # held while it is written to a disk that may hang
+        try:
             self._files = self._actions = None  # the latter refers to us: a cycle would wait for the garbage collector
+        finally:
+            if taken:
+                self._lock.release()
         self._runner.remove(self._engine, timeout_s=0.0)
 
+    def stuck(self) -> bool:
+        """See `MayStick.stuck`."""
+        return self._runner.is_late(self._engine)
+
     def tend(self) -> None:
-        """Nothing: what is written is bounded as it is written."""
+        """What is written is bounded as it is written; where there is less room now, it is cut."""
+        if self._lock.acquire(timeout=LOCK_S):
+            try:
+                if self._files is not None:
+                    self._files.trim_output()
+            finally:
+                self._lock.release()
 
     def _report(self, report: StepReport) -> None:
         for error in report.errors:
@@ -126,6 +153,10 @@ class InProcessEngine:
         if (actions := self._actions) is not None:
             actions.run_due(self._engine, report.time_s)
 
+    def _stuck(self, where: str) -> None:
+        # Without a line in its output: what the step waits for may be that file.
+        self._failure = f"a step does not return: it is in {where}"
+
     def _failed(self, failure: BaseException) -> None:
         self._failure = f"{type(failure).__name__}: {failure}"
         self._write(f"ERROR: {self._failure}\n")
@@ -134,7 +165,7 @@ class InProcessEngine:
         with self._lock, contextlib.suppress(MemtierError):
             if self._files is not None:
                 self._files.append_output(text)
-        logger.trace("{}: {}", self._label, text.rstrip())
+        logger.bind(container=self._label).trace("{}", text.rstrip())
 
 
 class PinnedTarget:
