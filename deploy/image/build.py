@@ -40,7 +40,7 @@ LEFT_OUT = (
     "/usr/share/bash-completion/*",
 )
 KEPT = ("/usr/share/doc/*/copyright",)
-ENTRYPOINT = ("/usr/bin/nri-memtierd", "--idx", "45")
+ENTRYPOINT = ("/usr/bin/nri-memtierd", "--idx", "90")
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _OCI = "application/vnd.oci.image"
 RECIPE = "1"

@@ -6,10 +6,11 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -233,3 +234,59 @@ classes:
     program.start("-engine", "process")
     program.until("trying again")
     assert program.end() == 0
+
+
+def probe(program: Program, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *flags, "-run-dir", str(program.base / "run")], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_probe_tells_a_program_that_works_from_one_that_does_not(program: Program) -> None:
+    """Without the runtime it is healthy, as a restart would change nothing, and not ready, with the reason."""
+    found = probe(program, "--healthy")
+    assert found.returncode == 1
+    assert "the program does not run" in found.stdout
+
+    async def body() -> None:
+        program.start()
+        status = program.base / "run" / "status.json"
+        program.until("trying again")
+        await until(status.exists)
+        healthy, ready = probe(program, "--healthy"), probe(program, "--ready")
+        assert (healthy.returncode, ready.returncode) == (0, 1), healthy.stdout + ready.stdout
+        assert "No such file or directory" in ready.stdout
+        async with FakeRuntime(program.base / "nri.sock") as runtime:
+            await runtime.connected(60)
+            await until(lambda: probe(program, "--ready").returncode == 0)
+            assert "connected to containerd v2.3.0, 0 engines" in probe(program, "--ready").stdout
+            assert program.process is not None
+            program.process.send_signal(signal.SIGSTOP)  # all of it hangs
+            await until(lambda: probe(program, "--healthy").returncode == 1)
+            program.process.send_signal(signal.SIGCONT)
+            await until(lambda: probe(program, "--healthy").returncode == 0)
+
+    asyncio.run(body())
+    assert program.end() == 0
+    assert probe(program, "--healthy").returncode == 1
+
+
+def test_systemd_hears_of_the_start_the_state_and_the_end(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(program.base / "notify"))
+        listening.settimeout(60)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(program.base / "notify"))
+        program.start()
+        assert listening.recv(4096) == b"READY=1"
+        while not (heard := listening.recv(4096)).startswith(b"WATCHDOG=1"):
+            pass
+        assert b"STATUS=connecting" in heard
+        assert program.end() == 0
+        while listening.recv(4096) != b"STOPPING=1":
+            pass
+
+
+async def until(what: Callable[[], object]) -> None:
+    async with asyncio.timeout(120):
+        while not await asyncio.to_thread(what):  # noqa: ASYNC110  # what another process does
+            await asyncio.sleep(0.2)

@@ -337,7 +337,7 @@ def test_an_image_archive_is_an_oci_layout_whose_digests_are_true(tmp_path: Path
     config = json.loads(files["blobs/sha256/" + manifest["config"]["digest"].removeprefix("sha256:")])
     plain = [f"sha256:{hashlib.sha256(layer.read_bytes()).hexdigest()}" for layer in layers]
     assert config["rootfs"]["diff_ids"] == plain
-    assert config["config"]["Entrypoint"] == ["/usr/bin/nri-memtierd", "--idx", "45"]
+    assert config["config"]["Entrypoint"] == ["/usr/bin/nri-memtierd", "--idx", "90"]
     assert len(manifest["layers"]) == 2
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtier_cli.nri_memtierd import safefiles
+from memtier_cli.nri_memtierd.health import STATUS_NAME
 from memtier_cli.nri_memtierd.rundir import (
     CONFIG_NAME,
     MARKER_NAME,
@@ -24,7 +25,6 @@ from memtier_cli.nri_memtierd.rundir import (
     OUTPUT_NAME,
     OUTPUTS_BYTES_MAX,
     PID_NAME,
-    STATUS_NAME,
     Place,
     RunDirectory,
     RunDirError,

@@ -93,6 +93,10 @@ class Fleet:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def is_alive(self) -> bool:
+        """Whether its thread works."""
+        return self._thread.is_alive()
+
     def managed(self) -> Mapping[str, str]:
         """Container ids with their class, of those that have an engine or wait for one."""
         return {care.container.id: care.wanted.name for care in self._cares.all() if care.wanted is not None}
@@ -107,6 +111,7 @@ class Fleet:
         return [care.status(now_s) for care in self._cares.all()]
 
     def _work(self) -> None:
+        self._beat("cleaning up")
         self._guarded(self._clean)
         while True:
             self._beat("")

@@ -51,6 +51,12 @@ class Orders:
         self.check()
         self._starting = False
 
+    def end_now(self) -> None:
+        """As if a signal had asked for it. From any thread."""
+        self.end = True
+        if self._on_end is not None:
+            self._on_end()
+
     def served(self) -> None:
         """The event loop has ended: nobody is told any more."""
         self._on_end = self._on_reload = None

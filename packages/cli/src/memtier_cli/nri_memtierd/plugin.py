@@ -22,7 +22,8 @@ from memtier_cli.nri_memtierd.config import CheckTemplate, PluginConfig, load
 from memtier_cli.nri_memtierd.container_cgroup import CgroupNotFound, CgroupTree
 from memtier_cli.nri_memtierd.events import ContainerInfo, Listed, Reconfigured, Started, Stopped
 from memtier_cli.nri_memtierd.fleet import Fleet
-from memtier_engine.errors import ConfigError
+from memtier_cli.nri_memtierd.supervisor import Connection
+from memtier_engine.errors import ConfigError, MemtierError
 from memtier_engine.model import PAGE_BYTES
 from nri_core import Adjustment, Container, ContainerState, NriError, Plugin, Pod, Runtime, Update
 
@@ -41,7 +42,8 @@ Hook = TypeVar("Hook", bound=Callable[..., Coroutine[Any, Any, Any]])
 class HookTimes:
     """How long hooks took, and how late the event loop was: together, what a runtime waits for."""
 
-    def __init__(self) -> None:
+    def __init__(self, beat: Callable[[], object] = lambda: None) -> None:
+        self._beat = beat
         self.answered = 0
         self.slowest_s = 0.0
         self.slowest_hook = "none"
@@ -59,6 +61,7 @@ class HookTimes:
         """Measure how late the event loop runs what is due, until cancelled."""
         while True:
             began_s = time.monotonic()
+            self._beat()
             await asyncio.sleep(LAG_CHECK_S)
             late_s = time.monotonic() - began_s - LAG_CHECK_S
             self.lag_s = max(self.lag_s, late_s)
@@ -101,16 +104,20 @@ class MemtierdPlugin(Plugin):
         check_template: CheckTemplate,
         on_unknown_class: OnUnknownClass = "fail",
         adopt: bool = True,
+        connection: Connection | None = None,
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
-        self.fatal: ConfigError | None = None
-        """Why the program has to end: the configuration that the runtime gave cannot be used."""
+        """`connection` is told whether there is one; `beat` is called by the event loop now and then."""
+        self.fatal: MemtierError | None = None
+        """Why the program has to end: the configuration that the runtime gave cannot be used, or a part has died."""
         self._fleet = fleet
         self._config = config
         self._cgroup_root = cgroup_root
         self._check_template = check_template
         self._on_unknown_class = on_unknown_class
         self._adopt = adopt
-        self.times = HookTimes()
+        self.times = HookTimes(beat)
+        self._connection = connection or Connection()
         self._sending: asyncio.Task[None] | None = None
 
     def use(self, config: PluginConfig) -> None:
@@ -120,6 +127,7 @@ class MemtierdPlugin(Plugin):
 
     async def configure(self, config: str, runtime: Runtime) -> None:
         """See `Plugin.configure`. A pre-launched plugin may be given its configuration here."""
+        self._connection.runtime = f"{runtime.name} {runtime.version}"
         logger.info("{} {}, NRI {}", runtime.name, runtime.version, runtime.nri_version or "unknown")
         if not config.strip():
             return
@@ -151,6 +159,7 @@ class MemtierdPlugin(Plugin):
                 created.add(container.id)
         logger.info("{} pods, {} containers, {} of ours run", len(pods), len(containers), len(running))
         self._fleet.report(Listed(tuple(running), frozenset(created), self._adopt))
+        self._connection.connected()
         if self._sending is not None:
             self._sending.cancel()  # of a connection that has ended
         if self._adopt and wanted:
@@ -200,6 +209,7 @@ class MemtierdPlugin(Plugin):
 
     async def disconnected(self, error: BaseException | None) -> None:
         """See `Plugin.disconnected`. Engines go on: containers do too."""
+        self._connection.lost("" if error is None else str(error))
         if error is not None:
             logger.warning("connection to the runtime lost: {}; engines go on", error)
 

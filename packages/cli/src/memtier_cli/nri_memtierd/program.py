@@ -10,11 +10,13 @@ import os
 import re
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtier_cli.flags import Flag, Parsed, UsageError
 from memtier_cli.front import read_flags
+from memtier_cli.nri_memtierd.health import probe
 from memtier_cli.nri_memtierd.orders import Orders
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from memtier_cli.nri_memtierd.config_file import ConfigFile
     from memtier_cli.nri_memtierd.launch.base import Launcher
     from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
+    from memtier_cli.nri_memtierd.supervisor import Supervisor
 
 SOCKET = "/var/run/nri/nri.sock"
 RUN_DIRECTORY = "/var/run/nri-memtierd"
@@ -40,6 +43,8 @@ FLAGS = (
     Flag("no-adopt", "leave containers alone that run already"),
     Flag("on-unknown-class", "fail: pods with an unknown class are not created; ignore: they get none", "WHAT", "fail"),
     Flag("engine", "in-process, or process: one memtierd per container", "KIND", "in-process"),
+    Flag("healthy", "say whether the program that uses -run-dir is well (0) or stuck (1), connected or trying to be"),
+    Flag("ready", "the same, and whether it is connected to the runtime"),
     Flag("version", "print the version and exit"),
 )  # fmt: skip
 _CHOICES = {
@@ -48,9 +53,14 @@ _CHOICES = {
     "engine": ("in-process", "process"),
 }
 _INDEX = re.compile(r"[0-9]{2}", re.ASCII)
+TERMINATION_LOG = "/dev/termination-log"
 LAST_WORDS_S = 1.0
 """How long the end waits for whoever reads the log."""
 AGAIN_S = 1.0
+FLEET_LIMIT_S = 60.0
+"""It starts one engine at a time, and trying what this kernel offers takes a while."""
+LOOP_LIMIT_S = 10.0
+WATCH_LIMIT_S = 60.0
 SWITCH_INTERVAL_S = 0.001
 """Engines' threads hand over to the hooks after at most this: the default of 5 ms adds up over several threads."""
 
@@ -64,6 +74,10 @@ def main(orders: Orders | None = None) -> int:
     flags = read_flags(program, FLAGS, lambda parsed: _check(parsed, program))
     if isinstance(flags, int):
         return flags
+    if _is_probe(flags):
+        well, words = probe(Path(flags.text("run-dir", RUN_DIRECTORY)), ready=flags.boolean("ready"))
+        print(words)
+        return 0 if well else 1
     index, name = identity(flags, program)
 
     from memtier_cli.logqueue import LogQueue
@@ -76,6 +90,12 @@ def main(orders: Orders | None = None) -> int:
         return _serve(flags, index, name, orders, log)
     except (MemtierError, NriError) as error:
         _last_words(log, str(error), as_json=_as_json(flags))
+        return 1
+    except Exception as defect:
+        from loguru import logger
+
+        logger.exception("a defect ends the program")
+        _leave_message(f"a defect ended the program: {type(defect).__name__}: {defect}")
         return 1
     finally:
         log.close(LAST_WORDS_S)
@@ -112,7 +132,22 @@ def _check(flags: Parsed, program: str) -> None:
             raise UsageError(f"-{name} {value}: use {' or '.join(allowed)}")
     if flags.boolean("no-adopt") and flags.boolean("adopt"):
         raise UsageError("-adopt and -no-adopt exclude each other")
-    identity(flags, program)
+    if not _is_probe(flags):
+        identity(flags, program)
+
+
+def _is_probe(flags: Parsed) -> bool:
+    return flags.boolean("healthy") or flags.boolean("ready")
+
+
+def _leave_message(text: str) -> None:
+    """Why it ended, where the kubelet shows it to whoever asks about the pod."""
+    with suppress(OSError):
+        fd = os.open(TERMINATION_LOG, os.O_WRONLY | os.O_NONBLOCK | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode(errors="replace")[:4096])
+        finally:
+            os.close(fd)
 
 
 def _as_json(flags: Parsed) -> bool:
@@ -122,6 +157,7 @@ def _as_json(flags: Parsed) -> bool:
 def _last_words(log: LogQueue, text: str, *, as_json: bool) -> None:
     from loguru import logger
 
+    _leave_message(text)
     if as_json:
         logger.error("{}", text)
     else:
@@ -137,8 +173,11 @@ def _serve(flags: Parsed, index: str, name: str, orders: Orders, log: LogQueue) 
     from memtier_cli.nri_memtierd import allocator
     from memtier_cli.nri_memtierd.config_file import ConfigFile
     from memtier_cli.nri_memtierd.fleet import Fleet
+    from memtier_cli.nri_memtierd.launch.base import Stepping
     from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
     from memtier_cli.nri_memtierd.rundir import RunDirectory
+    from memtier_cli.nri_memtierd.supervisor import Supervisor
+    from memtier_engine.errors import MemtierError
 
     verbose = flags.boolean("v") or flags.boolean("vv")
     configure_daemon(log, debug=verbose, trace=flags.boolean("vv"), as_json=_as_json(flags))
@@ -154,13 +193,23 @@ def _serve(flags: Parsed, index: str, name: str, orders: Orders, log: LogQueue) 
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         allocator.settle()
         on_unknown_class = "ignore" if flags.text("on-unknown-class") == "ignore" else "fail"
+        launcher = _launcher(flags)
+        supervisor = Supervisor(
+            run_directory,
+            steps=launcher.steps if isinstance(launcher, Stepping) else lambda: (),
+            containers=lambda: fleet.status(),
+            lines_lost=lambda: log.lost_total,
+            fatal=lambda why: fail(why),
+        )
         fleet = Fleet(
             config,
             run_directory,
-            _launcher(flags),
+            launcher,
             cgroup_root=cgroup_root,
             on_unknown_class=on_unknown_class,  # type: ignore[arg-type]
+            beat=supervisor.part("fleet", FLEET_LIMIT_S),
         )
+        supervisor.needs("the fleet's thread", fleet.is_alive)
         adopt = not flags.boolean("no-adopt") and flags.booleans.get("adopt", True)
         plugin = MemtierdPlugin(
             fleet,
@@ -169,16 +218,27 @@ def _serve(flags: Parsed, index: str, name: str, orders: Orders, log: LogQueue) 
             check_template=check_template,
             on_unknown_class=on_unknown_class,  # type: ignore[arg-type]
             adopt=adopt,
+            connection=supervisor.connection,
+            beat=supervisor.part("event loop", LOOP_LIMIT_S),
         )
+
+        def fail(why: str) -> None:
+            plugin.fatal = MemtierError(why)
+            orders.end_now()
+
         plugin.index, plugin.name = index, name
         classes = len(config.classes) if config else 0
         logger.info("{}-{}: {} classes, run directory {}", index, name, classes, run_directory.path)
         orders.hold()
         fleet.start()
+        supervisor.start()
         try:
-            asyncio.run(_run(plugin, file, flags.text("socket", SOCKET), orders))
+            asyncio.run(_run(plugin, file, flags.text("socket", SOCKET), orders, supervisor))
         finally:
             orders.served()
+            supervisor.stop()
+            if supervisor.connection.state == "connecting":
+                _leave_message(str(supervisor.connection))
             if not fleet.stop():
                 logger.warning("an engine did not stop in time; the process ends without waiting for it")
     finally:
@@ -188,7 +248,9 @@ def _serve(flags: Parsed, index: str, name: str, orders: Orders, log: LogQueue) 
     return 0
 
 
-async def _run(plugin: MemtierdPlugin, file: ConfigFile | None, socket: str, orders: Orders) -> None:
+async def _run(
+    plugin: MemtierdPlugin, file: ConfigFile | None, socket: str, orders: Orders, supervisor: Supervisor
+) -> None:
     """Serve until a signal says stop, or a pre-launched plugin's connection ends."""
     import asyncio
 
@@ -198,7 +260,7 @@ async def _run(plugin: MemtierdPlugin, file: ConfigFile | None, socket: str, ord
     from nri_core import Stub
 
     stub = Stub(plugin, socket_path=socket)
-    watch = ConfigWatch(file, plugin.use)
+    watch = ConfigWatch(file, plugin.use, beat=supervisor.part("configuration watch", WATCH_LIMIT_S))
     loop = asyncio.get_running_loop()
     # Not the loop's own handlers: when it ends it would take them away while engines are being stopped.
     orders.serve(lambda: loop.call_soon_threadsafe(stub.stop), lambda: loop.call_soon_threadsafe(watch.ask))

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from memtier_cli.nri_memtierd.health import STATUS_NAME
 from memtier_cli.nri_memtierd.safefiles import (
     DIRECTORY,
     FILE,
@@ -38,7 +39,6 @@ PID_NAME = "memtierd.pid"
 STATS_NAME = "memtierd.stats"
 MARKER_NAME = ".nri-memtierd"
 MARKER_TEXT = "This directory is nri-memtierd's: it removes its files of containers that are gone.\n"
-STATUS_NAME = "status.json"
 OUTPUT_BYTES_MAX = 512 << 10
 """When the output is longer it becomes memtierd.output.1; so a container takes at most twice this."""
 OUTPUTS_BYTES_MAX = 64 << 20

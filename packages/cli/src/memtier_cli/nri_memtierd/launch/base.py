@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -41,6 +42,14 @@ class MayStick(Protocol):
 
     def stuck(self) -> bool:
         """Whether such a step still holds a thread: another engine for the same container would get stuck too."""
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """A launcher whose engines' steps are taken by threads of this process."""
+
+    def steps(self) -> list[tuple[Mapping[str, str], float]]:
+        """Those that go on now: loguru's context of the engine, and for how many seconds."""
 
 
 class Launcher(Protocol):
