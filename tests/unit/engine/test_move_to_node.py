@@ -16,7 +16,7 @@ from memtier_engine.model import PAGE_BYTES, U64
 from memtier_engine.mover.backends import ProcessHandle, move_to_node
 from support.fakes import BASE, PROCESS, pages_of, spans
 
-HANDLE = cast(ProcessHandle, SimpleNamespace(process=PROCESS))
+HANDLE = cast(ProcessHandle, SimpleNamespace(process=PROCESS, exited=lambda: False))
 
 
 class Kernel:

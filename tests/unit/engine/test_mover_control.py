@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
+from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans
 from memtier_engine.mover.backends import BatchResult, ProcessHandle
@@ -36,9 +39,9 @@ class Moved:
 
 
 def mover(backend: Moved, **config: float) -> Mover:
-    made = Mover(MoverConfig(bandwidth_mib_per_s=None), Host(Path("/nonexistent")), now_s=0.0, backend=backend)
-    made._handle = lambda process: None  # type: ignore[assignment,method-assign,return-value]  # no such processes
-    return made
+    host = Host(Path("/nonexistent"))
+    files = OpenProcesses(host, opening=lambda host, process: cast(ProcessHandle, SimpleNamespace(close=lambda: None)))
+    return Mover(MoverConfig(bandwidth_mib_per_s=None), host, now_s=0.0, backend=backend, files=files)
 
 
 @pytest.fixture

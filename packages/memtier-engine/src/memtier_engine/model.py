@@ -231,6 +231,8 @@ class Why(IntEnum):
     """Not in RAM any more: freed, or out already."""
     BUSY = 6
     """The kernel kept it, for a reason it does not tell: pinned, in a CPU's batch, under writeback."""
+    HUGE = 7
+    """Part of a huge page of which the rest was not asked for: it would have to be split."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,12 +39,14 @@ from memtier_engine.model import (
     NOWHERE,
     PAGE_BYTES,
     SWAP_NODE,
+    LookingTracker,
     MoveOutcome,
     MoveTask,
     PacedTracker,
     ProcessId,
     Tracker,
 )
+from memtier_engine.mover.edge import went
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.pages.governor import governed, withheld_bytes
@@ -126,6 +128,8 @@ class Engine:
         self.policy: Policy = policy or AgePolicy(self.config.policy, scan_interval_ms=self.config.scan_interval_ms)
         now_s = self.clock.now_s()
         self.mover = mover or Mover(self.config.mover, self.host, now_s=now_s)
+        if isinstance(self.tracker, LookingTracker):
+            self.mover.look = self.tracker.look
         self.guards = guards or GuardSet(
             self.config.guards,
             host=self.host,
@@ -461,16 +465,15 @@ class Engine:
             return
         own, now_s = space.pages, self.clock.now_s()
         if outcome.to_node == SWAP_NODE:
+            gone = went(outcome.spans, outcome.kept)
             if outcome.moved_bytes:
-                idle_s = idle_of(own, outcome.spans, self.age_clock.idle_s())
-                self.refaults.paged_out(
-                    space.process, outcome.spans, outcome.stuck, idle_s, now_s, trial=space.probe.trial
-                )
+                idle_s = idle_of(own, gone, self.age_clock.idle_s())
+                self.refaults.paged_out(space.process, gone, outcome.stuck, idle_s, now_s, trial=space.probe.trial)
                 if self._swap_ins is not None:
                     self._swap_ins.paged_out(outcome.process)
-                own.set_age(outcome.spans, PAGED_OUT)
-            # What the kernel kept begins to age anew: asking again at once would only burn CPU.
-            own.set_age(outcome.stuck if outcome.moved_bytes or outcome.kept else outcome.spans, 0)
+                own.set_age(gone, PAGED_OUT)
+            if not outcome.kept:  # stayed, and nobody says why: it begins to age anew, or it would be asked at once
+                own.set_age(outcome.stuck if outcome.moved_bytes else outcome.spans, 0)
             for kept in outcome.kept:
                 space.keep(kept, now_s)
             if outcome.kept:

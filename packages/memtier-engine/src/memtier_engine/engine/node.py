@@ -16,6 +16,7 @@ from memtier_engine.guards.readers import NodeReader
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker
 from memtier_engine.mover.fair import FairBudget, FairMover
+from memtier_engine.mover.mover import open_processes
 from memtier_engine.trackers.damon_shared import SharedDamonTracker
 from memtier_engine.trackers.idlepage import IdlePageTracker, IdleReader
 from memtier_engine.trackers.idlerounds import IdleRounds
@@ -45,6 +46,7 @@ class Node:
         self._clock = clock or SystemClock()
         self.reader = NodeReader(self.host, config.guards)
         self.moves = FairBudget(config.bandwidth_mib_per_s, now_s=self._clock.now_s())
+        self.files = open_processes(self.host)
         self.scans = ScanBudget(config.scan_cpu_share)
         self.idle = IdleRounds(self.host, IdleReader)
         self._epoch_s = self._clock.now_s()
@@ -60,7 +62,11 @@ class Node:
         """
         interval_s = engine.config.scan_interval_ms / 1000
         engine.mover.close()
-        engine.mover = FairMover(engine.mover.config, self.host, budget=self.moves, now_s=self._clock.now_s())
+        mover = FairMover(
+            engine.mover.config, self.host, budget=self.moves, now_s=self._clock.now_s(), files=self.files
+        )
+        mover.look = engine.mover.look
+        engine.mover = mover
         directories = engine.guards.cgroups if cgroups is None else tuple(cgroups)
         engine.guards.close()
         engine.guards = GuardSet(
@@ -102,3 +108,4 @@ class Node:
     def close(self) -> None:
         """After the engines are closed: remove the triggers. Safe to call twice."""
         self.reader.close()
+        self.files.close()

@@ -14,7 +14,7 @@ import resource
 import select
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -187,9 +187,15 @@ class _Entry:
 class OpenProcesses(Closing):
     """The files of many processes, at most so many open at once. Methods may be called from any thread."""
 
-    def __init__(self, host: Host, *, most: int | None = None) -> None:
-        """`most`: processes whose files stay open; None: half of what this process's limit of open files allows."""
+    def __init__(
+        self, host: Host, *, most: int | None = None, opening: Callable[[Host, ProcessId], ProcessFiles] | None = None
+    ) -> None:
+        """`most`: processes whose files stay open; None: half of what this process's limit of open files allows.
+
+        `opening`: how they are opened; None: as `ProcessFiles`.
+        """
         self._host = host
+        self._opening = opening or ProcessFiles
         self._most = most
         self._lock = threading.Lock()
         self._entries: OrderedDict[ProcessId, _Entry] = OrderedDict()
@@ -213,7 +219,7 @@ class OpenProcesses(Closing):
             entry = self._entries.get(process)
             if entry is None:
                 self._shrink(self.most - 1)
-                entry = self._entries[process] = _Entry(ProcessFiles(self._host, process))
+                entry = self._entries[process] = _Entry(self._opening(self._host, process))
             self._entries.move_to_end(process)
             entry.users += 1
         try:

@@ -1,22 +1,24 @@
-"""The two system calls that move pages, with their errors sorted by what to do about them."""
+"""The two system calls that move pages: what goes to the kernel, what it says, and what became of each page."""
 
 from __future__ import annotations
 
 import errno
-import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.abi import syscalls
-from memtier_engine.abi.constants import MADV_PAGEOUT
-from memtier_engine.errors import KernelCallError, ProcessGone
-from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.maps import read_start_ticks
+from memtier_engine.abi.constants import MADV_PAGEOUT, PAGE_IS_HUGE, PAGE_IS_PFNZERO
+from memtier_engine.errors import KernelCallError, ProcessGone, Unavailable
+from memtier_engine.hostfs.handles import ProcessFiles
 from memtier_engine.hostfs.pagemap import Pagemap
-from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, SWAP_NODE, U64, Bools, ProcessId, Spans
-from memtier_engine.pages.ages import true_runs
+from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, SWAP_NODE, U8, U64, Bools, Kept, ProcessId, Spans, Why
+from memtier_engine.mover import edge
+from memtier_engine.mover.edge import GOES, addresses_of, pages_as_spans
+from memtier_engine.mover.refusals import Refusals
 
 IOVECS_MAX = 1024
 """UIO_MAXIOV: process_madvise refuses more with EINVAL."""
@@ -24,8 +26,13 @@ INTERRUPTED_MAX = 8
 CALLS_MAX = 8
 """Of move_pages for one batch: each goes on behind what held up the one before."""
 _BUSY = (-errno.EAGAIN, -errno.EBUSY)
-SPLITS_MAX = 64
-"""A batch is split this often around what the kernel refuses before the rest of it is given up."""
+_MERGE_GAP_BYTES = 64 * PAGE_BYTES
+"""Spans so close together are read in one call: half a KiB of words costs less than a call."""
+
+ProcessHandle = ProcessFiles
+"""Open files of one process, which can never be another's: see `hostfs.handles`."""
+Look = Callable[[ProcessId, Spans], Bools | None]
+"""See `model.LookingTracker.look`."""
 
 
 @dataclass(slots=True)
@@ -44,156 +51,208 @@ class BatchResult:
     """Pages that stayed, by errno of their status; only of move_pages."""
     there_bytes: int = 0
     """Was on the node before; only of move_pages."""
+    kept: tuple[Kept, ...] = ()
+    """What was not moved, by reason."""
+    tried_bytes: int | None = None
+    """From the front, so much of what was asked for was dealt with; None: all."""
+    call_s: float | None = None
+    """How long the system call took that moves, which holds the target's mmap lock; None: not measured."""
+    asked_bytes: int | None = None
+    """What the kernel was asked for; None: all."""
+    looked: bool = False
+    """Whether it is known what was touched since the decision."""
+    touched_share: float = 0.0
+    """Of what was about to move, the part that turned out to be in use."""
 
 
-class ProcessHandle:
-    """Kept-open pidfd and pagemap of one process: they pin it, so that a recycled pid is never moved."""
+def page_out(
+    handle: ProcessHandle,
+    spans: Spans,
+    *,
+    limit_bytes: int | None = None,
+    refusals: Refusals | None = None,
+    look: Look | None = None,
+    keep_huge: bool = False,
+) -> BatchResult:
+    """MADV_PAGEOUT on those pages of `spans` that can go; what left is counted in pagemap afterwards.
 
-    def __init__(self, host: Host, process: ProcessId) -> None:
-        """Raises ProcessGone if the process exited or the pid is another's by now."""
-        self.process = process
-        self.pidfd = syscalls.pidfd_open(process.pid)
-        try:
-            # The pidfd came after the process was seen: only the start time tells whose it is.
-            if read_start_ticks(host, process.pid) != process.start_ticks:
-                raise ProcessGone(f"pid {process.pid} is a new process", errno.ESRCH)
-            self.pagemap = Pagemap(host, process.pid)
-        except BaseException:
-            os.close(self.pidfd)
-            raise
+    Never asked for: pages of files (they would be dropped, whoever else reads them), pages that others map too (the
+    kernel leaves them), and what is not in RAM.
 
-    def close(self) -> None:
-        """Close both. Safe to call twice."""
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
-            self.pagemap.close()
-
-
-def page_out(handle: ProcessHandle, spans: Spans) -> BatchResult:
-    """MADV_PAGEOUT on up to `IOVECS_MAX` spans; what really left is counted in pagemap afterwards.
-
+    Args:
+        handle: of the process.
+        spans: any number of them.
+        limit_bytes: stop after so much that can go, or at the end of the 2 MiB there; None: no limit.
+        refusals: what is known of mappings that cannot be paged out; gets to know more.
+        look: asked last what was touched since the decision; such pages stay.
+        keep_huge: leave huge pages alone that `spans` covers in part, instead of having them split.
     Raises:
         ProcessGone: it exited.
         KernelCallError: EPERM and whatever else no retry can mend.
     """
-    swapped_before = handle.pagemap.swapped_bytes(spans.starts, spans.ends)
+    refusals = refusals or Refusals()
+    addresses = addresses_of(spans)
+    words = read_words(handle.pagemap, spans)
+    reasons = edge.reasons_before(words, refused=edge.inside(addresses, refusals.spans))
+    if (reasons == Why.SHARED).any():
+        # Not exclusive, as what is shared: memory that was read and never written.
+        zero = runs_of(handle.pagemap, spans, PAGE_IS_PFNZERO)
+        reasons[edge.inside(addresses, zero)] = Why.ABSENT
+    if keep_huge:
+        huge = runs_of(handle.pagemap, edge.partly_asked(spans), PAGE_IS_HUGE)
+        reasons[(reasons == GOES) & edge.inside(addresses, huge)] = Why.HUGE
     result = BatchResult()
-    done = _advise(handle, spans.starts.copy(), spans.ends - spans.starts, result)
-    swapped_after = handle.pagemap.swapped_bytes(spans.starts, spans.ends)
-    result.moved_bytes = max(0, swapped_after - swapped_before)
-    if swapped_after < spans.total_bytes:
-        result.stuck = _resident(handle, spans)
-        if not done:
-            result.busy = result.stuck
+    if limit_bytes is not None:
+        end = edge.cut_batch(addresses, reasons == GOES, limit_bytes).pages
+        addresses, reasons = addresses[:end], reasons[:end]
+        result.tried_bytes = end * PAGE_BYTES
+    asked = reasons == GOES
+    if look is not None and asked.any():
+        touched = look(handle.process, pages_as_spans(addresses[asked]))
+        if touched is not None:
+            result.looked = True
+            reasons[np.flatnonzero(asked)[touched]] = Why.TOUCHED
+            result.touched_share = float(np.count_nonzero(touched)) / len(touched)
+            asked = reasons == GOES
+    done = True
+    result.asked_bytes = int(np.count_nonzero(asked)) * PAGE_BYTES
+    if asked.any():
+        going = pages_as_spans(addresses[asked])
+        began_s = time.monotonic()
+        done = _advise(handle, going, refusals)
+        result.call_s = time.monotonic() - began_s
+        after = read_words(handle.pagemap, going)
+        here = addresses[asked]
+        stayed = edge.reasons_after(np.ones(len(here), np.bool_), after, edge.inside(here, refusals.spans))
+        result.moved_bytes = int(np.count_nonzero(stayed == GOES)) * PAGE_BYTES
+        reasons[asked] = stayed
+    result.kept = edge.kept_by_reason(addresses, reasons)
+    result.stuck = pages_as_spans(addresses[(reasons != GOES) & (reasons != Why.ABSENT)])
+    if not done:
+        result.busy = pages_as_spans(addresses[reasons == Why.BUSY])
     return result
 
 
-def _advise(handle: ProcessHandle, starts: U64, lengths: U64, result: BatchResult) -> bool:
-    """Walk on through partial returns and refusals until everything was advised or given up.
+def read_words(pagemap: Pagemap, spans: Spans) -> U64:
+    """uint64[pages of `spans`]: their words of pagemap, in few calls."""
+    if not len(spans):
+        return np.zeros(0, np.uint64)
+    parts = []
+    for group in _groups(spans):
+        start, end = int(group.starts[0]), int(group.ends[-1])
+        words = pagemap.read(start, end)
+        if len(group) > 1:
+            words = words[(addresses_of(group) - np.uint64(start)) >> np.uint64(PAGE_SHIFT)]
+        parts.append(words)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def runs_of(pagemap: Pagemap, spans: Spans, category: int) -> Spans:
+    """Where pages of a category of PAGEMAP_SCAN are, near `spans` too; nothing on kernels before 6.7."""
+    try:
+        runs = [pagemap.scan_runs(int(group.starts[0]), int(group.ends[-1]), mask=category) for group in _groups(spans)]
+    except Unavailable:
+        return Spans.empty()
+    return edge.joined([Spans(found[:, 0], found[:, 1]) for found in runs])
+
+
+def _groups(spans: Spans) -> list[Spans]:
+    """Neighbours a few pages apart together."""
+    if not len(spans):
+        return []
+    breaks = np.flatnonzero(spans.starts[1:] - spans.ends[:-1] > np.uint64(_MERGE_GAP_BYTES)) + 1
+    firsts, lasts = [0, *breaks.tolist()], [*breaks.tolist(), len(spans)]
+    return [Spans(spans.starts[a:b], spans.ends[a:b]) for a, b in zip(firsts, lasts, strict=True)]
+
+
+def _advise(handle: ProcessHandle, spans: Spans, refusals: Refusals) -> bool:
+    """Walk on through partial returns and refusals until everything was advised or refused.
 
     Returns False if the kernel asks to come again later (EAGAIN).
     """
-    interrupted = splits = 0
+    starts, ends = spans.starts, spans.ends
+    interrupted, cut = 0, False
     while len(starts):
         try:
-            done = syscalls.process_madvise(handle.pidfd, starts[:IOVECS_MAX], lengths[:IOVECS_MAX], MADV_PAGEOUT)
+            chunk = slice(IOVECS_MAX)
+            done = syscalls.process_madvise(handle.pidfd, starts[chunk], ends[chunk] - starts[chunk], MADV_PAGEOUT)
         except ProcessGone:
             raise
         except KernelCallError as failure:
             if failure.errno == errno.EINTR and interrupted < INTERRUPTED_MAX:
                 interrupted += 1
-                continue
-            if failure.errno == errno.EAGAIN:
+            elif failure.errno == errno.EAGAIN:
                 return False
-            if failure.errno not in (errno.ENOMEM, errno.EINVAL, errno.EBADF):
+            elif failure.errno == errno.ENOMEM:
+                # The first span has a hole in it; what is around the hole was advised all the same.
+                # Source: mm/madvise.c, madvise_walk_vmas().
+                starts, ends = starts[1:], ends[1:]
+            elif failure.errno == errno.EINVAL and not cut:
+                # Somewhere in the first span a mapping is mlocked, of hugetlbfs or a device (can_madv_lru_vma()); the
+                # mappings before it were advised. The kernel does not tell which, so it is asked one by one.
+                starts, ends = edge.cut_at(starts, ends, refusals.borders(handle))
+                cut = True
+            elif failure.errno == errno.EINVAL:
+                behind = refusals.refused(int(starts[0]), int(ends[0]))
+                left = ends > np.uint64(behind)
+                starts, ends = starts[left], ends[left]
+            else:
                 raise
-            # ENOMEM: a hole; EINVAL: a mapping that cannot be paged out (mlocked, hugetlb, device).
-            splits += 1
-            result.error = str(failure)
-            if splits > SPLITS_MAX:
-                return True
-            starts, lengths = _split_first(starts, lengths)
             continue
         if done <= 0:
             return True
-        starts, lengths = _without_first(starts, lengths, done)
+        starts, ends = _without_first(starts, ends, done)
     return True
 
 
-def _split_first(starts: U64, lengths: U64) -> tuple[U64, U64]:
-    """Halve the span at the front; a single page is given up."""
-    pages = int(lengths[0]) >> PAGE_SHIFT
-    if pages <= 1:
-        return starts[1:], lengths[1:]
-    half = np.uint64(pages // 2 * PAGE_BYTES)
-    first = np.array([starts[0], starts[0] + half], np.uint64)
-    sizes = np.array([half, lengths[0] - half], np.uint64)
-    return np.concatenate((first, starts[1:])), np.concatenate((sizes, lengths[1:]))
-
-
-def _without_first(starts: U64, lengths: U64, done_bytes: int) -> tuple[U64, U64]:
+def _without_first(starts: U64, ends: U64, done_bytes: int) -> tuple[U64, U64]:
     """The spans after the first `done_bytes`."""
-    total = np.cumsum(lengths)
+    total = np.cumsum(ends - starts)
     count = int(np.searchsorted(total, np.uint64(done_bytes), side="right"))
     rest = np.uint64(done_bytes) - (total[count - 1] if count else np.uint64(0))
-    starts, lengths = starts[count:].copy(), lengths[count:].copy()
+    starts, ends = starts[count:].copy(), ends[count:]
     if len(starts):
         starts[0] += rest
-        lengths[0] -= rest
-    return starts, lengths
+    return starts, ends
 
 
-def _resident(handle: ProcessHandle, spans: Spans) -> Spans:
-    """The pages of `spans` that are in RAM."""
-    pairs: list[NDArray[np.uint64]] = []
-    for start, end in zip(spans.starts.tolist(), spans.ends.tolist(), strict=True):
-        runs = true_runs(handle.pagemap.resident(start, end)).astype(np.uint64)
-        pairs.append(np.uint64(start) + (runs << np.uint64(PAGE_SHIFT)))
-    runs = np.concatenate(pairs) if pairs else np.zeros((0, 2), np.uint64)
-    return Spans(runs[:, 0].copy(), runs[:, 1].copy())
-
-
-def addresses_of(spans: Spans) -> U64:
-    """uint64[pages]: the address of every page of `spans`."""
-    pages = spans.pages
-    before = np.cumsum(pages) - pages
-    index = np.arange(int(pages.sum()), dtype=np.int64) - np.repeat(before, pages)
-    addresses: U64 = np.repeat(spans.starts, pages) + (index.astype(np.uint64) << np.uint64(PAGE_SHIFT))
-    return addresses
-
-
-def pages_as_spans(addresses: U64) -> Spans:
-    """Ascending page addresses as spans, neighbours joined."""
-    if not len(addresses):
-        return Spans.empty()
-    apart = np.flatnonzero(np.diff(addresses) != np.uint64(PAGE_BYTES))
-    firsts = np.concatenate(([0], apart + 1))
-    lasts = np.concatenate((apart, [len(addresses) - 1]))
-    return Spans(addresses[firsts], addresses[lasts] + np.uint64(PAGE_BYTES))
-
-
-def move_to_node(handle: ProcessHandle, spans: Spans, node: int) -> BatchResult:
+def move_to_node(handle: ProcessHandle, spans: Spans, node: int, *, look: Look | None = None) -> BatchResult:
     """move_pages(2) to `node`, only pages that are elsewhere.
 
     When a page cannot be taken from where it is (the kernel or a device holds it), the call ends there: the status
     of its neighbours stays unwritten, though they were moved, and what comes after them is not tried (mm/migrate.c,
     do_pages_move). So the kernel is asked where they are, and called again for the rest.
 
+    Args:
+        handle: of the process.
+        spans: what is to be there.
+        node: where.
+        look: asked what was touched since the decision; such pages stay.
     Raises:
         ProcessGone: it exited.
         KernelCallError: ENODEV (no such node), EPERM and the like.
     """
     pid = handle.process.pid
+    _check(handle)
     addresses = addresses_of(spans)
     status = syscalls.move_pages(pid, addresses, None)
     result = BatchResult(there_bytes=int(np.count_nonzero(status == node)) * PAGE_BYTES)
     # A negative status is a page without a place: absent, or the shared zero page.
-    todo = addresses[(status >= 0) & (status != node)]
+    elsewhere = (status >= 0) & (status != node)
+    reasons = np.where(status < 0, np.uint8(Why.ABSENT), np.uint8(GOES))
+    if look is not None and elsewhere.any():
+        touched = look(handle.process, pages_as_spans(addresses[elsewhere]))
+        if touched is not None:
+            result.looked, result.touched_share = True, float(np.count_nonzero(touched)) / len(touched)
+            at = np.flatnonzero(elsewhere)[touched]
+            reasons[at], elsewhere[at] = Why.TOUCHED, False
+    todo = addresses[elsewhere]
+    result.asked_bytes = len(todo) * PAGE_BYTES
     last = np.full(len(addresses), node, np.int32)  # of pages that are not in `todo`, nothing is left to do
     for _ in range(CALLS_MAX):
         if not len(todo):
             break
+        _check(handle)
         status = _moved(pid, todo, node)
         last[np.searchsorted(addresses, todo)] = status
         result.moved_bytes += int(np.count_nonzero(status == node)) * PAGE_BYTES
@@ -205,8 +264,19 @@ def move_to_node(handle: ProcessHandle, spans: Spans, node: int) -> BatchResult:
         if kept.all():
             break
         todo = _untried_first(todo, kept)
-    _sort_out(result, addresses, last, node)
+    _check(handle)
+    _sort_out(result, addresses, last, node, reasons)
     return result
+
+
+def _check(handle: ProcessHandle) -> None:
+    """move_pages goes by number: while the process is not over, around the call, the number is its own.
+
+    Raises:
+        ProcessGone: it exited, and whose pages were moved or asked about since the last check is not known.
+    """
+    if handle.exited():
+        raise ProcessGone(f"process {handle.process.pid} exited", errno.ESRCH)
 
 
 def _moved(pid: int, addresses: U64, node: int) -> NDArray[np.int32]:
@@ -231,11 +301,21 @@ def _untried_first(addresses: U64, kept: Bools) -> U64:
     return np.concatenate((addresses[end:], addresses[:end][kept[:end]]))
 
 
-def _sort_out(result: BatchResult, addresses: U64, status: NDArray[np.int32], node: int) -> None:
+def _sort_out(result: BatchResult, addresses: U64, status: NDArray[np.int32], node: int, reasons: U8) -> None:
     stays = status != node
-    result.stuck = pages_as_spans(addresses[stays])
+    reasons[stays] = _reasons_of(status[stays])
+    result.kept = edge.kept_by_reason(addresses, reasons)
+    result.stuck = pages_as_spans(addresses[(reasons != GOES) & (reasons != Why.ABSENT)])
     result.busy = pages_as_spans(addresses[np.isin(status, _BUSY)])
     _count_errors(result, status)
+
+
+def _reasons_of(status: NDArray[np.int32]) -> U8:
+    """uint8[n]: `Why`, of pages that are not on the node."""
+    reasons = np.full(len(status), Why.BUSY, np.uint8)
+    reasons[status == -errno.EACCES] = Why.SHARED
+    reasons[(status == -errno.ENOENT) | (status == -errno.EFAULT)] = Why.ABSENT
+    return reasons
 
 
 def _count_errors(result: BatchResult, status: NDArray[np.int32]) -> None:

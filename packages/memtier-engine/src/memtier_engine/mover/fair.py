@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 
+from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, MoveOutcome
 from memtier_engine.mover.bucket import TokenBucket
@@ -121,9 +122,17 @@ class Share:
 class FairMover(Mover):
     """A mover under its own ceiling and its part of the node's."""
 
-    def __init__(self, config: MoverConfig, host: Host, *, budget: FairBudget, now_s: float) -> None:
-        """`budget`: the node's, shared with the other movers."""
-        super().__init__(config, host, now_s=now_s)
+    def __init__(
+        self,
+        config: MoverConfig,
+        host: Host,
+        *,
+        budget: FairBudget,
+        now_s: float,
+        files: OpenProcesses | None = None,
+    ) -> None:
+        """`budget` and `files`: the node's, shared with the other movers."""
+        super().__init__(config, host, now_s=now_s, files=files)
         self._budget = budget
         self._share = budget.join()
 

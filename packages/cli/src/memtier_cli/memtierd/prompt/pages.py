@@ -28,7 +28,7 @@ from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.hostfs.page_idle import IdleBitmap
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import PAGE_BYTES, U64, Bools, ProcessId, Spans
-from memtier_engine.mover.backends import addresses_of, pages_as_spans
+from memtier_engine.mover.edge import addresses_of, pages_as_spans
 from memtier_engine.mover.mover import take
 from memtier_engine.trackers.pageruns import runs_where
 
