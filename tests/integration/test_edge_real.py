@@ -10,14 +10,21 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from memtier_engine.abi import syscalls
+from memtier_engine.abi.constants import PAGE_IS_HUGE
+from memtier_engine.errors import ProcessGone
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.pagemap import Pagemap
-from memtier_engine.model import PAGE_BYTES, MoveOutcome, MoveTask, ProcessId, Spans, Why
+from memtier_engine.model import PAGE_BYTES, Bools, MoveOutcome, MoveTask, ProcessId, Spans, Why
+from memtier_engine.mover.backends import ProcessHandle, move_to_node, page_out, runs_of
+from memtier_engine.mover.edge import addresses_of
 from memtier_engine.mover.mover import Mover, MoverConfig
 from support.swap import temporary_zram_swap
 
@@ -136,3 +143,198 @@ def test_what_cannot_go_in_front_does_not_hold_up_what_is_behind(how: str, why: 
         assert sum(outcome.requested_bytes for outcome in outcomes) >= 112 * MIB
         if how != "zero":
             assert held.resident_bytes(held.spans(96)) >= 0.99 * 96 * MIB
+
+
+_PIECES = """
+held, first, at = anonymous(64)
+fill(held, first, first + 64 * MIB)
+for piece in range(0, 64, 2):
+    lock(at + piece * MIB, MIB)
+print(at, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_many_small_locked_pieces_among_the_rest_cost_a_call_each_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    advise = syscalls.process_madvise
+
+    def counting(*arguments: Any) -> int:
+        calls.append(1)
+        return advise(*arguments)
+
+    monkeypatch.setattr(syscalls, "process_madvise", counting)
+    with temporary_zram_swap(512 * MIB), child(_PIECES) as held, closing(mover()) as moving:
+        moving.add(MoveTask(held.process, held.spans(64)))
+        outcomes = pump(moving, 60)
+        assert held.out_bytes(held.spans(64)) >= 0.98 * 32 * MIB
+        assert kept(outcomes, Why.LOCKED) == 32 * MIB
+        assert len(calls) <= 32 + 32 + 60  # refusals, lists that go on behind them, batches
+        first = len(calls)
+        moving.add(MoveTask(held.process, held.spans(64)))
+        pump(moving, 60)
+        assert len(calls) <= first + 5, "what is locked is known by now"
+
+
+_FILE = """
+with open(sys.argv[1], "wb") as file:
+    file.write(os.urandom(32 * MIB))
+    os.fsync(file.fileno())
+file = open(sys.argv[1], "rb")
+held = mmap.mmap(file.fileno(), 32 * MIB, flags=mmap.MAP_PRIVATE, prot=3)
+sum(held[0::4096])
+for at in range(0, 4 * MIB, 4096):
+    held[at] = 1
+print(ctypes.addressof(ctypes.c_char.from_buffer(held)), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_clean_pages_of_a_file_stay_and_what_was_written_over_them_goes(tmp_path: Path) -> None:
+    with temporary_zram_swap(512 * MIB), child(_FILE, str(tmp_path / "data")) as held, closing(mover()) as moving:
+        moving.add(MoveTask(held.process, held.spans(32)))
+        outcomes = pump(moving)
+        assert held.out_bytes(held.spans(4)) >= 0.95 * 4 * MIB
+        assert held.resident_bytes(held.spans(28, 4)) == 28 * MIB
+        assert kept(outcomes, Why.FILE) == 28 * MIB
+
+
+_HUGE = """
+held, first, at = anonymous(64, huge=True)
+fill(held, first, first + 64 * MIB)
+print(at, flush=True)
+for line in sys.stdin:
+    sum(held[first:first + 64 * MIB:4096])
+    print("touched", flush=True)
+"""
+
+
+def _splits() -> int:
+    return next(
+        int(line.split()[1])
+        for line in Path("/proc/vmstat").read_text().splitlines()
+        if line.startswith("thp_split_page ")
+    )
+
+
+@pytest.mark.parametrize("bandwidth", [None, 20, 300])
+def test_idle_huge_pages_go_out_whole_and_parts_of_them_stay(bandwidth: float | None) -> None:
+    with temporary_zram_swap(512 * MIB), child(_HUGE) as held, closing(mover(bandwidth)) as moving:
+        with Pagemap(Host(), held.process.pid) as pagemap:
+            huge = runs_of(pagemap, held.spans(64), PAGE_IS_HUGE).total_bytes
+        if huge < 48 * MIB:
+            pytest.skip("the kernel had no huge pages to give (/sys/kernel/mm/transparent_hugepage)")
+        before = _splits()
+        start, end = int(held.spans(64).starts[0]), int(held.spans(64).ends[0]) - MIB
+        moving.add(MoveTask(held.process, Spans(np.array([start], np.uint64), np.array([end], np.uint64))))
+        end_s = time.monotonic() + 60
+        outcomes: list[MoveOutcome] = []
+        while moving.has_work and time.monotonic() < end_s:
+            outcomes += moving.pump(time.monotonic())
+            time.sleep(min(0.01, moving.wait_s() or 0))
+        assert _splits() == before
+        assert held.out_bytes(held.spans(62)) >= 0.9 * 62 * MIB
+        assert kept(outcomes, Why.HUGE) == MIB or huge < 64 * MIB
+        assert held.out_bytes(held.spans(1, 62)) == 0
+
+
+def test_a_process_that_wakes_up_gets_back_one_batch_and_loses_no_other() -> None:
+    """Where the tracker cannot tell that it is awake, what comes back at once does."""
+    small = _HUGE.replace("huge=True", "huge=False")
+    with temporary_zram_swap(512 * MIB), child(small) as held, closing(mover()) as moving:
+        moving.add(MoveTask(held.process, held.spans(64)))
+        moved = sum(outcome.moved_bytes for outcome in moving.pump(time.monotonic()))
+        assert 0 < moved <= 2 * MIB
+        held.go()
+        held.told()
+        moved = sum(outcome.moved_bytes for outcome in pump(moving))
+        assert moved == 0
+        assert held.resident_bytes(held.spans(64)) >= 63.9 * MIB
+        moving.add(MoveTask(held.process, held.spans(64)))
+        moving.replace([MoveTask(held.process, held.spans(64))])
+        pump(moving)
+        assert held.out_bytes(held.spans(64)) >= 0.98 * 64 * MIB, "the next decision counts anew"
+
+
+def test_what_the_tracker_saw_touched_since_the_decision_ends_it() -> None:
+    seen: list[int] = []
+
+    def look(process: ProcessId, spans: Spans) -> Bools:
+        """The first 4 MiB are idle; the process is about to use all of the rest."""
+        pages = addresses_of(spans)
+        seen.append(len(pages))
+        touched: Bools = pages >= np.uint64(held.words[0] + 4 * MIB)
+        return touched
+
+    unlocked = _PIECES.replace("range(0, 64, 2)", "()")
+    with temporary_zram_swap(512 * MIB), child(unlocked) as held, closing(mover()) as moving:
+        moving.look = look
+        moving.add(MoveTask(held.process, held.spans(64)))
+        outcomes = pump(moving, 40)
+        assert held.out_bytes(held.spans(64)) == held.out_bytes(held.spans(4)) >= 0.95 * 4 * MIB
+        assert 0 < kept(outcomes, Why.TOUCHED) <= 16 * MIB, "it does not go through all of the task"
+
+
+@contextmanager
+def _recycled(process: ProcessId, command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """Another process with the pid of one that is gone."""
+    last = Path("/proc/sys/kernel/ns_last_pid")
+    for _ in range(500):
+        last.write_text(str(process.pid - 1))
+        popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if popen.pid == process.pid:
+            break
+        popen.kill()
+        popen.communicate()
+    else:
+        pytest.skip("another process kept taking the pid: the machine is busy")
+    try:
+        assert popen.stdout is not None
+        popen.stdout.readline()
+        yield popen
+    finally:
+        popen.kill()
+        popen.communicate()
+
+
+@pytest.mark.skipif(not Path("/proc/sys/kernel/ns_last_pid").exists(), reason="needs CONFIG_CHECKPOINT_RESTORE")
+def test_a_process_that_has_the_pid_now_is_never_acted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by a handle from before, whose calls go by number or by descriptor, nor by one made for the old."""
+    code = (
+        _PROGRAM + "held, first, at = anonymous(4)\nfill(held, first, first + 4 * MIB)\nprint(at, flush=True)\ninput()"
+    )
+    command = ["setarch", "-R", sys.executable, "-c", code]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    address = int(first.stdout.readline())
+    process = process_id(Host(), first.pid)
+    asked: list[int] = []
+    move_pages = syscalls.move_pages
+
+    def counting(*arguments: Any, **rest: Any) -> Any:
+        asked.append(1)
+        return move_pages(*arguments, **rest)
+
+    monkeypatch.setattr(syscalls, "move_pages", counting)
+    with closing(ProcessHandle(Host(), process)) as handle:
+        assert handle.pidfd >= 0
+        pagemap = Pagemap(Host(), process.pid)
+        first.kill()
+        first.communicate()
+        whole = Spans(np.array([address], np.uint64), np.array([address + 4 * MIB], np.uint64))
+        with _recycled(process, command) as second, closing(pagemap):
+            other = process_id(Host(), second.pid)
+            assert other.pid == process.pid
+            assert other != process
+            for attempt in (
+                lambda: move_to_node(handle, whole, 0),
+                lambda: page_out(handle, whole),
+                lambda: ProcessHandle(Host(), process),
+                lambda: pagemap.read(address, address + PAGE_BYTES),
+            ):
+                with pytest.raises(ProcessGone):
+                    attempt()
+            assert not asked, "move_pages would have been answered for the new process"
+            with closing(mover()) as moving:
+                moving.add(MoveTask(process, whole))
+                assert [outcome.error for outcome in pump(moving)] == ["process exited"]

@@ -155,3 +155,20 @@ def test_a_huge_task_of_one_engine_does_not_starve_a_small_one_of_another(
     for mover in movers:
         mover.close()
     assert movers[0].wait_s() is None
+
+
+def test_members_that_move_more_than_they_are_owed_do_so_in_turn() -> None:
+    """A batch is 2 MiB whatever is owed: 50 members under 10 MiB/s keep to the ceiling, and nobody waits for ever."""
+    budget = FairBudget(10, now_s=0)
+    shares = [budget.join() for _ in range(50)]
+    moved = [0.0] * 50
+    now_s = 0.0
+    while now_s < 31:
+        for number, share in enumerate(shares):
+            if budget.allowed(share, now_s, 2 * MIB):
+                budget.charge(share, 2 * MIB)
+                moved[number] += 2 * MIB
+        now_s += 0.01
+        assert sum(moved) <= 10 * MIB * now_s + 6 * MIB
+    assert sum(moved) >= 0.9 * 300 * MIB
+    assert jain(moved) >= 0.9

@@ -89,7 +89,7 @@ def test_swap_counts_only_with_room_in_it(folder: HostFolder) -> None:
     folder.write("proc/swaps", f"{head}/dev/zram0 partition 2048 2048 5\n")
     assert "full" in (probe(folder.host)["swap"].why or "")
     folder.write("proc/swaps", f"{head}/dev/zram0 partition 2048 1024 5\n")
-    assert probe(folder.host)["swap"].detail == "/dev/zram0: 1 of 2 MiB free"
+    assert probe(folder.host)["swap"].detail == "/dev/zram0: 1 of 2 MiB free; zram: frees at once"
 
 
 def test_pressure_built_in_but_off_wants_a_boot_option(folder: HostFolder) -> None:

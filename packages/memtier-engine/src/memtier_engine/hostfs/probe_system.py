@@ -12,7 +12,7 @@ from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import Capability
 from memtier_engine.errors import KernelCallError, Unavailable
 from memtier_engine.hostfs import numa as nodes
-from memtier_engine.hostfs import proc
+from memtier_engine.hostfs import proc, swapkind
 from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.hostfs.probe_base import Failed, Scene
 from memtier_engine.hostfs.psi import parse_pressure
@@ -102,7 +102,7 @@ def swap(scene: Scene) -> str:
     what = f"{', '.join(area.path for area in areas)}: {free // _MIB} of {size // _MIB} MiB free"
     if free <= 0:
         raise Failed(f"swap is full ({what})", "add a swap area")
-    return what
+    return f"{what}; {swapkind.in_words(scene.host)}"
 
 
 def zram(scene: Scene) -> str | None:

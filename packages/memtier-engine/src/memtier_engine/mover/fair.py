@@ -54,16 +54,21 @@ class FairBudget:
                 del self._members[share]
                 self._free += max(0.0, share.owed)
 
-    def allowed(self, share: Share, now_s: float) -> int | None:
-        """Bytes that `share` may move now; None: any number. Asking says that it wants to move."""
+    def allowed(self, share: Share, now_s: float, wanted_bytes: int = PAGE_BYTES) -> int | None:
+        """Bytes that `share` may move now; None: any number. Asking says that it wants to move.
+
+        `wanted_bytes`: less is of no use, so nothing is allowed until it is owed as much. A batch is 2 MiB where there
+        may be huge pages: were a page's worth enough to begin, all members together would be far above the ceiling.
+        """
         with self._lock:
             if self._bucket.rate_bytes_per_s is None:
                 return None
             newly = share.asked_s is None or now_s - share.asked_s > HUNGRY_S
             share.asked_s = now_s
+            share.wanted = float(wanted_bytes)
             if newly or not 0 <= now_s - self._round_s < ROUND_S:
                 self._round(now_s)
-            return max(0, int(share.owed))
+            return int(share.owed) if share.owed >= wanted_bytes else 0
 
     def charge(self, share: Share, moved_bytes: int) -> None:
         """`share` moved so much."""
@@ -95,11 +100,12 @@ class FairBudget:
                 free += member.owed
                 member.owed = 0.0
         rate = self._bucket.rate_bytes_per_s or 0.0
-        most = max(2.0 * PAGE_BYTES, HOARD_S * rate / max(1, len(hungry)))
+        least = max(2.0 * PAGE_BYTES, HOARD_S * rate / max(1, len(hungry)))
+        room = {member: max(least, 2 * member.wanted) - member.owed for member in hungry}
         # What one cannot take is for the rest: the fullest first, so that one pass is enough.
-        hungry.sort(key=lambda member: -member.owed)
+        hungry.sort(key=room.__getitem__)
         for left, member in zip(range(len(hungry), 0, -1), hungry, strict=True):
-            part = max(0.0, min(free / left, most - member.owed))
+            part = max(0.0, min(free / left, room[member]))
             member.owed += part
             free -= part
         # Unclaimed allowance is kept no longer than the bucket itself would keep it.
@@ -109,7 +115,7 @@ class FairBudget:
 class Share:
     """A member of a `FairBudget`."""
 
-    __slots__ = ("asked_s", "budget", "owed")
+    __slots__ = ("asked_s", "budget", "owed", "wanted")
 
     def __init__(self, budget: FairBudget) -> None:
         self.budget = budget
@@ -117,6 +123,8 @@ class Share:
         """Bytes it may move; below zero: moved too much."""
         self.asked_s: float | None = None
         """When it last wanted to move; None: not lately."""
+        self.wanted = 0.0
+        """Bytes that it can do something with."""
 
 
 class FairMover(Mover):
@@ -138,9 +146,10 @@ class FairMover(Mover):
 
     def pump(self, now_s: float) -> list[MoveOutcome]:
         """See `Mover.pump`."""
+        self.effects.free(now_s)
         if not self.has_work or self.paused:
             return []
-        allowed = self._budget.allowed(self._share, now_s)
+        allowed = self._budget.allowed(self._share, now_s, self.next_bytes)
         outcomes = self._pump(now_s, allowed)
         self._budget.charge(self._share, sum(outcome.moved_bytes for outcome in outcomes))
         return outcomes
@@ -161,7 +170,9 @@ class FairMover(Mover):
     def wait_s(self) -> float | None:
         """See `Mover.wait_s`."""
         own_s = super().wait_s()
-        return None if own_s is None else max(own_s, self._budget.wait_s(self._share, PAGE_BYTES))
+        if own_s is None or not self.has_work:
+            return own_s
+        return max(own_s, self._budget.wait_s(self._share, self.next_bytes))
 
     def close(self) -> None:
         """See `Mover.close`; leaves the budget."""

@@ -30,6 +30,7 @@ from memtier_engine.mover.backends import (
 )
 from memtier_engine.mover.bucket import MIB, TokenBucket
 from memtier_engine.mover.edge import HUGE_BYTES
+from memtier_engine.mover.effects import Effect, Effects
 from memtier_engine.mover.refusals import Refusals
 
 BATCH_BYTES_MAX = 8 * MIB
@@ -149,6 +150,8 @@ class Mover:
         self._own_files = files is None
         self._files = open_processes(host) if files is None else files
         self._follows: dict[ProcessId, _Follow] = {}
+        self.effects = Effects(host)
+        """What paging out brought."""
         self._batch_bytes = 2 * MIB
 
     @property
@@ -211,6 +214,7 @@ class Mover:
         """The process is no longer ours: forget its tasks and close what is open for it."""
         self._queue = deque(pending for pending in self._queue if pending.task.process != process)
         self._follows.pop(process, None)
+        self.effects.forget(process)
         self._files.drop(process)
 
     @property
@@ -218,8 +222,18 @@ class Mover:
         """Whether anything is pending."""
         return bool(self._queue)
 
+    @property
+    def next_bytes(self) -> int:
+        """The next batch is at least so large, if all of it can go: what is not cut."""
+        if not self._queue or self._backend is not None:
+            return PAGE_BYTES
+        left = self._queue[0].left
+        longest = int((left.ends[:IOVECS_MAX] - left.starts[:IOVECS_MAX]).max())
+        return min(HUGE_BYTES, max(PAGE_BYTES, longest))
+
     def pump(self, now_s: float) -> list[MoveOutcome]:
         """Move what the bucket allows now, at most about one batch; what stays where it is does not count."""
+        self.effects.free(now_s)
         return self._pump(now_s, None)
 
     def _pump(self, now_s: float, limit_bytes: int | None) -> list[MoveOutcome]:
@@ -234,7 +248,7 @@ class Mover:
         enough = budget // 8
         end_s = time.monotonic() + SLICE_S
         while self._queue and budget >= max(PAGE_BYTES, enough):
-            outcome = self._batch(self._queue.popleft(), budget, later)
+            outcome = self._batch(self._queue.popleft(), budget, later, now_s)
             outcomes.append(outcome)
             budget -= outcome.moved_bytes
             if time.monotonic() >= end_s:
@@ -242,15 +256,19 @@ class Mover:
         self._queue.extend(later)
         return outcomes
 
-    def _batch(self, pending: _Pending, budget: int, later: list[_Pending]) -> MoveOutcome:
+    def _batch(self, pending: _Pending, budget: int, later: list[_Pending], now_s: float) -> MoveOutcome:
         """Move a part of a task; its rest goes back into the queue, or into `later` what another pump goes on with."""
         process, node = pending.task.process, pending.task.to_node
         began_s = time.monotonic()
-        result, error = BatchResult(), None
+        result, effect, error = BatchResult(), Effect(None, None), None
+        swaps = node == SWAP_NODE and self._backend is None
         try:
             self._follows.setdefault(process, _Follow())
             with self._files.of(process) as handle:
+                if swaps:
+                    self.effects.begin(handle, now_s)
                 part, rest, wait, result = self._move(handle, pending, budget)
+                effect = self.effects.end(handle, result.moved_bytes) if swaps else Effect(None, None)
             error = result.error
         except ProcessGone:
             self.drop(process)
@@ -283,6 +301,8 @@ class Mover:
             result.stuck if result.full else result.busy,
             result.there_bytes,
             result.kept,
+            effect.freed_bytes,
+            effect.stored_bytes,
         )
 
     def _move(self, handle: ProcessHandle, pending: _Pending, budget: int) -> tuple[Spans, Spans, bool, BatchResult]:
@@ -344,8 +364,10 @@ class Mover:
 
     def wait_s(self) -> float | None:
         """Seconds until `pump` can do something; None: nothing is pending, or it is paused."""
-        if not self._queue or self.paused:
+        if self.paused:
             return None
+        if not self._queue:
+            return self.effects.wait_s()
         interval_s = self.config.interval_ms / 1000
         rate = self._bucket.rate_bytes_per_s
         if rate is None:
@@ -366,6 +388,7 @@ class Mover:
         wanted = {pending.task.process for pending in self._queue}
         for process in self._follows.keys() - wanted:
             del self._follows[process]
+            self.effects.forget(process)
             self._files.drop(process)
 
     def close(self) -> None:

@@ -1,0 +1,229 @@
+"""What paging out really brought: RAM that is free now, and what the pages take where they are.
+
+On a disk or a swap file, MADV_PAGEOUT starts the writing and returns; the pages stay in the swap cache, charged to
+their cgroup, until somebody reclaims there (see `hostfs.swapkind`). In a v2 cgroup that somebody is us: once they are
+written, as much is asked of `memory.reclaim` as is in the swap cache because of us. Written pages are moved to the end
+of the inactive list from which reclaim takes (mm/vmscan.c, folio_rotate_reclaimable()), so it takes them and not
+others; what it took is measured each time, and where it was others' memory it is left alone for longer and longer.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from memtier_engine.errors import KernelCallError, ProcessGone, Unavailable
+from memtier_engine.hostfs.cgroup import Cgroup
+from memtier_engine.hostfs.handles import ProcessFiles
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.proc import meminfo
+from memtier_engine.hostfs.swapkind import Swap, SwapKind, frees_at_once, read_swap_kinds, zswap_is_on
+from memtier_engine.model import ProcessId
+
+LOOK_S = 10.0
+"""Swap areas come and go seldom."""
+RECLAIM_S = 0.2
+"""Between two requests to a cgroup; doubles while they bring nothing."""
+RECLAIM_S_MAX = 60.0
+STEP_BYTES = 16 << 20
+"""Of one request: about 30 ms."""
+OTHERS_SHARE = 0.125
+"""Of a request, so much may be others' memory before it is left alone for longer."""
+_ANONYMOUS_ONLY = ("swappiness=max", "swappiness=200", "")
+"""Arguments of memory.reclaim by which no page of a file is taken: Linux 6.16, 6.9, before."""
+
+
+@dataclass(slots=True)
+class Held:
+    """What is written and takes up RAM all the same, in one cgroup or (without v2) on the machine. Arithmetic only."""
+
+    others: int
+    """In the swap cache before us, or since."""
+    ours: int = 0
+    written: int = 0
+    """All that ever went there."""
+
+    def moved(self, moved_bytes: int, swap_cached: int) -> int:
+        """So much more was paged out, so much is in the swap cache now. Returns what was freed since the last time."""
+        self.others = min(self.others, swap_cached)
+        before = self.ours + moved_bytes
+        self.written += moved_bytes
+        self.ours = min(before, swap_cached - self.others)
+        return before - self.ours
+
+
+@dataclass(slots=True)
+class _Place:
+    held: Held
+    cgroup: Cgroup | None  # None: the machine
+    due_s: float = 0.0
+    pause_s: float = RECLAIM_S
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """Of one batch."""
+
+    freed_bytes: int | None
+    stored_bytes: int | None
+
+
+class Effects:
+    """One per mover. Every number is a difference around our own batches; None where the kernel does not tell."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._kinds: list[SwapKind] = []
+        self._at_once, self._zswap = True, False
+        self._looked_s: float | None = None
+        self._now_s = 0.0
+        self._places: dict[Path | None, _Place] = {}
+        self._of: dict[ProcessId, Path | None] = {}
+        self._argument: str | None = None
+        self._stored_before: int | None = None
+
+    @property
+    def not_yet_freed_bytes(self) -> int:
+        """Written to swap because of us, and in RAM all the same."""
+        return sum(place.held.ours for place in self._places.values())
+
+    def begin(self, files: ProcessFiles, now_s: float) -> None:
+        """Before a batch of this process."""
+        self._now_s = now_s
+        if self._looked_s is None or not 0 <= now_s - self._looked_s < LOOK_S:
+            self._looked_s = now_s
+            self._kinds, self._zswap = read_swap_kinds(self._host), zswap_is_on(self._host)
+            self._at_once = frees_at_once(self._kinds, self._zswap)
+        self._stored_before = self._stored()
+        if not self._at_once:
+            self._place(files)
+
+    def end(self, files: ProcessFiles, moved_bytes: int) -> Effect:
+        """After the batch, of which so much went out."""
+        stored = self._stored()
+        taken = None if stored is None or self._stored_before is None else max(0, stored - self._stored_before)
+        if self._at_once:
+            return Effect(moved_bytes, taken)
+        place = self._place(files)
+        cached = self._swap_cached(place)
+        return Effect(None if cached is None else place.held.moved(moved_bytes, cached), taken)
+
+    def forget(self, process: ProcessId) -> None:
+        """It is no longer ours; what it left in the swap cache still is."""
+        key = self._of.pop(process, None)
+        if key in self._places and not self._places[key].held.ours and key not in self._of.values():
+            del self._places[key]
+
+    def wait_s(self) -> float | None:
+        """Seconds until `free` can do something; None: there is nothing to do."""
+        due = [place.due_s for place in self._places.values() if place.held.ours and place.cgroup is not None]
+        return max(0.0, min(due) - self._now_s) if due else None
+
+    def free(self, now_s: float) -> int:
+        """Ask for what is written and still charged, where it is time to. Returns what was freed."""
+        self._now_s = now_s
+        freed = 0
+        for key, place in list(self._places.items()):
+            if place.cgroup is None or not place.held.ours or now_s < place.due_s:
+                continue
+            try:
+                brought = self._reclaim(place, place.cgroup)
+            except KernelCallError as failure:
+                if failure.errno not in (errno.ENOENT, errno.ENODEV):
+                    raise
+                brought = None
+            if brought is None:
+                del self._places[key]  # the cgroup is gone, or does not let us
+                continue
+            freed += brought
+            place.due_s = now_s + place.pause_s
+        return freed
+
+    def _reclaim(self, place: _Place, cgroup: Cgroup) -> int | None:
+        before = cgroup.stat()
+        if "swapcached" not in before:
+            return None
+        freed = place.held.moved(0, before["swapcached"])
+        wanted = min(place.held.ours - before.get("file_writeback", 0), STEP_BYTES)
+        if wanted <= 0:
+            return freed
+        swap_before = cgroup.read_int("memory.swap.current") or 0
+        if not self._ask(cgroup, wanted):
+            return None
+        after = cgroup.stat()
+        brought = place.held.moved(0, after.get("swapcached", 0))
+        others = max(0, (cgroup.read_int("memory.swap.current") or 0) - swap_before)
+        others += max(0, before.get("file", 0) - after.get("file", 0))
+        well = brought >= wanted // 8 and others <= wanted * OTHERS_SHARE
+        place.pause_s = RECLAIM_S if well else min(RECLAIM_S_MAX, 2 * place.pause_s)
+        return freed + brought
+
+    def _ask(self, cgroup: Cgroup, wanted: int) -> bool:
+        """False: this kernel or these rights have no memory.reclaim."""
+        arguments = _ANONYMOUS_ONLY if self._argument is None else (self._argument,)
+        for argument in arguments:
+            try:
+                cgroup.write("memory.reclaim", f"{wanted} {argument}".strip())
+            except KernelCallError as failure:
+                if failure.errno == errno.EINVAL:
+                    continue
+                if failure.errno not in (errno.EAGAIN, errno.EBUSY, errno.EINTR):
+                    return False
+            self._argument = argument
+            return True
+        return False
+
+    def _place(self, files: ProcessFiles) -> _Place:
+        if files.process not in self._of:
+            self._of[files.process] = memory_cgroup(self._host, files)
+        key = self._of[files.process]
+        place = self._places.get(key)
+        if place is None:
+            place = _Place(Held(0), None if key is None else Cgroup(key, self._host))
+            place.held.others = self._swap_cached(place) or 0
+            self._places[key] = place
+        return place
+
+    def _swap_cached(self, place: _Place) -> int | None:
+        if place.cgroup is None:
+            return meminfo(self._host).get("SwapCached")
+        return place.cgroup.stat().get("swapcached")
+
+    def _stored(self) -> int | None:
+        """What all pages in swap take in RAM: 0 on a disk."""
+        try:
+            total = meminfo(self._host)["Zswap"] if self._zswap else 0
+            for kind in self._kinds:
+                if kind.kind is Swap.ZRAM:
+                    text = self._host.read_text(self._host.path("sys/block", kind.device, "mm_stat"))
+                    total += int(text.split()[1])  # compr_data_size; Documentation/admin-guide/blockdev/zram.rst
+                elif kind.kind is Swap.MEMORY:
+                    return None
+        except (KernelCallError, KeyError, ValueError, IndexError):
+            return None
+        return total
+
+
+def memory_cgroup(host: Host, files: ProcessFiles) -> Path | None:
+    """The v2 cgroup that this process's memory is charged to, if one can be asked to reclaim; never the root.
+
+    Raises:
+        ProcessGone: it exited.
+    """
+    try:
+        root = host.cgroup2_root
+        lines = files.read("cgroup").decode("utf-8", "surrogateescape").splitlines()
+    except ProcessGone:
+        raise
+    except (Unavailable, KernelCallError):
+        return None
+    own = PurePosixPath(next((line[3:] for line in lines if line.startswith("0::")), "/"))
+    if ".." in own.parts:  # outside of our cgroup namespace
+        return None
+    for path in (own, *own.parents):
+        found = root.joinpath(*path.parts[1:])
+        if len(path.parts) > 1 and os.access(found / "memory.current", os.R_OK):
+            return found if os.access(found / "memory.reclaim", os.W_OK) else None
+    return None
