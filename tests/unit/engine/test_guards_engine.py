@@ -99,6 +99,19 @@ def test_moving_stops_within_a_second_of_the_pressure_and_goes_on_after_it(scene
     assert all(state.open for state in report.guards)
 
 
+def test_a_guard_that_closes_drops_what_is_pending_within_one_pump(scene: Scene) -> None:
+    """Not only until it opens again: by then the decision is old, and the next one is made on what is true then."""
+    scene.run(4.3)
+    assert scene.engine.mover.pending_bytes > 0
+    scene.machine.write("proc/pressure/memory", BUSY)
+    scene.clock.advance(0.6)  # guards look every half second, and before the next scan is due
+    moves = len(scene.moves)
+    scene.engine.advance(scene.clock.now_s())
+    assert scene.engine.mover.pending_bytes == 0
+    scene.machine.write("proc/pressure/memory", CALM)
+    assert len(scene.moves) == moves
+
+
 def test_promotions_go_on_under_pressure(scene: Scene) -> None:
     scene.machine.write("proc/pressure/memory", BUSY)
     scene.tracker.touched = set(range(50))

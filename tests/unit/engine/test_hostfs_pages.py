@@ -205,3 +205,22 @@ def test_the_overlap_of_runs_with_spans_is_counted_to_the_byte(edges: tuple[list
     total = int((below(runs, spans[:, 1]) - below(runs, spans[:, 0])).sum(dtype=np.uint64))
     cells = [{n for a, b in side.tolist() for n in range(a, b)} for side in (runs, spans)]
     assert total == len(cells[0] & cells[1])
+
+
+@pytest.mark.parametrize(("start_ticks", "same"), [(100, True), (200, False)])
+def test_a_pagemap_that_answers_nothing_is_opened_anew_for_the_same_process_only(
+    tmp_path: Path, start_ticks: int, same: bool
+) -> None:
+    """After an exec it is the memory of before; after the end of the process the pid may be another's."""
+    folder = HostFolder(tmp_path)
+    folder.process(7, start_ticks=100)
+    folder.pagemap(7, {})
+    with pm.Pagemap(folder.host, 7) as pagemap:
+        (tmp_path / "proc/7/pagemap").unlink()
+        folder.process(7, start_ticks=start_ticks)
+        folder.pagemap(7, {0x1000: PM_PRESENT})
+        if same:
+            assert pagemap.resident(0x1000, 0x2000).tolist() == [True]
+        else:
+            with pytest.raises(ProcessGone):
+                pagemap.read(0x1000, 0x2000)
