@@ -37,7 +37,6 @@ class Scene:
         self.stuck: set[int] = set()
         self.root = root
         self.map_pages(PROCESS, PAGES)
-        monkeypatch.setattr("memtier_engine.mover.mover.ProcessHandle", _NoHandle)
         host = Host(root)
         config = EngineConfig(
             scan_interval_ms=1000,
@@ -78,14 +77,6 @@ class Scene:
                 reports.append(report)
             self.clock.advance(max(0.001, due_s - self.clock.now_s()))
         return reports
-
-
-class _NoHandle:
-    def __init__(self, host: Host, process: ProcessId) -> None:
-        self.process = process
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture

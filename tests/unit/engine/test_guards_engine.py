@@ -36,7 +36,6 @@ class Scene:
         self.clock = FakeClock()
         self.tracker = FakeTracker()
         self.moves: list[tuple[float, int, int]] = []  # (time, node, pages)
-        monkeypatch.setattr("memtier_engine.mover.mover.ProcessHandle", _NoHandle)
         config = EngineConfig(
             scan_interval_ms=1000,
             policy=AgePolicyConfig(interval_ms=1000, swap_out_ms=3000, active_duration_ms=2000, active_numas=(1,)),
@@ -68,14 +67,6 @@ class Scene:
             self.clock.advance(max(0.001, due_s - self.clock.now_s()))
         assert last is not None
         return last
-
-
-class _NoHandle:
-    def __init__(self, host: object, process: object) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture

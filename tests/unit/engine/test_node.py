@@ -25,19 +25,10 @@ BUSY = "some avg10=20.00 avg60=0.00 avg300=0.00 total=0\n"
 CALM = "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
 
 
-class _NoHandle:
-    def __init__(self, host: object, process: ProcessId) -> None:
-        self.process = process
-
-    def close(self) -> None:
-        pass
-
-
 class Scene:
     """Engines with a process each, all cold, on one clock."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("memtier_engine.mover.mover.ProcessHandle", _NoHandle)
         self.machine = HostFolder(root)
         self.machine.write("proc/pressure/memory", CALM)
         self.clock = FakeClock()

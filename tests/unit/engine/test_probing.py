@@ -161,7 +161,6 @@ def test_a_busy_process_that_looks_idle_loses_a_probe_and_no_more(
     pages = 2000
     maps = f"{BASE:x}-{BASE + pages * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n"
     HostFolder(tmp_path).process(PROCESS.pid, start_ticks=PROCESS.start_ticks, maps=maps)
-    monkeypatch.setattr("memtier_engine.mover.mover.ProcessHandle", _NoHandle)
     clock, host, tracker, gone = FakeClock(), Host(tmp_path), HidingTracker(pages), []
 
     def page_out(handle: ProcessHandle, part: Spans, node: int) -> BatchResult:
@@ -192,11 +191,3 @@ def test_a_busy_process_that_looks_idle_loses_a_probe_and_no_more(
     tracker.busy = set()
     run(60)
     assert tracker.absent == set(range(pages))
-
-
-class _NoHandle:
-    def __init__(self, host: Host, process: ProcessId) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

@@ -32,7 +32,7 @@ class Families:
     """One per engine."""
 
     def __init__(self, files: OpenProcesses) -> None:
-        self._files = files
+        self.files = files
 
     def count(self, spaces: Iterable[AddressSpace], now_s: float) -> None:
         """Look at those whose turn it is; `shared_bytes`, `sharers` and what `kept` says of them are new then."""
@@ -59,7 +59,7 @@ class Families:
         own = space.pages
         shared: list[U64] = []
         buffer = np.empty(CHUNK_PAGES, np.uint64)
-        with self._files.of(space.process) as files:
+        with self.files.of(space.process) as files:
             for start, end in zip(own.spans.starts.tolist(), own.spans.ends.tolist(), strict=True):
                 for first in range(start, end, _CHUNK_BYTES):
                     shared.append(_shared_runs(files.pagemap, first, min(first + _CHUNK_BYTES, end), buffer))

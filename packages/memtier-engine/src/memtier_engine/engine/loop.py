@@ -30,7 +30,7 @@ from memtier_engine.engine.telling import tell
 from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import GuardSet
-from memtier_engine.hostfs.handles import OpenProcesses
+from memtier_engine.hostfs.handles import FileSharingTracker, OpenProcesses
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.observers import Observers
 from memtier_engine.hostfs.privileges import TRACKERS, named
@@ -47,7 +47,7 @@ from memtier_engine.model import (
     Tracker,
 )
 from memtier_engine.mover.edge import went
-from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.mover.mover import Mover, MoverConfig, open_processes
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.pages.governor import governed, withheld_bytes
 from memtier_engine.pages.refaults import RefaultLedger
@@ -127,7 +127,11 @@ class Engine:
             self.tracker.scans_every(self.config.scan_interval_ms / 1000)
         self.policy: Policy = policy or AgePolicy(self.config.policy, scan_interval_ms=self.config.scan_interval_ms)
         now_s = self.clock.now_s()
-        self.mover = mover or Mover(self.config.mover, self.host, now_s=now_s)
+        self.files = open_processes(self.host)
+        """Open files of the processes: see `use_files`."""
+        self._own_files = True
+        self.mover = mover or Mover(self.config.mover, self.host, now_s=now_s, files=self.files)
+        self.mover.look = self.tracker.look if isinstance(self.tracker, LookingTracker) else None
         if isinstance(self.tracker, LookingTracker):
             self.mover.look = self.tracker.look
         self.guards = guards or GuardSet(
@@ -142,7 +146,6 @@ class Engine:
         self.refaults.share_percent = None if limits is None else limits.close_at
         self.pace = pace
         self._swap_ins = SwapInWatch(self.host) if self.config.count_swap_ins else None
-        self.files = OpenProcesses(self.host)
         self.spaces = Spaces(self._new_pages)
         # A tracker that clears no accessed bits may look on beside another one.
         blinds = getattr(self.tracker, "clears_accessed_bits", True)
@@ -167,6 +170,8 @@ class Engine:
             self.observers,
             lambda: self.halted(),
         )
+        if isinstance(self.tracker, FileSharingTracker):
+            self.tracker.use_files(self.files)
         self._next_scan_s = now_s
         self._next_decision_s = now_s
         self._candidate_bytes = 0
@@ -196,6 +201,15 @@ class Engine:
 
         host = Host()
         return cls(CgroupsTarget(host, [Path(path)]), _swap_config(config, idle_after_s), host=host)
+
+    def use_files(self, files: OpenProcesses) -> None:
+        """Share the open files of processes with other engines of a node: they are few, and their number is bounded."""
+        if self._own_files:
+            self.files.close()
+        self.files, self._own_files = files, False
+        self._scanner.files = self._families.files = files
+        if isinstance(self.tracker, FileSharingTracker):
+            self.tracker.use_files(files)
 
     @property
     def pages(self) -> dict[ProcessId, ProcessPages]:
@@ -327,12 +341,15 @@ class Engine:
         if isinstance(self.target, TellingTarget):
             self.target.close()
         self.mover.close()
-        self.files.close()
         self._membership.close()
         self.guards.close()
         if self.pace is not None:
             self.pace.close()
         self.tracker.close()
+        for space in self.spaces:
+            self.files.drop(space.process)
+        if self._own_files:
+            self.files.close()
         self.policy.close()
         if self._swap_ins is not None:
             self._swap_ins.close()

@@ -67,6 +67,7 @@ class Node:
         )
         mover.look = engine.mover.look
         engine.mover = mover
+        engine.use_files(self.files)
         directories = engine.guards.cgroups if cgroups is None else tuple(cgroups)
         engine.guards.close()
         engine.guards = GuardSet(

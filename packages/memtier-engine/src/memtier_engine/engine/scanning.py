@@ -41,7 +41,7 @@ class Scanner:
     ) -> None:
         """`observers` may change later; `halted` is asked again and again, and ends a scan by `Halted`."""
         self._host = host
-        self._files = files
+        self.files = files
         self._tracker = tracker
         # Asked once: a look at a protocol's attributes takes 10 us, and there may be a thousand processes.
         self._restrict = target.restrict if isinstance(target, RestrictingTarget) else None
@@ -95,7 +95,7 @@ class Scanner:
     def _spans(self, space: AddressSpace) -> Spans:
         """What to look at: what can be tiered, is meant by the target, and holds something."""
         process = space.process
-        with self._files.of(process) as files:
+        with self.files.of(process) as files:
             spans = self._mappings.parse(process, files.read("maps")).tierable()
             if self._restrict is not None:
                 spans = self._restrict(process, spans)

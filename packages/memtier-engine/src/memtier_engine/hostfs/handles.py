@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from memtier_engine.abi import syscalls
 from memtier_engine.closing import Closing
@@ -267,3 +268,11 @@ def files_allowed() -> int:
     if soft == resource.RLIM_INFINITY:
         return KEPT_MOST
     return max(KEPT_LEAST, min(KEPT_MOST, int(soft * SHARE_OF_LIMIT) // FILES_EACH))
+
+
+@runtime_checkable
+class FileSharingTracker(Protocol):
+    """A tracker that takes open files of processes from outside."""
+
+    def use_files(self, files: OpenProcesses) -> None:
+        """From now on these, which their owner closes."""
