@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ from memtier_engine.clock import FakeClock
 from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.skip import SkipRules
-from memtier_engine.model import PAGE_BYTES, SWAP_NODE, Spans
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, Spans
 from memtier_engine.mover.backends import BatchResult, ProcessHandle
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
-from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of
+from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of, spans
 from support.hostfolder import HostFolder
 
 PAGES = 1000
@@ -90,17 +91,44 @@ def test_moving_stops_within_a_second_of_the_pressure_and_goes_on_after_it(scene
     assert all(state.open for state in report.guards)
 
 
-def test_a_guard_that_closes_drops_what_is_pending_within_one_pump(scene: Scene) -> None:
-    """Not only until it opens again: by then the decision is old, and the next one is made on what is true then."""
-    scene.run(4.3)
-    assert scene.engine.mover.pending_bytes > 0
+def test_a_closed_guard_drops_what_is_pending_within_one_pump(scene: Scene) -> None:
+    """Nothing of it is left to go out when the guard opens again: by then the decision is old."""
+    scene.run(4.05)
+    assert scene.engine.mover.pending_bytes
     scene.machine.write("proc/pressure/memory", BUSY)
-    scene.clock.advance(0.6)  # guards look every half second, and before the next scan is due
-    moves = len(scene.moves)
-    scene.engine.advance(scene.clock.now_s())
+    scene.engine.guards.check(scene.clock.now_s() + 0.6)
+    moved = len(scene.moves)
+    report, _ = scene.engine.advance(scene.clock.now_s())
+    assert report is None, "between two scans"
     assert scene.engine.mover.pending_bytes == 0
-    scene.machine.write("proc/pressure/memory", CALM)
-    assert len(scene.moves) == moves
+    assert len(scene.moves) == moved
+
+
+def test_a_guard_that_stops_only_paging_out_drops_only_that(scene: Scene) -> None:
+    scene.run(4.05)
+    idle = MoveTask(PROCESS, spans((0, 10)), 1, "idle")
+    scene.engine.mover.add(idle)
+    scene.machine.write("proc/swaps", "Filename Type Size Used Priority\n/dev/vdb partition 1000 950 -2\n")
+    scene.engine.guards.check(scene.clock.now_s() + 0.6)
+    scene.engine.advance(scene.clock.now_s())
+    assert scene.engine.guards.verdict.demotion_allowed
+    assert not scene.engine.guards.verdict.swap_allowed
+    assert all(task == idle for task, _ in scene.engine.mover.tasks())
+    assert any(node == 1 for _, node, _ in scene.moves) or scene.engine.mover.tasks()
+
+
+def test_memory_that_does_not_compress_stops_going_out(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what this engine's own batches take where they are now."""
+    scene.engine.guards._stored._least = 100 * PAGE_BYTES
+    account = scene.engine._account
+
+    def stored(outcome: MoveOutcome) -> None:
+        account(replace(outcome, stored_bytes=outcome.moved_bytes))
+
+    monkeypatch.setattr(scene.engine, "_account", stored)
+    report = scene.run(30)
+    assert 100 <= sum(pages for _, _, pages in scene.moves) < 200
+    assert [state.name for state in report.guards if not state.open] == ["compression"]
 
 
 def test_promotions_go_on_under_pressure(scene: Scene) -> None:

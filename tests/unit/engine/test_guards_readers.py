@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from memtier_engine.guards.processes import FactsReader
 from memtier_engine.guards.readers import IN_RAM, NodeReader, PressureReader
 from memtier_engine.guards.skip import ProcessFacts, SkipRules
 from memtier_engine.hostfs.host import Host
-from memtier_engine.model import PAGE_BYTES, MoveTask
+from memtier_engine.model import PAGE_BYTES, MoveTask, ProcessId
 from support.fakes import PROCESS, pages_of, spans
 from support.hostfolder import HostFolder
 
@@ -186,10 +187,17 @@ def test_swap_files_are_counted_by_the_kernels_own_counter(machine: HostFolder) 
     assert state(guard_set.check(1), "swap-writes").value == pytest.approx(1 / 1024)
 
 
+def unmeasured(machine: HostFolder) -> GuardSet:
+    """The guards of an engine that moved memory and does not know what it takes: the node's sizes count."""
+    guard_set = guards(machine)
+    guard_set.stored(64 * MIB, None, 0)
+    return guard_set
+
+
 def test_memory_that_does_not_compress_is_not_paged_out_to_zram(machine: HostFolder) -> None:
     machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1 << 20, 10)))
     machine.write("sys/block/zram0/mm_stat", f"{100 * MIB} {95 * MIB} {96 * MIB} 0 0 0 0 0 0\n")
-    verdict = guards(machine).check(0)
+    verdict = unmeasured(machine).check(0)
     assert closed(verdict) == ["compression"]
     assert state(verdict, "compression").value == pytest.approx(100 / 96)
 
@@ -197,7 +205,7 @@ def test_memory_that_does_not_compress_is_not_paged_out_to_zram(machine: HostFol
 def test_a_little_in_zram_says_nothing(machine: HostFolder) -> None:
     machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1 << 20, 10)))
     machine.write("sys/block/zram0/mm_stat", f"{10 * MIB} {10 * MIB} {10 * MIB} 0 0 0 0 0 0\n")
-    verdict = guards(machine).check(0)
+    verdict = unmeasured(machine).check(0)
     assert verdict.move_allowed
     assert "too little to tell" in state(verdict, "compression").reason
 
@@ -207,14 +215,207 @@ def test_the_worst_of_all_that_compress_counts(machine: HostFolder) -> None:
     machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1 << 20, 10)))
     machine.write("sys/block/zram0/mm_stat", f"{100 * MIB} {95 * MIB} {100 * MIB} 0 0 0 0 0 0\n")
     machine.write("proc/meminfo", f"MemTotal: 1 kB\nZswap: {100 << 10} kB\nZswapped: {1000 << 10} kB\n")
-    verdict = guards(machine).check(0)
+    verdict = unmeasured(machine).check(0)
     assert closed(verdict) == ["compression"]
     assert "zram0" in state(verdict, "compression").reason
 
 
 def test_zswap_counts_by_meminfo(machine: HostFolder) -> None:
     machine.write("proc/meminfo", f"MemTotal: 1 kB\nZswap: {50 << 10} kB\nZswapped: {200 << 10} kB\n")
-    assert state(guards(machine).check(0), "compression").value == 4
+    assert state(unmeasured(machine).check(0), "compression").value == 4
+
+
+RANDOM = f"{1000 * MIB} {1000 * MIB} {1000 * MIB} 0 0 0 0 0 0\n"
+
+
+def test_what_others_stored_does_not_stop_an_engine_whose_own_memory_compresses(machine: HostFolder) -> None:
+    """Neither before it has stored anything nor after."""
+    machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1 << 20, 10)))
+    machine.write("sys/block/zram0/mm_stat", RANDOM)
+    good, bad = guards(machine), guards(machine)
+    assert good.check(0).move_allowed
+    for now_s in range(1, 21):
+        good.stored(MIB, MIB // 3, now_s)
+        bad.stored(MIB, MIB, now_s)
+    assert closed(good.check(21)) == []
+    verdict = bad.check(21)
+    assert closed(verdict) == ["compression"]
+    assert "its own pages" in verdict.reasons[0]
+
+
+def test_memory_that_does_not_compress_is_tried_again_ever_more_rarely(machine: HostFolder) -> None:
+    """16 MiB tell. Within a day of random data a few such trials go out, and what compresses then goes out at once."""
+    guard_set = guards(machine)
+    out = 0
+    trials: list[int] = []
+    for now_s in range(0, 24 * 3600, 10):
+        before, verdict = out, guard_set.check(now_s)
+        if verdict.swap_allowed:
+            guard_set.stored(8 * MIB, 8 * MIB, now_s)
+            out += 8 * MIB
+            if not trials or now_s - trials[-1] > 60:
+                trials.append(now_s)
+        assert out - before <= 8 * MIB
+    assert 3 <= len(trials) <= 9
+    waits = [after - before for before, after in pairwise(trials)]
+    assert all(after > 1.5 * before for before, after in pairwise(waits))
+    now_s = 24 * 3600
+    while not guard_set.check(now_s).swap_allowed:
+        now_s += 600
+    guard_set.stored(64 * MIB, MIB, now_s)
+    assert guard_set.check(now_s + 1).move_allowed
+
+
+def test_a_little_of_its_own_says_nothing(machine: HostFolder) -> None:
+    machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1 << 20, 10)))
+    machine.write("sys/block/zram0/mm_stat", RANDOM)
+    guard_set = guards(machine)
+    guard_set.stored(15 * MIB, 15 * MIB, 0)
+    verdict = guard_set.check(1)
+    assert verdict.move_allowed
+    assert "too little" in state(verdict, "compression").reason
+
+
+def vmstat(**counts: int) -> str:
+    return "".join(f"{name} {count}\n" for name, count in ({"nr_free_pages": 5, "pswpout": 0} | counts).items())
+
+
+ROOM = "MemTotal: 1000 kB\nMemAvailable: 500 kB\n"
+
+
+def test_stalls_of_a_cgroup_at_its_own_limit_do_not_close_the_nodes_guard(machine: HostFolder) -> None:
+    """Half the memory is available and nobody reclaims from the node: the value is shown, and closes nothing."""
+    machine.write("proc/meminfo", ROOM)
+    machine.write("proc/vmstat", vmstat(allocstall_normal=7, pgscan_direct=100))
+    guard_set = guards(machine)
+    guard_set.check(0)
+    machine.write("proc/pressure/memory", pressure(60, total_us=10_000_000))
+    verdict = guard_set.check(5)
+    assert verdict.move_allowed
+    assert state(verdict, "psi-memory-node").value == 60
+
+
+@pytest.mark.parametrize(
+    ("counts", "memory"),
+    [
+        ({"allocstall_normal": 8, "pgscan_direct": 100}, ROOM),
+        ({"allocstall_normal": 7, "pgscan_direct": 133}, ROOM),
+        ({"allocstall_normal": 7, "pgscan_direct": 100}, "MemTotal: 1000 kB\nMemAvailable: 49 kB\n"),
+        ({}, ROOM),
+        ({"allocstall_normal": 7, "pgscan_direct": 100}, "MemTotal: 1000 kB\n"),
+    ],
+)
+def test_stalls_of_a_node_that_is_short_close_it_and_so_do_those_of_which_it_cannot_be_told(
+    machine: HostFolder, counts: dict[str, int], memory: str
+) -> None:
+    machine.write("proc/meminfo", ROOM)
+    machine.write("proc/vmstat", vmstat(allocstall_normal=7, pgscan_direct=100))
+    guard_set = guards(machine)
+    guard_set.check(0)
+    machine.write("proc/pressure/memory", pressure(60, total_us=10_000_000))
+    machine.write("proc/vmstat", vmstat(**counts))
+    machine.write("proc/meminfo", memory)
+    assert closed(guard_set.check(5)) == ["psi-memory-node"]
+
+
+def test_a_node_that_was_short_opens_again_when_it_is_not(machine: HostFolder) -> None:
+    """The cgroup at its limit goes on stalling."""
+    machine.write("proc/meminfo", ROOM)
+    machine.write("proc/vmstat", vmstat(allocstall_normal=7))
+    guard_set = guards(machine)
+    guard_set.check(0)
+    machine.write("proc/pressure/memory", pressure(60))
+    machine.write("proc/vmstat", vmstat(allocstall_normal=9))
+    assert not guard_set.check(5).move_allowed
+    assert [guard_set.check(now_s).move_allowed for now_s in (10, 16, 26, 27)] == [False, False, True, True]
+
+
+ZRAM = ("/dev/zram0", "partition", 1 << 20, 10)
+
+
+def zram(machine: HostFolder, *, written_mib: int, backing: str | None = None, backing_mib: int = 0) -> None:
+    machine.write("sys/class/block/zram0/stat", block_stat(written_mib * 2048))
+    machine.write("sys/block/zram0/mm_stat", "0 0 0 0 0 0 0 0 0\n")
+    if backing is not None:
+        machine.write("sys/block/zram0/backing_dev", f"{backing}\n")
+        machine.write("sys/block/zram0/bd_stat", f"    10     20  {backing_mib * 256}\n")
+
+
+def written_mib(guard_set: GuardSet, now_s: float) -> float | None:
+    value = state(guard_set.check(now_s), "swap-writes").value
+    return None if value is None else value * 1024
+
+
+def test_what_goes_to_zram_beside_a_file_is_not_written_to_the_file(machine: HostFolder) -> None:
+    machine.write("proc/swaps", swaps(ZRAM, ("/swapfile", "file", 1000, 0)))
+    machine.write("proc/vmstat", vmstat(pswpout=256 * 1000))
+    zram(machine, written_mib=900)
+    guard_set = guards(machine)
+    guard_set.check(0)
+    machine.write("proc/vmstat", vmstat(pswpout=256 * 1500))
+    zram(machine, written_mib=1390)
+    assert written_mib(guard_set, 1) == pytest.approx(10)
+
+
+def test_since_boot_too_a_file_counts_without_what_went_to_zram(machine: HostFolder) -> None:
+    machine.write("proc/uptime", f"{24 * 3600}.00 1000.00\n")
+    machine.write("proc/swaps", swaps(ZRAM, ("/swapfile", "file", 1000, 0)))
+    machine.write("proc/vmstat", vmstat(pswpout=256 * 1000))
+    zram(machine, written_mib=900)
+    assert written_mib(guards(machine), 0) == pytest.approx(100)
+
+
+def test_several_files_and_a_partition_count_once(machine: HostFolder) -> None:
+    files = [("/swap1", "file", 1000, 0), ("/swap2", "file", 1000, 0), ("/dev/vdb", "partition", 1000, 100)]
+    machine.write("proc/swaps", swaps(*files))
+    machine.write("proc/vmstat", vmstat(pswpout=0))
+    guard_set = guards(machine)
+    guard_set.check(0)
+    machine.write("proc/vmstat", vmstat(pswpout=256 * 30))
+    machine.write("sys/class/block/vdb/stat", block_stat(20 * 2048))
+    assert written_mib(guard_set, 1) == pytest.approx(30)
+
+
+def test_zram_with_a_disk_behind_it_counts_what_went_to_the_disk(machine: HostFolder) -> None:
+    machine.write("proc/swaps", swaps(ZRAM))
+    zram(machine, written_mib=0, backing="/dev/vdc")
+    guard_set = guards(machine)
+    guard_set.check(0)
+    zram(machine, written_mib=500, backing="/dev/vdc", backing_mib=7)
+    assert written_mib(guard_set, 1) == pytest.approx(7)
+
+
+@pytest.mark.parametrize("backing", [None, "none"])
+def test_zram_without_a_disk_behind_it_is_ram(machine: HostFolder, backing: str | None) -> None:
+    machine.write("proc/swaps", swaps(ZRAM))
+    zram(machine, written_mib=100, backing=backing)
+    assert state(guards(machine).check(0), "swap-writes").reason == IN_RAM
+
+
+def test_a_zram_that_is_removed_and_comes_back_empty_makes_no_writes(machine: HostFolder) -> None:
+    machine.write("proc/swaps", swaps(ZRAM, ("/swapfile", "file", 1000, 0)))
+    machine.write("proc/vmstat", vmstat(pswpout=256 * 1000))
+    zram(machine, written_mib=1000)
+    guard_set = guards(machine)
+    guard_set.check(0)
+    machine.write("proc/swaps", swaps(("/swapfile", "file", 1000, 0)))
+    guard_set.check(1)
+    machine.write("proc/swaps", swaps(ZRAM, ("/swapfile", "file", 1000, 0)))
+    zram(machine, written_mib=3)
+    machine.write("proc/vmstat", vmstat(pswpout=256 * 1003))
+    assert written_mib(guard_set, 2) == pytest.approx(3)  # the interval in which it came is not told apart
+    zram(machine, written_mib=103)
+    machine.write("proc/vmstat", vmstat(pswpout=256 * 1103))
+    assert written_mib(guard_set, 3) == pytest.approx(3)
+
+
+def test_what_a_cgroup_is_guaranteed_is_shared_by_all_tasks_of_a_decision(machine: HostFolder) -> None:
+    """2 MiB above its memory.low, for two processes together, whichever comes first."""
+    path = machine.cgroup("sys/fs/cgroup/a", memory_current=str(10 * MIB), memory_min="0", memory_low=str(8 * MIB))
+    guard_set = guards(machine, path)
+    tasks = [MoveTask(ProcessId(pid, 1), spans((0, 384))) for pid in (1, 2, 3)]
+    admitted = guard_set.admit(tasks, guard_set.check(0), 0)
+    assert [each.spans.total_bytes for each in admitted] == [384 * PAGE_BYTES, 128 * PAGE_BYTES]
 
 
 def test_refaults_of_the_last_minute_are_a_share_of_resident_memory(machine: HostFolder) -> None:

@@ -191,3 +191,53 @@ def test_a_busy_process_that_looks_idle_loses_a_probe_and_no_more(
     tracker.busy = set()
     run(60)
     assert tracker.absent == set(range(pages))
+
+
+class TimedFake(FakeTarget):
+    """Its processes do not run."""
+
+    def run_time_us(self) -> int:
+        return 100
+
+
+def test_a_process_that_sleeps_is_looked_at_all_the_same_while_a_probe_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scan after a probe is the one that tells; left out, the rest would wait for the next that is not."""
+    pages = 2000
+    maps = f"{BASE:x}-{BASE + pages * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n"
+    HostFolder(tmp_path).process(PROCESS.pid, start_ticks=PROCESS.start_ticks, maps=maps)
+    clock, host, tracker = FakeClock(), Host(tmp_path), HidingTracker(0)
+    scans: list[float] = []
+    probes: list[float] = []
+
+    def page_out(handle: ProcessHandle, part: Spans, node: int) -> BatchResult:
+        probes.append(clock.now_s())
+        tracker.absent |= {page for first, last in pages_of(part) for page in range(first, last)}
+        return BatchResult(moved_bytes=part.total_bytes)
+
+    scan = tracker.scan
+
+    def noted(process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
+        scans.append(clock.now_s())
+        yield from scan(process, spans)
+
+    monkeypatch.setattr(tracker, "scan", noted)
+    config = EngineConfig(
+        scan_interval_ms=1000,
+        policy=AgePolicyConfig(interval_ms=1000, swap_out_ms=3000),
+        mover=MoverConfig(interval_ms=10, bandwidth_mib_per_s=None),
+        count_swap_ins=False,
+    )
+    mover = Mover(config.mover, host, now_s=0.0, backend=page_out)
+    engine = Engine(TimedFake(PROCESS), config, host=host, clock=clock, tracker=tracker, mover=mover)
+    while not probes:
+        _, due_s = engine.advance(clock.now_s())
+        clock.advance(max(0.001, due_s - clock.now_s()))
+    steps = 0
+    while any(space.probe.waits for space in engine.spaces):
+        report, due_s = engine.advance(clock.now_s())
+        steps += report is not None
+        clock.advance(max(0.001, due_s - clock.now_s()))
+    assert steps == 1
+    assert scans[-1] > probes[0]

@@ -484,6 +484,7 @@ class Engine:
         if outcome.to_node == SWAP_NODE:
             gone = went(outcome.spans, outcome.kept)
             if outcome.moved_bytes:
+                self.guards.stored(outcome.moved_bytes, outcome.stored_bytes, now_s)
                 idle_s = idle_of(own, gone, self.age_clock.idle_s())
                 self.refaults.paged_out(space.process, gone, outcome.stuck, idle_s, now_s, trial=space.probe.trial)
                 if self._swap_ins is not None:

@@ -31,6 +31,8 @@ class Reading:
     """When a kernel trigger last said that the threshold was passed; sooner than averages show it."""
     note: str = ""
     """Where the value comes from, for the reason: a file, a device, a cgroup."""
+    excuse: str = ""
+    """Why the value, however high, closes nothing now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,21 +139,20 @@ class ThresholdGuard:
             return self._state(None, active=False, reason="switched off")
         self._held_until_s = min(self._held_until_s, now_s + limits.hold_s)  # a clock set back must not hold it
         reading = readings.get(self.name, Reading(missing="not measured here"))
-        fired = reading.fired_s is not None and now_s <= reading.fired_s + limits.hold_s
-        value = reading.value
+        value, excused = reading.value, bool(reading.excuse)
+        fired = reading.fired_s is not None and now_s <= reading.fired_s + limits.hold_s and not excused
+        over = value is not None and limits.closes(value) and not excused
         if value is None and not fired:
             if self._closed_s is not None and now_s < self._held_until_s:
                 return self._state(None, reason=self._why(None, reading, False))
             self._set_open(now_s)
             return self._state(None, active=False, reason=reading.missing or "no value")
-        if fired or (value is not None and limits.closes(value)):
+        if fired or over:
             if self._closed_s is None:
                 self._closed_s = self._since_s = now_s
-            began_s = (
-                now_s if reading.fired_s is None or (value is not None and limits.closes(value)) else reading.fired_s
-            )
+            began_s = now_s if reading.fired_s is None or over else reading.fired_s
             self._held_until_s = max(self._held_until_s, began_s + limits.hold_s)
-        elif self._closed_s is not None and value is not None and now_s >= self._held_until_s and limits.opens(value):
+        elif value is not None and now_s >= self._held_until_s and (excused or limits.opens(value)):
             self._set_open(now_s)
         if self._closed_s is None:
             return self._state(value)

@@ -21,7 +21,7 @@ from memtier_engine.guards.base import (
     Thresholds,
 )
 from memtier_engine.guards.config import GuardsConfig
-from memtier_engine.guards.meters import WindowMeter
+from memtier_engine.guards.meters import StoredMeter, WindowMeter
 from memtier_engine.guards.processes import FactsReader
 from memtier_engine.guards.readers import IN_RAM, NO_SWAP, CgroupReader, NodeReader
 from memtier_engine.hostfs.host import Host
@@ -33,6 +33,8 @@ GRACE_SCANS = 2
 """Scans after the start without moving: the first tells nothing, and one window is no habit."""
 CHECK_EVERY_S = 0.05
 REFAULT_WINDOW_S = 60.0
+STORED_LEAST_BYTES = 16 * MIB
+"""Less than this of an engine's own says nothing about how well its memory compresses."""
 WORKING_SET_LEAST_BYTES = 16 * MIB
 """Refaults are taken as a share of at least this: a handful of pages is no rate."""
 _PROTECTION = Thresholds(close_at=0.0, open_at=4.0 * MIB, hold_s=0.0)
@@ -103,6 +105,7 @@ class GuardSet:
         self._cgroup = CgroupReader(host, self.cgroups, config)
         self._facts = FactsReader(host, realtime=config.skip.realtime)
         self._refaults = WindowMeter(REFAULT_WINDOW_S, slots=12)
+        self._stored = StoredMeter(STORED_LEAST_BYTES)
         grace_s = config.start_grace_s
         if grace_s is None:
             grace_s = GRACE_SCANS * scan_interval_s
@@ -136,6 +139,7 @@ class GuardSet:
         else:
             recent = self._refaults.add(context.refault_bytes_total, now_s)
             readings["refaults"] = Reading(100 * recent / max(context.resident_bytes, WORKING_SET_LEAST_BYTES))
+        readings["compression"] = self._compression(readings["compression"], now_s)
         states = tuple(guard.update(readings, now_s) for guard in self.guards)
         headroom = readings["protection"].value if self.config.protection else None
         verdict = Verdict(
@@ -179,6 +183,21 @@ class GuardSet:
             logger.debug("pid {} is left alone: it {}", process.pid, skipped[process])
         self.skipped = skipped
         return admitted
+
+    def stored(self, moved_bytes: int, stored_bytes: int | None, now_s: float) -> None:
+        """A batch went to swap and takes so much of RAM there; None: not known."""
+        if moved_bytes:
+            self._stored.add(moved_bytes, stored_bytes, now_s)
+
+    def _compression(self, of_node: Reading, now_s: float) -> Reading:
+        """How well this engine's own memory compresses, whatever others have stored; where nobody knows, the node's."""
+        limits = self.config.compression
+        if limits is None or self._stored.unknown_bytes >= STORED_LEAST_BYTES:
+            return of_node
+        ratio = self._stored.ratio(limits.close_at, now_s)
+        if ratio is None:
+            return Reading(missing=of_node.missing or "too little of its own is stored to tell")
+        return Reading(ratio, note="its own pages")
 
     def close(self) -> None:
         """Close the readers that are its own. Safe to call twice."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
+DAY_S = 24 * 3600.0
+
 
 class WindowMeter:
     """How much a counter grew within the last `window_s`, from readings at any times.
@@ -45,3 +47,50 @@ class WindowMeter:
         while len(points) > 1 and points[1][0] <= now_s - self.window_s:
             points.popleft()
         return self._grown - points[0][1]
+
+
+class StoredMeter:
+    """How well what one engine stored compresses: its own batches only. No IO.
+
+    What does not compress is not asked again at once: after `window_s` so much goes out as it takes to tell, and where
+    that does not compress either, the next time is twice as far away.
+    """
+
+    def __init__(self, least_bytes: int, window_s: float = 600.0) -> None:
+        """`least_bytes`: less than this says nothing; `window_s`: for so long a batch counts."""
+        self._least = least_bytes
+        self._first_s = self.window_s = window_s
+        self._batches: deque[tuple[float, int, int]] = deque()  # (time, original, stored)
+        self._original = self._stored = 0
+        self.unknown_bytes = 0
+        """Moved without anybody knowing what it takes, since something was known."""
+
+    def add(self, moved_bytes: int, stored_bytes: int | None, now_s: float) -> None:
+        """A batch of `moved_bytes` takes `stored_bytes`; None: not known."""
+        if stored_bytes is None:
+            self.unknown_bytes += moved_bytes
+            return
+        self.unknown_bytes = 0
+        self._original += moved_bytes
+        self._stored += max(0, stored_bytes)
+        self._batches.append((now_s, moved_bytes, max(0, stored_bytes)))
+
+    def ratio(self, close_at: float, now_s: float) -> float | None:
+        """Original by stored size of what went out lately; None: too little to tell."""
+        ratio = self._ratio()
+        while self._batches and not 0 <= now_s - self._batches[0][0] < self.window_s:
+            _, original, stored = self._batches.popleft()
+            self._original -= original
+            self._stored -= stored
+        left = self._ratio()
+        if ratio is not None:
+            if ratio > close_at:
+                self.window_s = self._first_s
+            elif left is None:  # all that was known is forgotten: it may be tried again
+                self.window_s = min(DAY_S, 2 * self.window_s)
+                self._batches.clear()
+                self._original = self._stored = 0
+        return left
+
+    def _ratio(self) -> float | None:
+        return None if self._original < self._least else self._original / max(1, self._stored)

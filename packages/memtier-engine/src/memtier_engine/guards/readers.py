@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loguru import logger
@@ -15,7 +16,7 @@ from loguru import logger
 from memtier_engine.errors import KernelCallError, MemtierError
 from memtier_engine.guards.base import MIB, Reading, Thresholds
 from memtier_engine.guards.config import COMPRESSION_LEAST_BYTES, GuardsConfig
-from memtier_engine.guards.meters import WindowMeter
+from memtier_engine.guards.sources import ShortageMeter, SwapWrites
 from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.proc import SwapArea, meminfo, read_swaps
@@ -30,7 +31,6 @@ RECENT_S = 0.9
 """Stalls are summed up over at least this long to say that the threshold is passed right now."""
 IN_RAM = "all swap is in RAM (zram)"
 NO_SWAP = "no swap area is in use"
-DAY_S = 24 * 3600.0
 _SECTOR_BYTES = 512
 _WRITE_SECTORS_FIELD = 6
 """Of /sys/class/block/DEV/stat. Source: Documentation/block/stat.rst; sectors of 512 bytes whatever the device."""
@@ -145,7 +145,9 @@ class NodeReader:
         folder = host.path("proc", "pressure")
         self._memory = PressureReader(host, folder / "memory", config.memory_psi_node, trigger=True)
         self._io = PressureReader(host, folder / "io", config.io_psi_node, trigger=True)
-        self._writes: dict[str, WindowMeter] = {}
+        self._shortage = ShortageMeter()
+        self._writes: dict[tuple[str, ...], SwapWrites] = {}
+        """By the areas that are on disk: another one begins anew."""
         self._read_s: float | None = None
         self._readings: dict[str, Reading] = {}
 
@@ -159,6 +161,7 @@ class NodeReader:
             elif fired:
                 for name, source in (("psi-memory-node", self._memory), ("psi-io-node", self._io)):
                     self._readings[name] = source.fired(self._readings[name])
+                self._excuse(self._readings, now_s)
             return dict(self._readings)
 
     def close(self) -> None:
@@ -169,6 +172,7 @@ class NodeReader:
 
     def _all(self, now_s: float) -> dict[str, Reading]:
         readings = {"psi-memory-node": self._memory.read(now_s), "psi-io-node": self._io.read(now_s)}
+        self._excuse(readings, now_s)
         try:
             areas = read_swaps(self._host)
         except (MemtierError, ValueError) as error:
@@ -186,22 +190,39 @@ class NodeReader:
         readings["compression"] = self._compression(areas)
         return readings
 
+    def _excuse(self, readings: dict[str, Reading], now_s: float) -> None:
+        """Stalls are the node's only while the node itself is short."""
+        try:
+            excuse = self._shortage.excuse(self._vmstat(), meminfo(self._host), now_s)
+        except (KernelCallError, ValueError):
+            return
+        readings["psi-memory-node"] = replace(readings["psi-memory-node"], excuse=excuse)
+
+    def _vmstat(self) -> dict[str, int]:
+        lines = self._host.read_text(self._host.path("proc/vmstat")).splitlines()
+        return {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
+
     def _swap_writes(self, areas: Sequence[SwapArea], now_s: float) -> Reading:
-        totals = {area.path: self._written_bytes(area) for area in areas if not is_zram(area)}
-        if not totals:
+        disks = {area.path: self._disk_bytes(area) for area in areas if self._on_disk(area)}
+        if not disks:
             self._writes.clear()
             return Reading(missing=IN_RAM)
-        known = {path: total for path, total in totals.items() if total is not None}
-        for path in self._writes.keys() - known.keys():
-            del self._writes[path]
-        if not known:
-            return Reading(missing=f"nothing counts what is written to {', '.join(totals)}")
-        for path in known.keys() - self._writes.keys():
-            self._writes[path] = WindowMeter(DAY_S)
-            if (uptime_s := self._uptime_s()) is not None:
-                self._writes[path].begin(known[path], uptime_s, now_s)
-        written = sum(self._writes[path].add(total, now_s) for path, total in known.items())
-        return Reading(float(written), note="last 24 h, " + ", ".join(known))
+        files = any(area.kind != "partition" for area in areas)
+        known = {path: total for path, total in disks.items() if total is not None}
+        all_swap: int | None = None
+        if files:
+            try:
+                all_swap = self._vmstat()["pswpout"] * PAGE_BYTES
+            except (KernelCallError, ValueError, KeyError):
+                pass
+        if not known and all_swap is None:
+            return Reading(missing=f"nothing counts what is written to {', '.join(disks)}")
+        devices = {area.path: self._block_bytes(area) or 0 for area in areas if area.kind == "partition"}
+        names = tuple(sorted(disks))
+        if names not in self._writes:
+            self._writes = {names: SwapWrites()}
+        written = self._writes[names].add(known, devices, all_swap, now_s, self._uptime_s())
+        return Reading(float(written), note="last 24 h, " + ", ".join(disks))
 
     def _uptime_s(self) -> float | None:
         """Since when the kernel's counters count. None: not known."""
@@ -210,16 +231,33 @@ class NodeReader:
         except (KernelCallError, ValueError, IndexError):
             return None
 
-    def _written_bytes(self, area: SwapArea) -> int | None:
-        """Bytes ever written: of a partition's device, else of all swap together. None: not known."""
+    def _on_disk(self, area: SwapArea) -> bool:
+        """Whether what is written to it wears out a disk: zram does only with a backing device."""
+        if not is_zram(area):
+            return True
         try:
-            if area.kind == "partition":
-                path = self._host.path("sys/class/block", Path(area.path).name, "stat")
-                return int(self._host.read_text(path).split()[_WRITE_SECTORS_FIELD]) * _SECTOR_BYTES
-            lines = self._host.read_text(self._host.path("proc/vmstat")).splitlines()
-            pages = dict(line.split(" ", 1) for line in lines)
-            return int(pages["pswpout"]) * PAGE_BYTES
-        except (KernelCallError, ValueError, IndexError, KeyError):
+            path = self._host.path("sys/block", Path(area.path).name, "backing_dev")
+            return self._host.read_text(path).strip() not in ("", "none")
+        except KernelCallError:  # CONFIG_ZRAM_WRITEBACK is off
+            return False
+
+    def _disk_bytes(self, area: SwapArea) -> int | None:
+        """Bytes ever written to the disk of a swap area that has a counter of its own. None: it has none."""
+        if not is_zram(area):
+            return self._block_bytes(area) if area.kind == "partition" else None
+        try:
+            # bd_count bd_reads bd_writes, in units of 4 KiB. Source: admin-guide/blockdev/zram.rst
+            text = self._host.read_text(self._host.path("sys/block", Path(area.path).name, "bd_stat"))
+            return int(text.split()[2]) * 4096
+        except (KernelCallError, ValueError, IndexError):
+            return None
+
+    def _block_bytes(self, area: SwapArea) -> int | None:
+        """Bytes ever written to a block device."""
+        try:
+            path = self._host.path("sys/class/block", Path(area.path).name, "stat")
+            return int(self._host.read_text(path).split()[_WRITE_SECTORS_FIELD]) * _SECTOR_BYTES
+        except (KernelCallError, ValueError, IndexError):
             return None
 
     def _compression(self, areas: Sequence[SwapArea]) -> Reading:

@@ -225,6 +225,7 @@ class ReclaimEngine(Engine):
         self.mover.charge(outcome.reclaimed_bytes)
         self._requested_bytes += outcome.requested_bytes
         self._moved_bytes += outcome.reclaimed_bytes
+        self.guards.stored(outcome.reclaimed_bytes, None, now_s)
         for observer in self.observers:
             observer.event("mover.reclaim")
 
