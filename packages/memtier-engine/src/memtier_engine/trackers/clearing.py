@@ -31,6 +31,7 @@ from loguru import logger
 
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import MADV_COLD, UIO_MAXIOV
+from memtier_engine.closing import Closing
 from memtier_engine.errors import AccessDenied, KernelCallError
 from memtier_engine.hostfs.handles import ProcessFiles
 from memtier_engine.hostfs.host import Host
@@ -46,6 +47,7 @@ as much as another range does (it looks up the mapping, drains a batch, flushes 
 CALL_PAGES = 256
 """1 MiB. Larger calls cost as much CPU and held up mmap(2) for longer: 1, 4, 16, 64 MiB made 2-4, 1-12, 1-9, 7-15 ms
 at worst."""
+CALL_BYTES = CALL_PAGES << PAGE_SHIFT
 CALL_COST = 512
 RANGE_COST = 8
 """Of a range besides its pages, in pages."""
@@ -55,6 +57,7 @@ SMALL_BYTES = 64 << 20
 """clear_refs walks that much in 1 to 2 ms. Everything the process maps counts, not only what is tracked."""
 SHARED_PART = 16
 """More than one page in so many: less is not worth a walk through all."""
+UNDISTURBED_S = 0.001
 DRAIN_SHARE = 0.02
 """Of the time, at most, is spent on draining, which has a worker run on each CPU that has a batch."""
 
@@ -118,27 +121,28 @@ class Cold:
         """All of `ranges`; those that the kernel refused. None: it did not refuse any."""
         starts, ends = ranges.spans.starts, ranges.spans.ends
         rows = np.column_stack((starts, ends - starts))
-        sums = np.cumsum(rows[:, 1])
+        sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(rows[:, 1])))
         refused: list[int] = []
         first = 0
-        for last in _calls(rows[:, 1] >> np.uint64(PAGE_SHIFT), ranges.huge):
-            while first < last:
-                try:
-                    advised = syscalls.process_madvise_rows(pidfd, rows, first, last, MADV_COLD)
-                except KernelCallError as failure:
-                    # EINVAL: locked memory, hugetlbfs, device memory. ENOMEM: unmapped meanwhile.
-                    if failure.errno not in (errno.EINVAL, errno.ENOMEM, errno.EINTR):
-                        raise
-                    advised = 0
-                self.calls += 1
-                done = advised + (int(sums[first - 1]) if first else 0)
-                if done >= int(sums[last - 1]):
-                    first = last
-                    break
-                # It counts whole ranges, and stops at the first that it refuses.
-                stopped = max(first, int(np.searchsorted(sums, done, side="right")))
-                refused.append(stopped)
-                first = stopped + 1
+        with Undisturbed() as undisturbed:
+            for last in _calls(rows[:, 1] >> np.uint64(PAGE_SHIFT), ranges.huge):
+                while first < last:
+                    undisturbed.breathe()
+                    try:
+                        advised = syscalls.process_madvise_rows(pidfd, rows, first, last, MADV_COLD)
+                    except KernelCallError as failure:
+                        # EINVAL: locked memory, hugetlbfs, device memory. ENOMEM: unmapped meanwhile.
+                        if failure.errno not in (errno.EINVAL, errno.ENOMEM, errno.EINTR):
+                            raise
+                        advised = 0
+                    self.calls += 1
+                    done = advised + int(sums[first])
+                    if done >= int(sums[last]):
+                        first = last
+                    else:  # it counts whole ranges, and stops at the first that it refuses
+                        stopped = max(first, int(np.searchsorted(sums, done, side="right")) - 1)
+                        refused.append(stopped)
+                        first = stopped + 1
         return Spans(starts[refused], ends[refused]) if refused else None
 
 
@@ -180,8 +184,9 @@ class ClearRefs:
 class BestClearing:
     """`Cold` where that is allowed, `ClearRefs` of the processes, or on the kernels, where it is not."""
 
-    def __init__(self, host: Host) -> None:
-        self._cold = Cold() if cold_works() else None
+    def __init__(self, host: Host, *, cold: bool = True) -> None:
+        """`cold`: False: `ClearRefs` for all."""
+        self._cold = Cold() if cold and cold_works() else None
         self.refs = ClearRefs(host)
         self._refused: set[ProcessId] = set()
 
@@ -252,39 +257,84 @@ def flush_is_free(host: Host) -> bool:
         trial.close()
 
 
-def ranges_of(numbers: U64, pieces: Spans, huge: Bools | None = None) -> Ranges:
-    """Touched pages as ranges for `Clearing.clear`.
+def ranges_of(runs: Spans, pieces: Spans, huge: Bools | None = None) -> Ranges:
+    """Runs of touched pages as ranges for `Clearing.clear`.
 
     Ranges end at multiples of 1 MiB, so that a large folio of up to that size is not cut: the kernel splits what it is
     asked to clear a part of. For the same reason a huge page is one range of its own, and left out if its pages are not
     all there.
 
     Args:
-        numbers: uint64[n], ascending: page numbers (address / 4 KiB), all within `pieces`.
+        runs: ascending, none over the end of a huge page, all within `pieces`.
         pieces: what is tracked: no range reaches outside.
-        huge: bool[n]: which belong to pages of 2 MiB. None: none.
+        huge: bool[n]: which of the runs belong to pages of 2 MiB. None: none.
     """
-    if not len(numbers):
-        return Ranges.none()
-    units = numbers // np.uint64(CALL_PAGES)
-    if huge is not None:
-        units = np.where(huge, (numbers // np.uint64(2 * CALL_PAGES)) * np.uint64(2), units)
-    apart = (np.diff(numbers) > np.uint64(GAP_PAGES)) | (units[1:] != units[:-1])
-    if huge is not None:
-        apart |= huge[1:] != huge[:-1]
-    holes = pieces.starts[1:][pieces.starts[1:] != pieces.ends[:-1]] >> np.uint64(PAGE_SHIFT)
-    if len(holes):
-        island = np.searchsorted(holes, numbers, side="right")
-        apart |= island[1:] != island[:-1]
-    shift = np.uint64(PAGE_SHIFT)
-    heads = np.concatenate(([True], apart))
-    starts = numbers[heads] << shift
-    ends = (numbers[np.concatenate((apart, [True]))] + np.uint64(1)) << shift
+    small = runs if huge is None else Spans(runs.starts[~huge], runs.ends[~huge])
+    found = in_steps(_bridged(small, pieces), CALL_BYTES)
     if huge is None:
-        return Ranges(Spans(starts, ends))
-    of_huge = huge[heads]
-    whole = ~of_huge | (ends - starts == np.uint64(2 * CALL_PAGES << PAGE_SHIFT))
-    return Ranges(Spans(starts[whole], ends[whole]), of_huge[whole])
+        return Ranges(found)
+    whole = huge & (runs.ends - runs.starts == np.uint64(2 * CALL_BYTES))
+    starts = np.concatenate((found.starts, runs.starts[whole]))
+    order = np.argsort(starts, kind="stable")
+    ends = np.concatenate((found.ends, runs.ends[whole]))
+    return Ranges(Spans(starts[order], ends[order]), order >= len(found))
+
+
+def _bridged(runs: Spans, pieces: Spans) -> Spans:
+    """`runs` without the small gaps between them, as far as these are tracked too."""
+    if len(runs) < 2:
+        return runs
+    apart = runs.starts[1:] - runs.ends[:-1] > np.uint64(GAP_PAGES << PAGE_SHIFT)
+    holes = pieces.starts[1:][pieces.starts[1:] != pieces.ends[:-1]]
+    if len(holes):
+        island = np.searchsorted(holes, runs.starts, side="right")
+        apart |= island[1:] != island[:-1]
+    return Spans(runs.starts[np.concatenate(([True], apart))], runs.ends[np.concatenate((apart, [True]))])
+
+
+def in_steps(spans: Spans, step_bytes: int) -> Spans:
+    """`spans` cut at multiples of `step_bytes`; at multiples of 2 MiB no huge page is cut."""
+    size = np.uint64(step_bytes)
+    first = spans.starts // size
+    counts = ((spans.ends - np.uint64(1)) // size - first).astype(np.int64) + 1
+    rows = np.repeat(np.arange(len(spans)), counts)
+    steps = first[rows] + (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.uint64)
+    starts = np.maximum(spans.starts[rows], steps * size)
+    return Spans(starts, np.minimum(spans.ends[rows], (steps + np.uint64(1)) * size))
+
+
+class Undisturbed(Closing):
+    """For the time of a block, the calling thread is not put aside while it holds another process's lock.
+
+    The kernel lets go of a CPU in the middle of a call if another thread is due, and the lock is held until we are due
+    again: with 8 busy threads on 2 CPUs, and the engine at nice 5, mmap(2) of a target waited 99 to 186 ms for a scan.
+    So the thread is a real-time one, of the lowest priority, for a millisecond at a time. Needs CAP_SYS_NICE, as
+    MADV_COLD does; where it is not allowed (a cpu cgroup v1 without cpu.rt_runtime_us), nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._policy = os.sched_getscheduler(0)
+        self._parameters = os.sched_getparam(0)
+        self._allowed = self._policy in (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
+        self._until_s = -float("inf")
+
+    def breathe(self) -> None:
+        """Before each call: others who are due run now, and not during the call."""
+        now_s = time.monotonic()
+        if self._allowed and now_s >= self._until_s:
+            self.close()
+            try:
+                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+            except OSError:
+                self._allowed = False
+                return
+            self._until_s = time.monotonic() + UNDISTURBED_S
+
+    def close(self) -> None:
+        """Be again what it was."""
+        if self._until_s > 0:
+            os.sched_setscheduler(0, self._policy, self._parameters)
+            self._until_s = -float("inf")
 
 
 class Batches:

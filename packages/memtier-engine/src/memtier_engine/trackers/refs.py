@@ -20,7 +20,7 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, present, swapped
 from memtier_engine.hostfs.proc import SmapsTable, parse_smaps
 from memtier_engine.model import CHUNK_PAGES, Bools, PageChunk, ProcessId, Spans
-from memtier_engine.trackers.clearing import Batches, BestClearing, Ranges
+from memtier_engine.trackers.clearing import Batches, BestClearing, Ranges, in_steps
 from memtier_engine.trackers.common import BLOCK_BYTES, FirstSight, TrackerFiles, cut, mark_new, overlaps, spans_of
 from memtier_engine.trackers.words import read_words, tags_of
 
@@ -92,7 +92,7 @@ class RefsTracker:
             ranges = overlaps(Spans(table.starts[touched & ~stuck], table.ends[touched & ~stuck]), spans).spans
             if not clearing.whole:
                 self._batches.drain()  # one page in a batch would keep its bit
-            clearing.clear(files, Ranges(_in_steps(ranges)), spans)
+            clearing.clear(files, Ranges(in_steps(ranges, BLOCK_BYTES)), spans)
         except AccessDenied as failure:
             self._clearing.refused(process, failure)
             self._clearing.of(process).clear(files, Ranges.none(), spans)
@@ -107,14 +107,3 @@ def _within(table: SmapsTable, spans: Spans) -> Bools:
     found = np.zeros(len(table), np.bool_)
     found[overlaps(Spans(table.starts, table.ends), spans).rows] = True
     return found
-
-
-def _in_steps(ranges: Spans) -> Spans:
-    """`ranges` cut at multiples of 2 MiB, which cuts no huge page."""
-    shift = np.uint64(BLOCK_BYTES.bit_length() - 1)
-    first = ranges.starts >> shift
-    counts = (((ranges.ends - np.uint64(1)) >> shift) - first).astype(np.int64) + 1
-    rows = np.repeat(np.arange(len(ranges)), counts)
-    blocks = first[rows] + (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.uint64)
-    starts = np.maximum(ranges.starts[rows], blocks << shift)
-    return Spans(starts, np.minimum(ranges.ends[rows], (blocks + np.uint64(1)) << shift))

@@ -51,3 +51,30 @@ def laid_out(pieces: Spans) -> Layout:
     if (shifts == shifts[0]).all():
         return Layout(addresses, slice(int(places[0]), int(places[0]) + total))
     return Layout(addresses, np.repeat(shifts, np.diff(offsets)) + np.arange(total))
+
+
+def runs_of(layout: Layout, wanted: Bools, huge: Bools | None = None) -> tuple[Spans, Bools | None]:
+    """Runs of wanted pages that are neighbours in memory, and which of these belong to huge pages.
+
+    Args:
+        layout: of the pages.
+        wanted: bool[n].
+        huge: bool[n]: of pages that lie in huge pages; None: none does. Their runs end where the page does.
+    """
+    padded = np.zeros(len(wanted) + 2, np.int8)
+    padded[1:-1] = wanted
+    edges = np.flatnonzero(np.diff(padded))
+    begins, ends = edges[::2], edges[1::2]
+    if not isinstance(layout.places, slice) or huge is not None:
+        # Neighbours in the order of pages need not be neighbours in memory.
+        pages = np.flatnonzero(wanted)
+        numbers = layout.numbers(pages)
+        apart = np.diff(numbers) != 1
+        if huge is not None:
+            of_huge = huge[pages]
+            blocks = numbers >> np.uint64(_WORD_SHIFT)
+            apart |= (of_huge[1:] | of_huge[:-1]) & (blocks[1:] != blocks[:-1])
+        begins, ends = pages[np.concatenate(([True], apart))], pages[np.concatenate((apart, [True]))] + 1
+    first, last = layout.numbers(begins), layout.numbers(ends - 1)
+    shift = np.uint64(PAGE_SHIFT)
+    return Spans(first << shift, (last + np.uint64(1)) << shift), None if huge is None else huge[begins]

@@ -76,8 +76,11 @@ def dirty(words: U64) -> Bools:
 def swapped(words: U64) -> Bools:
     """bool[n]: holds a swap entry: neither empty nor resident, and not one of the special kinds (a page on its way to
     another node, a marker)."""
-    absent = (words & np.uint64(PTE_PRESENT | PTE_PROT_NONE)) == 0
-    found: Bools = absent & (words != 0) & (words >> np.uint64(SWAP_TYPE_SHIFT) < np.uint64(SWAP_TYPES))
+    found = np.zeros(len(words), np.bool_)
+    absent = np.flatnonzero((words & np.uint64(PTE_PRESENT | PTE_PROT_NONE)) == 0)
+    if len(absent):
+        entries = words[absent]
+        found[absent] = (entries != 0) & (entries >> np.uint64(SWAP_TYPE_SHIFT) < np.uint64(SWAP_TYPES))
     return found
 
 

@@ -22,10 +22,10 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present
 from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans, frame_tags
 from memtier_engine.trackers.bpf import paging, rights
-from memtier_engine.trackers.bpf.blocks import Layout, laid_out
+from memtier_engine.trackers.bpf.blocks import Layout, laid_out, runs_of
 from memtier_engine.trackers.bpf.program import MAX_BLOCKS, SharedWalker, Walk, Walker
 from memtier_engine.trackers.clearing import Batches, BestClearing, Clearing, Ranges, ranges_of
-from memtier_engine.trackers.common import I64, FirstSight, TrackerFiles, cut, mark_new, overlaps, spans_of
+from memtier_engine.trackers.common import FirstSight, TrackerFiles, cut, mark_new, overlaps, spans_of
 
 RETRY_BLOCKS = 32
 """Pages that kept their bits are tried once more if they lie this close together (64 MiB): some 3 ms."""
@@ -41,9 +41,21 @@ class BpfTracker:
     page_exact = True
     own_accesses_only = True
 
-    def __init__(self, host: Host, *, loader: str = "auto", files: OpenProcesses | None = None) -> None:
-        """`files`: of the processes, shared with others; None: its own.
+    def __init__(
+        self,
+        host: Host,
+        *,
+        loader: str = "auto",
+        files: OpenProcesses | None = None,
+        clearing: BestClearing | None = None,
+    ) -> None:
+        """Load the walk.
 
+        Args:
+            host: the machine.
+            loader: of BPF programs.
+            files: of the processes, shared with others; None: its own.
+            clearing: None: the best there is.
         Raises:
             TrackerUnavailable: with the reason and what would help.
         """
@@ -51,7 +63,7 @@ class BpfTracker:
         self._shared = SharedWalker(host, loader)
         self.walker = self._shared.walker
         self.loader = self.walker.loader
-        self.clearing = BestClearing(host)
+        self.clearing = clearing or BestClearing(host)
         self.flushes = self.clearing.flushes()
         self._bits = BitClearer(self.walker)
         self._files = TrackerFiles(host, files)
@@ -189,40 +201,37 @@ class BitClearer:
         # A block that changed while it was read may be a huge page by now: cleared in parts, it would be split.
         sure = (states == paging.STATE_TABLE) | (states == paging.STATE_HUGE_PMD)
         touched = seen.accessed if sure.all() else seen.accessed & seen.layout.of_blocks(sure)
-        pages = np.flatnonzero(touched)
-        if not len(pages):
+        if not touched.any():
             return 0
         huge_blocks = states == paging.STATE_HUGE_PMD
-        huge = seen.layout.of_blocks(huge_blocks)[pages] if huge_blocks.any() else None
-        numbers = seen.layout.numbers(pages)
-        clearing.clear(files, ranges_of(numbers, seen.pieces, huge), seen.pieces)
-        kept = self._still_set(pagemap, numbers, buffer)
+        huge = seen.layout.of_blocks(huge_blocks) if huge_blocks.any() else None
+        runs, of_huge = runs_of(seen.layout, touched, huge)
+        clearing.clear(files, ranges_of(runs, seen.pieces, of_huge), seen.pieces)
         if huge is not None:
-            kept &= ~huge
-        rest = numbers[kept]
-        if len(rest) and self._few(rest):
+            touched = touched & ~huge
+        kept = self._still_set(pagemap, seen.layout, touched, buffer)
+        if not kept.any():
+            return 0
+        numbers = seen.layout.numbers(np.flatnonzero(kept))
+        if self._few(numbers):
             self._batches.drain()
             # Whole blocks now: of a large folio of a file, a part alone cannot be cleared while it is dirty.
-            blocks = np.unique(rest >> _BLOCK_PAGE_SHIFT) << np.uint64(_BLOCK_SHIFT)
+            blocks = np.unique(numbers >> _BLOCK_PAGE_SHIFT) << np.uint64(_BLOCK_SHIFT)
             around = Spans(blocks, blocks + np.uint64(paging.BLOCK_BYTES))
             clearing.clear(files, Ranges(overlaps(around, seen.pieces).spans), seen.pieces)
-            rest = rest[self._still_set(pagemap, rest, buffer)]
-        return _shared_of(pagemap, rest) if len(rest) else 0
+            kept = self._still_set(pagemap, seen.layout, kept, buffer)
+            numbers = seen.layout.numbers(np.flatnonzero(kept))
+        return _shared_of(pagemap, numbers) if len(numbers) else 0
 
     def _few(self, numbers: U64) -> bool:
         """Whether trying again costs little: as many as wait in batches, or in one place."""
         few = int(numbers[-1] - numbers[0]) < RETRY_BLOCKS * paging.BLOCK_PAGES
         return few or len(numbers) <= self._batches.most_pages
 
-    def _still_set(self, pagemap: Pagemap, numbers: U64, buffer: U64) -> Bools:
+    def _still_set(self, pagemap: Pagemap, layout: Layout, pages: Bools, buffer: U64) -> Bools:
         """bool[n]: which of these pages have their bit set."""
-        blocks = numbers >> _BLOCK_PAGE_SHIFT
-        fresh = np.concatenate(([True], blocks[1:] != blocks[:-1]))
-        walk = self._walker.walk(pagemap.fileno(), blocks[fresh] << np.uint64(_BLOCK_SHIFT), buffer)
-        within = (numbers & np.uint64(paging.BLOCK_PAGES - 1)).astype(np.int64)
-        places: I64 = (np.cumsum(fresh) - 1) * paging.BLOCK_PAGES + within
-        words: U64 = walk.words.reshape(-1)[places]
-        return paging.resident(words) & paging.accessed(words)
+        words: U64 = self._walker.walk(pagemap.fileno(), layout.addresses, buffer).words.reshape(-1)[layout.places]
+        return pages & paging.resident(words) & paging.accessed(words)
 
 
 def _shared_of(pagemap: Pagemap, numbers: U64) -> int:
