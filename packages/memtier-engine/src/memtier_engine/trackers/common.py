@@ -117,6 +117,15 @@ def joined(spans: Spans) -> Spans:
     return Spans(spans.starts[np.concatenate(([True], apart))], spans.ends[np.concatenate((apart, [True]))])
 
 
+def merged(first: Spans, second: Spans) -> Spans:
+    """Both together; no address is in both."""
+    if not len(first) or not len(second):
+        return second if not len(first) else first
+    starts, ends = np.concatenate((first.starts, second.starts)), np.concatenate((first.ends, second.ends))
+    order = np.argsort(starts, kind="stable")
+    return joined(Spans(starts[order], ends[order]))
+
+
 class TrackerFiles:
     """The open files of processes that a tracker uses: its own, or those of its engine."""
 

@@ -17,6 +17,7 @@ _WORD_SHIFT = paging.BLOCK_PAGES.bit_length() - 1
 class Layout(NamedTuple):
     """Where the pages of some pieces are."""
 
+    pieces: Spans
     addresses: U64  # uint64[b]: of the distinct 2 MiB blocks, ascending
     places: slice | I64
     """Of the pages, in order, among the 512 * b words of the blocks."""
@@ -49,8 +50,8 @@ def laid_out(pieces: Spans) -> Layout:
     shifts = places - offsets[:-1]
     total = int(offsets[-1])
     if (shifts == shifts[0]).all():
-        return Layout(addresses, slice(int(places[0]), int(places[0]) + total))
-    return Layout(addresses, np.repeat(shifts, np.diff(offsets)) + np.arange(total))
+        return Layout(pieces, addresses, slice(int(places[0]), int(places[0]) + total))
+    return Layout(pieces, addresses, np.repeat(shifts, np.diff(offsets)) + np.arange(total))
 
 
 def runs_of(layout: Layout, wanted: Bools, huge: Bools | None = None) -> tuple[Spans, Bools | None]:

@@ -117,6 +117,7 @@ class SampledBpfTracker:
     def watch(self, processes: frozenset[ProcessId]) -> None:
         """See `Tracker.watch`."""
         self._files.keep(processes)
+        self._bits.watch(processes)
         self._seen.keep(processes)
         for process in self._scans.keys() - processes:
             del self._scans[process]
@@ -133,6 +134,7 @@ class SampledBpfTracker:
         seed = self._seed + scans // self._panel_scans
         pages_of_sampled: list[U64] = [np.zeros(0, np.uint64)]
         mapped_blocks = 0
+        self._bits.begin(process)
         try:
             with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
                 for pieces in cut(spans, CHUNK_PAGES, MAX_BLOCKS):
@@ -186,8 +188,8 @@ class SampledBpfTracker:
         seed = self._seed + max(0, self._scans.get(process, 0) - 1) // self._panel_scans
         found = [np.zeros(0, np.bool_)]
         with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
-            for pieces in cut(spans, CHUNK_PAGES, MAX_BLOCKS):
-                seen = look_at(self._shared.walker, pagemap, pieces)
+            for layout in map(laid_out, cut(spans, CHUNK_PAGES, MAX_BLOCKS)):
+                seen = look_at(self._shared.walker, pagemap, layout)
                 outside = seen.layout.of_blocks(~in_panel(seen.layout.addresses, seed, self._share))
                 found.append(seen.accessed | seen.resident & (outside | seen.walk.other_mmu))
         return np.concatenate(found)

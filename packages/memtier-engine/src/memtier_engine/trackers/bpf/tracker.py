@@ -10,7 +10,8 @@ as written too.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -25,11 +26,16 @@ from memtier_engine.trackers.bpf import paging, rights
 from memtier_engine.trackers.bpf.blocks import Layout, laid_out, runs_of
 from memtier_engine.trackers.bpf.program import MAX_BLOCKS, SharedWalker, Walk, Walker
 from memtier_engine.trackers.clearing import Batches, BestClearing, Clearing, Ranges, ranges_of
-from memtier_engine.trackers.common import FirstSight, TrackerFiles, cut, mark_new, overlaps, spans_of
+from memtier_engine.trackers.common import FirstSight, TrackerFiles, cut, mark_new, merged, overlaps, spans_of
+from memtier_engine.trackers.words import read_words
 
 RETRY_BLOCKS = 32
 """Pages that kept their bits are tried once more if they lie this close together (64 MiB): some 3 ms."""
-SAMPLE_PAGES = 16
+KEPT_PAGES = 4096
+"""Of a process of up to that many (16 MiB), and spans, where its pages are found is kept: 32 KiB at most. With 1000 of
+them, that took half of a scan."""
+RETRY_SCANS = 8
+"""Pages that others map too are tried again after so many scans: the others may be gone."""
 _BLOCK_SHIFT = paging.BLOCK_BYTES.bit_length() - 1
 _BLOCK_PAGE_SHIFT = np.uint64(_BLOCK_SHIFT - PAGE_SHIFT)
 
@@ -68,6 +74,7 @@ class BpfTracker:
         self._bits = BitClearer(self.walker)
         self._files = TrackerFiles(host, files)
         self._seen = FirstSight()
+        self._kept_layouts: dict[ProcessId, list[Layout]] = {}
         self._warned: set[ProcessId] = set()
         self._buffer = np.empty((MAX_BLOCKS, paging.BLOCK_PAGES), np.uint64)
 
@@ -85,7 +92,10 @@ class BpfTracker:
         self._files.keep(processes)
         self._seen.keep(processes)
         self.clearing.watch(processes)
+        self._bits.watch(processes)
         self._warned &= processes
+        for process in self._kept_layouts.keys() - processes:
+            del self._kept_layouts[process]
 
     def scan(self, process: ProcessId, spans: Spans) -> Iterator[PageChunk]:
         """See `Tracker.scan`. What was yielded is cleared, what was not is not: it may be given up at any chunk."""
@@ -94,8 +104,9 @@ class BpfTracker:
         try:
             with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
                 touched = shared = 0
-                for pieces in cut(spans, CHUNK_PAGES, MAX_BLOCKS):
-                    seen = look_at(self.walker, pagemap, pieces, self._buffer)
+                self._bits.begin(process)
+                for layout in self._layouts(process, spans, same=known is None):
+                    seen = look_at(self.walker, pagemap, layout, self._buffer)
                     if seen.walk.other_mmu:
                         self._warn_of_other_mmu(process)
                     chunk = self._chunk(seen, known)
@@ -112,6 +123,18 @@ class BpfTracker:
         except AccessDenied as failure:
             raise rights.denied(self._host, failure, rights.FOR_OTHERS) from None
         self._seen.completed(process, spans)
+
+    def _layouts(self, process: ProcessId, spans: Spans, *, same: bool) -> Iterable[Layout]:
+        """The chunks of a scan; those of small processes are kept for as long as their spans stay the same."""
+        kept = self._kept_layouts.get(process)
+        if kept is not None and same:
+            return kept
+        made = map(laid_out, cut(spans, CHUNK_PAGES, MAX_BLOCKS))
+        if len(spans) > KEPT_PAGES or int(spans.pages.sum()) > KEPT_PAGES:
+            self._kept_layouts.pop(process, None)
+            return made
+        self._kept_layouts[process] = layouts = list(made)
+        return layouts
 
     def _chunk(self, seen: Seen, known: Spans | None) -> PageChunk:
         words, resident = seen.words, seen.resident
@@ -134,8 +157,8 @@ class BpfTracker:
         found = [np.zeros(0, np.bool_)]
         try:
             with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
-                for pieces in cut(spans, CHUNK_PAGES, MAX_BLOCKS):
-                    seen = look_at(self.walker, pagemap, pieces)
+                for layout in map(laid_out, cut(spans, CHUNK_PAGES, MAX_BLOCKS)):
+                    seen = look_at(self.walker, pagemap, layout)
                     found.append(seen.resident if seen.walk.other_mmu else seen.accessed)
         except AccessDenied as failure:
             raise rights.denied(self._host, failure, rights.FOR_OTHERS) from None
@@ -167,19 +190,18 @@ class Seen(NamedTuple):
     accessed: Bools  # bool[m]: bit set, of resident pages
 
 
-def look_at(walker: Walker, pagemap: Pagemap, pieces: Spans, buffer: U64 | None = None) -> Seen:
-    """Read the words of `pieces`, which lie in at most `MAX_BLOCKS` blocks.
+def look_at(walker: Walker, pagemap: Pagemap, layout: Layout, buffer: U64 | None = None) -> Seen:
+    """Read the words of the pages of `layout`, at most `MAX_BLOCKS` blocks.
 
     Raises:
         ProcessGone: it exited.
     """
-    layout = laid_out(pieces)
     walk = walker.walk(pagemap.fileno(), layout.addresses, buffer)
     if walk.states[0] == paging.STATE_GONE:
         raise ProcessGone(f"process {pagemap.pid} exited", errno.ESRCH)
     words: U64 = walk.words.reshape(-1)[layout.places]
     resident = paging.resident(words)
-    return Seen(pieces, layout, walk, words, resident, paging.accessed(words) & resident)
+    return Seen(layout.pieces, layout, walk, words, resident, paging.accessed(words) & resident)
 
 
 class BitClearer:
@@ -188,12 +210,31 @@ class BitClearer:
     def __init__(self, walker: Walker) -> None:
         self._walker = walker
         self._batches = Batches()
+        self._shared: dict[ProcessId, _Shared] = {}
+
+    def watch(self, processes: frozenset[ProcessId]) -> None:
+        """Forget all other processes."""
+        for process in self._shared.keys() - processes:
+            del self._shared[process]
+
+    def begin(self, process: ProcessId) -> None:
+        """A scan begins."""
+        shared = self._shared.setdefault(process, _Shared())
+        shared.scans += 1
+        if shared.scans % RETRY_SCANS == 0:
+            shared.spans = Spans.empty()
 
     def clear(self, files: ProcessFiles, pagemap: Pagemap, seen: Seen, clearing: Clearing, buffer: U64) -> int:
-        """Clear what `seen` has set. `buffer` may be the one that it was read into: its words are not used any more.
+        """Clear what `seen` has set, but for pages that kept their bit lately because others have them too.
 
+        Args:
+            files: of the process.
+            pagemap: of the process.
+            seen: what was seen just now.
+            clearing: how.
+            buffer: for words; may be the one of `seen`, of which only the columns are used any more.
         Returns:
-            How many pages kept their bit because others have them too, by a sample.
+            How many pages kept their bit because others have them too.
         Raises:
             AccessDenied, ProcessGone: see `Clearing`.
         """
@@ -203,6 +244,15 @@ class BitClearer:
         touched = seen.accessed if sure.all() else seen.accessed & seen.layout.of_blocks(sure)
         if not touched.any():
             return 0
+        lately = self._shared.setdefault(files.process, _Shared())
+        passed = 0
+        if len(lately.spans):
+            # Trying again with each scan would cost as much as they are, for ever: 40 children of a server, say.
+            known = ~_outside(seen.pieces, lately.spans, len(touched))
+            passed = int(np.count_nonzero(touched & known))
+            touched = touched & ~known
+            if not touched.any():
+                return passed
         huge_blocks = states == paging.STATE_HUGE_PMD
         huge = seen.layout.of_blocks(huge_blocks) if huge_blocks.any() else None
         runs, of_huge = runs_of(seen.layout, touched, huge)
@@ -211,7 +261,7 @@ class BitClearer:
             touched = touched & ~huge
         kept = self._still_set(pagemap, seen.layout, touched, buffer)
         if not kept.any():
-            return 0
+            return passed
         numbers = seen.layout.numbers(np.flatnonzero(kept))
         if self._few(numbers):
             self._batches.drain()
@@ -221,7 +271,12 @@ class BitClearer:
             clearing.clear(files, Ranges(overlaps(around, seen.pieces).spans), seen.pieces)
             kept = self._still_set(pagemap, seen.layout, kept, buffer)
             numbers = seen.layout.numbers(np.flatnonzero(kept))
-        return _shared_of(pagemap, numbers) if len(numbers) else 0
+        if len(numbers):
+            runs, _ = runs_of(seen.layout, kept)
+            with_others = _shared_of(pagemap, runs, numbers)
+            lately.spans = merged(lately.spans, with_others)
+            passed += int(with_others.pages.sum())
+        return passed
 
     def _few(self, numbers: U64) -> bool:
         """Whether trying again costs little: as many as wait in batches, or in one place."""
@@ -234,9 +289,27 @@ class BitClearer:
         return pages & paging.resident(words) & paging.accessed(words)
 
 
-def _shared_of(pagemap: Pagemap, numbers: U64) -> int:
-    """How many of these pages are mapped by other processes too, by a sample."""
-    sample = numbers[:: max(1, len(numbers) // SAMPLE_PAGES)]
-    pages = [(number << PAGE_SHIFT, number + 1 << PAGE_SHIFT) for number in sample.tolist()]
-    words = pagemap.read_all(pages)
-    return int((present(words) & ~exclusive(words)).mean() * len(numbers))
+@dataclass(slots=True)
+class _Shared:
+    """Pages of one process that others map too, as found by the last scans."""
+
+    scans: int = 0
+    spans: Spans = field(default_factory=Spans.empty)
+
+
+def _outside(pieces: Spans, known: Spans, pages: int) -> Bools:
+    outside = np.zeros(pages, np.bool_)
+    mark_new(outside, pieces, known)
+    return outside
+
+
+def _shared_of(pagemap: Pagemap, runs: Spans, numbers: U64) -> Spans:
+    """Those of the pages of `runs` (uint64[n] `numbers`) that other processes map too."""
+    words = read_words(pagemap, runs)
+    shared = numbers[present(words) & ~exclusive(words)]
+    if not len(shared):
+        return Spans.empty()
+    apart = np.diff(shared) != 1
+    shift = np.uint64(PAGE_SHIFT)
+    heads, tails = shared[np.concatenate(([True], apart))], shared[np.concatenate((apart, [True]))]
+    return Spans(heads << shift, (tails + np.uint64(1)) << shift)
