@@ -127,6 +127,31 @@ def test_files_opened_before_its_first_thread_ended_go_on() -> None:
         assert present(files.pagemap.read(start, start + BYTES)).all()
 
 
+def test_threads_that_come_and_go_do_not_make_it_look_gone() -> None:
+    """Each starts the next one and ends: whoever goes by one of them has to find another."""
+    program = LEADER_ENDED.replace(
+        "    time.sleep(1000)\nthreading",
+        """    while True:
+        time.sleep(1000)
+def relay():
+    threading.Thread(target=relay).start()
+threading.Thread(target=relay).start()
+threading""",
+    ).replace("threading.Thread(target=stay)", "threading.Thread(target=stay, daemon=True)")
+    program = program.replace("threading.get_native_id())", "threading.get_native_id())\n    libc.syscall(EXIT, 0)")
+    program = program.replace("EXIT", '60 if os.uname().machine == "x86_64" else 93')
+    with running(program) as (_, [pid, start, _]), ProcessFiles(HOST, process_id(HOST, pid)) as files:
+        seen = set()
+        for _ in range(500):
+            files.check()
+            assert b"-" in files.read("maps")
+            files.write("clear_refs", "1")
+            os.close(files.open("pagemap"))
+            seen.add(files._thread)
+        assert len(seen) > 1
+        assert present(files.pagemap.read(start, start + BYTES)).all()
+
+
 def test_a_true_zombie_is_gone() -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     process = process_id(HOST, child.pid)

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from memtier_engine.abi import syscalls
 from memtier_engine.closing import Closing
@@ -27,8 +27,11 @@ from memtier_engine.hostfs.maps import live_thread, start_ticks_of
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import ProcessId
 
+_T = TypeVar("_T")
 _OF_MEMORY = frozenset({"maps", "smaps", "smaps_rollup", "numa_maps", "pagemap", "clear_refs", "mem"})
 """Files that say nothing once the first thread has ended; another thread's say it."""
+THREADS_TRIED = 16
+"""Where they come and go, the one that is found may have ended when its file is opened."""
 FILES_EACH = 3
 """The directory, the pidfd and pagemap."""
 SHARE_OF_LIMIT = 0.5
@@ -68,54 +71,56 @@ class ProcessFiles(Closing):
             ProcessGone: it exited.
             AccessDenied, KernelCallError: what the kernel said.
         """
-        try:
-            return self._open(name, flags)
-        except OSError as error:
-            # ESRCH: the first thread, or the one that we went by since it ended, has no memory any more.
-            if name in _OF_MEMORY and error.errno in (errno.ESRCH, errno.ENOENT) and self._find_thread():
-                try:
-                    return self._open(name, flags)
-                except OSError as again:
-                    error = again
-            raise self._error(name, error, "open") from None
-
-    def _open(self, name: str, flags: int) -> int:
-        where = f"task/{self._thread}/{name}" if self._thread is not None and name in _OF_MEMORY else name
-        return os.open(where, flags | os.O_CLOEXEC, dir_fd=self._directory)
-
-    def _find_thread(self) -> bool:
-        """Whether another thread than before has the memory now."""
-        before, self._thread = self._thread, live_thread(self._host, self.process.pid)
-        return self._thread != before and self._thread is not None
+        return self._of_memory(name, "open", lambda: self._open(name, flags))
 
     def read(self, name: str) -> bytes:
         """The whole file; errors as `open`."""
-        text = self._read(name)
-        if not text and name in _OF_MEMORY and self._find_thread():  # such maps can be opened, and are empty
-            return self._read(name)
+        text = self._of_memory(name, "read", lambda: self._read(name))
+        if not text and name in _OF_MEMORY and self._find_thread():  # maps of an ended thread can be opened: empty
+            return self._of_memory(name, "read", lambda: self._read(name))
         return text
-
-    def _read(self, name: str) -> bytes:
-        fd = self.open(name)
-        try:
-            parts = []
-            while part := os.read(fd, _READ_BYTES):
-                parts.append(part)
-            return b"".join(parts)
-        except OSError as error:
-            raise self._error(name, error, "read") from None
-        finally:
-            os.close(fd)
 
     def write(self, name: str, text: str) -> None:
         """Write in one write(2), as kernel files want it; errors as `open`."""
         if name in _OF_MEMORY and self._thread is None:
             self._find_thread()  # clear_refs of an ended first thread takes everything, and does nothing
-        fd = self.open(name, os.O_WRONLY)
+        self._of_memory(name, f"write {text.strip()[:40]!r} to", lambda: self._write(name, text))
+
+    def _of_memory(self, name: str, action: str, do: Callable[[], _T]) -> _T:
+        """Do it; if it is about memory, again by another thread, when the one that we went by has ended."""
+        tries = THREADS_TRIED if name in _OF_MEMORY else 1
+        while True:
+            try:
+                return do()
+            except OSError as error:
+                tries -= 1
+                over = error.errno in (errno.ESRCH, errno.ENOENT)
+                if not (over and tries and self._find_thread()):
+                    raise self._error(name, error, action) from None
+
+    def _find_thread(self) -> bool:
+        """Whether the first thread has ended and another one, that is to be gone by, has not."""
+        self._thread = live_thread(self._host, self.process.pid)
+        return self._thread is not None
+
+    def _open(self, name: str, flags: int) -> int:
+        where = f"task/{self._thread}/{name}" if self._thread is not None and name in _OF_MEMORY else name
+        return os.open(where, flags | os.O_CLOEXEC, dir_fd=self._directory)
+
+    def _read(self, name: str) -> bytes:
+        fd = self._open(name, os.O_RDONLY)
+        try:
+            parts = []
+            while part := os.read(fd, _READ_BYTES):
+                parts.append(part)
+            return b"".join(parts)
+        finally:
+            os.close(fd)
+
+    def _write(self, name: str, text: str) -> None:
+        fd = self._open(name, os.O_WRONLY)
         try:
             os.write(fd, text.encode())
-        except OSError as error:
-            raise self._error(name, error, f"write {text.strip()[:40]!r} to") from None
         finally:
             os.close(fd)
 

@@ -20,6 +20,7 @@ from memtier_engine.model import U8, U64, Bools, ProcessId, Spans
 _THREADS_FIELD = 20
 _START_TICKS_FIELD = 22
 _DEAD = (b"Z", b"X")
+_LISTED_TIMES = 16
 _NEWLINE, _BLANK, _DASH = b"\n -"
 _PAD = 32
 """Bytes before and behind the text, so that what is looked at around a number is always there."""
@@ -366,16 +367,17 @@ def live_thread(host: Host, pid: int) -> int | None:
 
     It may end while others go on; then ask again.
     """
-    try:
-        if not leader_ended(read_stat_fields(host, pid)):
-            return None
-        threads = sorted(map(int, os.listdir(host.proc(pid, "task"))))
-    except (KernelCallError, OSError):
-        return None
-    for thread in threads:
+    for _ in range(_LISTED_TIMES):  # threads may start the next one and end, faster than they are looked at
         try:
-            if _fields_of(host.read_proc(pid, f"task/{thread}/stat"), pid)[0] not in _DEAD:
-                return thread
-        except KernelCallError:
-            continue
+            if not leader_ended(read_stat_fields(host, pid)):
+                return None
+            threads = sorted(map(int, os.listdir(host.proc(pid, "task"))))
+        except (KernelCallError, OSError):
+            return None
+        for thread in threads:
+            try:
+                if _fields_of(host.read_proc(pid, f"task/{thread}/stat"), pid)[0] not in _DEAD:
+                    return thread
+            except KernelCallError:
+                continue
     return None
