@@ -175,13 +175,21 @@ def test_one_that_is_known_to_be_idle_is_not_held_up(kernel: Kernel, host: Host)
 def test_one_that_woke_up_keeps_all(kernel: Kernel, host: Host) -> None:
     """A batch is all in use, and so is a sample of the rest: nothing of the decision holds."""
     moving = mover(kernel, host)
-    moving.look = lambda process, where: np.ones(int(where.pages.sum()), np.bool_)
+    looked: list[int] = []
+
+    def look(process: ProcessId, where: Spans) -> Bools:
+        looked.append(where.total_bytes)
+        return np.ones(int(where.pages.sum()), np.bool_)
+
+    moving.look = look
     moving.add(task(0, 64))
     moving.add(task(64, 128))
     outcomes = moving.pump(0.0)
     assert moved(outcomes) == 0
     assert kernel.calls == []
     assert not moving.has_work
+    assert len(looked) == 2
+    assert sum(looked) <= 2 * FIRST_BYTES, "the second task is not looked at any more"
 
 
 def test_a_hot_spot_in_idle_memory_stays_and_the_rest_goes(kernel: Kernel, host: Host) -> None:
