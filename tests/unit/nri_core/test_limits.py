@@ -51,7 +51,9 @@ TABLE = {
     "a Synchronize, also a split one": (
         f"{mib(session.MAX_SYNCHRONIZED_BYTES)}, {session.MAX_SYNCHRONIZED} pods and containers"
     ),
-    "what methods look at of one Synchronize": f"{model.MAX_CONVERTED_PARTS} labels, words, mounts",
+    "what methods look at of one Synchronize": (
+        f"{model.MAX_CONVERTED_PARTS} labels, words, mounts; {mib(model.MAX_RAW_WEIGHT)} in `raw`"
+    ),
     "bytes that the peer does not read": mib(transport.MAX_UNSENT_BYTES),
     "the text of a status": f"{connection.MAX_STATUS_CHARACTERS} characters",
     "our calls at one time": str(rpc.MAX_CALLS_IN_FLIGHT),
@@ -230,10 +232,23 @@ def test_a_method_that_looks_at_millions_of_words_is_stopped(monkeypatch: pytest
     assert len(records[0].env) == len(records[1].env) == 1000
     assert len(records[0].env) == 1000  # kept: not converted twice
     assert len(records[0].mounts[0].options) == 10
-    assert allowance.left == 500 - 11
-    with pytest.raises(RemoteProtocolError, match="more than 4194304 parts"):
+    assert allowance.parts == 500 - 11
+    with pytest.raises(RemoteProtocolError, match="more than 1048576 parts"):
         _ = records[2].env
     assert records[2].id == "c"
+
+
+def test_a_method_that_looks_at_raw_of_all_is_stopped_when_they_are_more_than_real_ones() -> None:
+    mounts = nri_pb2.Container(id="c", mounts=[nri_pb2.Mount()] * 1000).SerializeToString()
+    allowance = Allowance(weight=3 * wire.weight(mounts))
+    records = [container_from_bytes(mounts, allowance) for _ in range(4)]
+    for record in records[:3]:
+        assert record.raw is not None
+        assert len(record.raw.mounts) == 1000
+    with pytest.raises(RemoteProtocolError, match="more than 536870912 bytes as messages"):
+        _ = records[3].raw
+    real = nri_pb2.Container(id="c" * 64, env=["A=" + "x" * 30] * 20, args=["sh", "-c", "true"], labels={"a": "b" * 20})
+    assert model.MAX_RAW_WEIGHT / wire.weight(real.SerializeToString()) > 20_000
 
 
 def test_metadata_is_counted() -> None:

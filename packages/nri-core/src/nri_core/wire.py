@@ -62,8 +62,8 @@ def may_be_small(data: bytes) -> int:
 
 
 def weight(data: bytes) -> int:
-    """About as many bytes, and not fewer, does `data` take once it is decoded."""
-    return WEIGHT_OF_BYTES * len(data) + WEIGHT_OF_SMALL_PART * may_be_small(data)
+    """About as many bytes, and hardly more, does `data` take once it is decoded."""
+    return WEIGHT_OF_BYTES * len(data) + WEIGHT_OF_SMALL_PART * len(data.translate(None, _LONG))
 
 
 def fields(data: bytes | memoryview) -> Iterator[tuple[int, int, Any]]:
@@ -127,8 +127,7 @@ def _count(data: memoryview, descriptor: Any, counts: list[int]) -> None:
         counts[1] += len(value) < SMALL_BYTES
         if counts[1] > MAX_SMALL_PARTS or counts[0] > MAX_PARTS:
             raise TooManyParts(
-                f"a {descriptor.name} of more than {MAX_SMALL_PARTS} parts under {SMALL_BYTES} bytes, "
-                f"or {MAX_PARTS} in all"
+                f"a message of more than {MAX_SMALL_PARTS} parts under {SMALL_BYTES} bytes, or {MAX_PARTS} in all"
             )
         if field.message_type is not None:
             _count(value, field.message_type, counts)

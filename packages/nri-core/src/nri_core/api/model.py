@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from nri_core.errors import RemoteProtocolError
 from nri_core.pb import heads_pb2, nri_pb2
-from nri_core.wire import SMALL_BYTES, M, decoded, may_be_small
+from nri_core.wire import M, decoded, weight
 
-MAX_CONVERTED_PARTS = 4 << 20
+MAX_CONVERTED_PARTS = 1 << 20
 """Of one Synchronize: labels, words, mounts and so on that a plugin looks at; 5 000 containers have 400 000."""
+MAX_RAW_WEIGHT = 512 << 20
+"""Of the messages that it looks at with `raw`, in bytes; those of 5 000 containers weigh 120 MiB."""
 
 
 class ContainerState(IntEnum):
@@ -60,18 +62,21 @@ class Mount:
 class Allowance:
     """How much of one Synchronize may still be converted."""
 
-    __slots__ = ("left",)
+    __slots__ = ("parts", "weight")
 
-    def __init__(self, parts: int = MAX_CONVERTED_PARTS) -> None:
-        self.left = parts
+    def __init__(self, parts: int = MAX_CONVERTED_PARTS, weight: int = MAX_RAW_WEIGHT) -> None:
+        self.parts = parts
+        self.weight = weight
 
-    def take(self, parts: int) -> None:
-        """Account for `parts`. Raises: RemoteProtocolError, if they are too many."""
-        if parts > self.left:
+    def take(self, *, parts: int = 0, weight: int = 0) -> None:
+        """Account for what is converted. Raises: RemoteProtocolError, if it is too much."""
+        if parts > self.parts or weight > self.weight:
             raise RemoteProtocolError(
-                f"pods and containers of one Synchronize have more than {MAX_CONVERTED_PARTS} parts"
+                f"pods and containers of one Synchronize have more than {MAX_CONVERTED_PARTS} parts, "
+                f"or more than {MAX_RAW_WEIGHT} bytes as messages"
             )
-        self.left -= parts
+        self.parts -= parts
+        self.weight -= weight
 
 
 _Origin = tuple[bytes, Allowance]
@@ -172,7 +177,7 @@ def _converted(record: Any, name: str, conversions: Mapping[str, Conversion], ki
     """The value of an attribute that is looked at for the first time; Python asks here for unset slots only."""
     if name == "raw":
         data, allowance = record._origin
-        allowance.take(may_be_small(data) + len(data) // SMALL_BYTES)
+        allowance.take(weight=weight(data))
         value = _whole(kind(), data)
     elif name in conversions:
         origin = record._origin
@@ -180,7 +185,7 @@ def _converted(record: Any, name: str, conversions: Mapping[str, Conversion], ki
         value = conversions[name](message)
         if origin is not None and isinstance(value, dict | tuple):
             options = sum(len(mount.options) for mount in value) if name == "mounts" else 0
-            origin[1].take(len(value) + options)
+            origin[1].take(parts=len(value) + options)
     else:
         raise AttributeError(f"{type(record).__name__!r} object has no attribute {name!r}")
     _set(record, name, value)
