@@ -94,7 +94,6 @@ class Scene:
         self.clock, self.tracker, self.target = FakeClock(), MemoryTracker(), FakeTarget(*PAGES)
         self.out: list[tuple[float, ProcessId, int]] = []
         self.report: StepReport | None = None
-        monkeypatch.setattr("memtier_engine.mover.mover.ProcessHandle", Handle)
         config = EngineConfig(
             scan_interval_ms=5000,
             policy=AgePolicyConfig(interval_ms=decide_ms, swap_out_ms=20_000),
@@ -114,6 +113,7 @@ class Scene:
     def map(self, process: ProcessId, *ranges: tuple[int, int]) -> None:
         lines = [f"{BASE + a * PAGE_BYTES:x}-{BASE + b * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n" for a, b in ranges]
         self.machine.process(process.pid, maps="".join(lines))
+        self.machine.process(process.pid, start_ticks=process.start_ticks, maps="".join(lines))
 
     def _move(self, handle: ProcessHandle, part: Spans, node: int) -> BatchResult:
         process = handle.process
@@ -139,13 +139,6 @@ class Scene:
 
     def out_of(self, process: ProcessId, *, after_s: float = 0.0) -> int:
         return sum(pages for at_s, moved, pages in self.out if moved == process and at_s > after_s)
-
-
-class Handle:
-    def __init__(self, host: object, process: ProcessId) -> None:
-        self.process = process
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture
