@@ -156,6 +156,7 @@ def test_directories_are_mounted_and_they_exist_on_every_kernel() -> None:
         "/var/run/nri": "DirectoryOrCreate",
         "/sys/fs/cgroup": "Directory",
         "/sys/kernel/mm": "Directory",
+        "/run/memtier": "DirectoryOrCreate",
     }
 
 
