@@ -20,6 +20,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from loguru import logger
+
 from memtier_engine.closing import Closing
 from memtier_engine.errors import KernelCallError, Unavailable
 from memtier_engine.hostfs.host import Host
@@ -127,6 +129,8 @@ class _Table:
                 try:
                     self._fd, self.why_alone = _open_file(self._directory), None
                 except Unavailable as failure:
+                    if self.why_alone != str(failure):
+                        logger.warning("{}", failure)
                     self.why_alone = str(failure)
 
     def take(self, processes: tuple[ProcessId, ...]) -> Claim | tuple[ProcessId, int | None]:
