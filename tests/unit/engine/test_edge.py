@@ -78,6 +78,14 @@ def test_a_batch_is_cut_after_what_it_may_hold_or_at_the_end_of_2_mib_that_go_wh
         assert taken < limit + BLOCK
 
 
+def test_a_probe_is_cut_to_the_page_unless_there_is_a_huge_page() -> None:
+    goes = np.ones(4 * BLOCK, np.bool_)
+    addresses = pages(*range(4 * BLOCK))
+    assert edge.cut_batch(addresses, goes, 64 * PAGE_BYTES, Spans.empty()).pages == 64
+    assert edge.cut_batch(addresses, goes, 64 * PAGE_BYTES, spans((0, BLOCK))).pages == BLOCK
+    assert edge.cut_batch(addresses, goes, 64 * PAGE_BYTES, spans((BLOCK, 2 * BLOCK))).pages == 64
+
+
 def test_what_stays_costs_nothing_of_a_batch() -> None:
     goes = np.zeros(1000, np.bool_)
     goes[900:] = True

@@ -251,3 +251,15 @@ def test_without_the_right_the_task_ends_and_says_so(
     [outcome] = moving.pump(0.0)
     assert "EPERM" in (outcome.error or "")
     assert not moving.has_work
+
+
+@pytest.mark.parametrize(("most", "out"), [(64 * PAGE_BYTES, 64 * PAGE_BYTES), (3 * MIB, 3 * MIB)])
+def test_a_task_that_has_enough_ends_wherever_it_found_it(kernel: Kernel, host: Host, most: int, out: int) -> None:
+    """A probe is 64 pages of those that can go; what is locked in front is passed over."""
+    kernel.words[: 256 * MIB_PAGES] = PM_PRESENT
+    moving = mover(kernel, host)
+    moving.add(MoveTask(PROCESS, spans((0, 320 * MIB_PAGES)), most_bytes=most))
+    for pump in range(20):
+        moving.pump(float(pump))
+    assert kernel.out_bytes == out
+    assert not moving.has_work

@@ -57,7 +57,8 @@ def outcome(process: ProcessId = PROCESS, moved: int = PROBE, to_node: int = SWA
 
 
 def sizes(tasks: list[MoveTask]) -> list[int]:
-    return [task.spans.total_bytes // PAGE_BYTES for task in tasks]
+    """Pages that are to go out, at most."""
+    return [min(task.spans.total_bytes, task.most_bytes or 1 << 62) // PAGE_BYTES for task in tasks]
 
 
 def test_a_tracker_that_flushes_needs_no_probe() -> None:

@@ -122,6 +122,9 @@ def test_what_was_touched_is_young_and_what_is_absent_is_no_candidate() -> None:
         one.pages.update(chunk(0, [0] * 10), clock.step_table())
     one.keep(Kept(Why.TOUCHED, spans((0, 3))), 0.0)
     one.keep(Kept(Why.ABSENT, spans((8, 10))), 0.0)
+    idle = one.pages.ages[4:6].tolist()
+    one.keep(Kept(Why.HUGE, spans((4, 6))), 0.0)
+    assert one.pages.ages[4:6].tolist() == idle, "asked for again, with the rest of its huge page"
     assert one.pages.ages[:3].tolist() == [0, 0, 0]
     assert one.pages.ages[8:].tolist() == [NOT_RESIDENT, NOT_RESIDENT]
     assert one.kept_bytes() == {}

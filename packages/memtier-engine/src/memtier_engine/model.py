@@ -186,6 +186,8 @@ class MoveTask:
     spans: Spans
     to_node: int = SWAP_NODE
     reason: str = ""
+    most_bytes: int | None = None
+    """Enough when so much of it was moved, whatever stayed. None: all of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ mm/rmap.c, try_to_unmap_flush(); arch/x86/mm/tlb.c, arch_tlbbatch_flush().
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId
-from memtier_engine.mover.mover import take
 from memtier_engine.pages.space import Probe
 
 PROBE_BYTES = 64 * PAGE_BYTES
@@ -78,5 +78,5 @@ class Probing:
             elif not probe.waits and process not in begun and len(task.spans):
                 begun.add(process)
                 probe.trial = True
-                first, _ = take(task.spans, probe.next_bytes or PROBE_BYTES)
-                yield MoveTask(process, first, task.to_node, task.reason)
+                # Not its first pages: those may be locked, or shared, and then nothing would be known for long.
+                yield replace(task, most_bytes=probe.next_bytes or PROBE_BYTES)

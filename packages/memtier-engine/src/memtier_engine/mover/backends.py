@@ -73,6 +73,7 @@ def page_out(
     refusals: Refusals | None = None,
     look: Look | None = None,
     keep_huge: bool = False,
+    probe: bool = False,
 ) -> BatchResult:
     """MADV_PAGEOUT on those pages of `spans` that can go; what left is counted in pagemap afterwards.
 
@@ -86,6 +87,7 @@ def page_out(
         refusals: what is known of mappings that cannot be paged out; gets to know more.
         look: asked last what was touched since the decision; such pages stay.
         keep_huge: leave huge pages alone that `spans` covers in part, instead of having them split.
+        probe: not a page above the limit, but for huge pages.
     Raises:
         ProcessGone: it exited.
         KernelCallError: EPERM and whatever else no retry can mend.
@@ -103,7 +105,8 @@ def page_out(
         reasons[(reasons == GOES) & edge.inside(addresses, huge)] = Why.HUGE
     result = BatchResult()
     if limit_bytes is not None:
-        end = edge.cut_batch(addresses, reasons == GOES, limit_bytes).pages
+        found = runs_of(handle.pagemap, spans, PAGE_IS_HUGE) if probe else None
+        end = edge.cut_batch(addresses, reasons == GOES, limit_bytes, found).pages
         addresses, reasons = addresses[:end], reasons[:end]
         result.tried_bytes = end * PAGE_BYTES
     asked = reasons == GOES

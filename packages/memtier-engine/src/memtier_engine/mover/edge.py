@@ -91,7 +91,7 @@ class Cut:
     """Whether there are others that go."""
 
 
-def cut_batch(addresses: U64, goes: Bools, limit_bytes: int) -> Cut:
+def cut_batch(addresses: U64, goes: Bools, limit_bytes: int, huge: Spans | None = None) -> Cut:
     """End a batch after about `limit_bytes` of pages that go, and never inside 2 MiB that go as a whole.
 
     A huge page that is asked for in two parts is split by the first one: from then on it costs 512 entries, and the
@@ -101,6 +101,7 @@ def cut_batch(addresses: U64, goes: Bools, limit_bytes: int) -> Cut:
         addresses: uint64[n], ascending.
         goes: bool[n].
         limit_bytes: more than 0; exceeded by less than `HUGE_BYTES`.
+        huge: where huge pages are; None: they may be anywhere.
     """
     total = np.cumsum(goes)
     if not len(total):
@@ -109,6 +110,8 @@ def cut_batch(addresses: U64, goes: Bools, limit_bytes: int) -> Cut:
     if end >= len(total):
         return Cut(len(total), False)
     block = addresses[end - 1] // np.uint64(HUGE_BYTES) * np.uint64(HUGE_BYTES)
+    if huge is not None and not inside(np.array([block]), huge).any():
+        return Cut(end, bool(total[-1] > total[end - 1]))
     first, last = np.searchsorted(addresses, np.array([block, block + np.uint64(HUGE_BYTES)], np.uint64)).tolist()
     if last - first == HUGE_BYTES // PAGE_BYTES and goes[first:last].all():
         end = last

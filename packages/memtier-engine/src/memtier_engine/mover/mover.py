@@ -90,6 +90,7 @@ class _Pending:
     task: MoveTask
     left: Spans
     tries: int = 0
+    moved_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -262,6 +263,8 @@ class Mover:
     def _batch(self, pending: _Pending, budget: int, later: list[_Pending], now_s: float) -> MoveOutcome:
         """Move a part of a task; its rest goes back into the queue, or into `later` what another pump goes on with."""
         process, node = pending.task.process, pending.task.to_node
+        if pending.task.most_bytes is not None:
+            budget = min(budget, max(PAGE_BYTES, pending.task.most_bytes - pending.moved_bytes))
         began_s = time.monotonic()
         result, effect, error = BatchResult(), Effect(None, None), None
         swaps = node == SWAP_NODE and self._backend is None
@@ -282,15 +285,18 @@ class Mover:
             rest, wait = Spans.empty(), False  # no part of this task can fare better
             error = str(named(self._host, failure, MOVERS["page-out" if node == SWAP_NODE else "move-pages"]))
         self._bucket.charge(result.moved_bytes)
+        done_bytes = pending.moved_bytes + result.moved_bytes
+        if pending.task.most_bytes is not None and done_bytes >= pending.task.most_bytes:
+            rest, result.busy = Spans.empty(), Spans.empty()
         asked = part.total_bytes if result.asked_bytes is None else result.asked_bytes
         self._adapt(asked, time.monotonic() - began_s if result.call_s is None else result.call_s)
         if len(result.busy) and pending.tries < RETRIES_MAX:
-            later.append(_Pending(pending.task, result.busy, pending.tries + 1))
+            later.append(_Pending(pending.task, result.busy, pending.tries + 1, done_bytes))
         if len(rest) and not result.full:
             # To the back: a huge task takes turns with small ones. Promotions keep their place.
             turn = self._queue.appendleft if pending.task.reason == "active" else self._queue.append
             add = later.append if wait else turn
-            add(_Pending(pending.task, rest, pending.tries))
+            add(_Pending(pending.task, rest, pending.tries, done_bytes))
         return MoveOutcome(
             process,
             part,
@@ -333,7 +339,15 @@ class Mover:
             return Spans.empty(), Spans.empty(), False, BatchResult()
         limit = budget if by_hand or follow.looks else min(budget, follow.most_bytes)
         window, _ = take_whole(pending.left, max(limit, follow.window_bytes), most=WINDOW_SPANS_MAX)
-        result = page_out(handle, window, limit_bytes=limit, refusals=follow.refusals, look=look, keep_huge=not by_hand)
+        result = page_out(
+            handle,
+            window,
+            limit_bytes=limit,
+            refusals=follow.refusals,
+            look=look,
+            keep_huge=not by_hand,
+            probe=pending.task.most_bytes is not None,
+        )
         part, rest = take(pending.left, result.tried_bytes or PAGE_BYTES, most=WINDOW_SPANS_MAX)
         follow.window_bytes = _next_window(part.total_bytes, result.moved_bytes, limit)
         if by_hand or not result.moved_bytes:

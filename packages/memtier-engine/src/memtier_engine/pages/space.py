@@ -73,6 +73,8 @@ class AddressSpace:
             self.pages.set_age(kept.spans, 0, only_resident=True)
         elif kept.why is Why.ABSENT:
             self.pages.set_age(kept.spans, NOT_RESIDENT, only_resident=True)
+        elif kept.why is Why.HUGE:
+            return  # goes with the rest of its huge page as soon as both are asked for: apart from it, it never would
         else:
             self.pages.keep(kept.spans, kept.why)
             known = self._backoffs.get(kept.why)
