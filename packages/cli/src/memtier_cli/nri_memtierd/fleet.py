@@ -131,12 +131,15 @@ class Fleet:
 
     def _guarded(self, call: Callable[..., None], *arguments: object) -> None:
         """A defect in one matter must not leave all others without care."""
-        try:
-            call(*arguments)
-        except MemtierError as error:
-            logger.error("{}", error)
-        except Exception:
-            logger.exception("{} failed", call.__name__.strip("_"))
+        about = next((argument for argument in arguments if isinstance(argument, (Care, ContainerInfo))), None)
+        label = str(about.container if isinstance(about, Care) else about)
+        with logger.contextualize(**({} if about is None else {"container": label})):
+            try:
+                call(*arguments)
+            except MemtierError as error:
+                logger.error("{}", error)
+            except Exception:
+                logger.exception("{} failed", call.__name__.strip("_"))
 
     def _wait_s(self) -> float:
         due_s = min(self._cares.soonest_s, self._litter.soonest_s)
@@ -149,7 +152,7 @@ class Fleet:
             self._guarded(self._launcher.configure, self._config)
         self._guarded(self._launcher.clean, self._run_directory)
         for place in self._run_directory.leftovers():
-            logger.info("{}: removed what an earlier run left", place)
+            logger.bind(container=str(place)).info("removed what an earlier run left")
             self._litter.remove(place, self._now_s())
 
     def _handle(self, event: Event) -> None:

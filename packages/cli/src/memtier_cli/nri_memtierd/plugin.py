@@ -170,11 +170,12 @@ class MemtierdPlugin(Plugin):
     async def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
         """See `Plugin.create_container`. Raises: ContainerRefused, which fails the creation."""
         decision = self._decide(pod, container)
+        log = logger.bind(container=_label(pod, container))
         for remark in decision.remarks:
-            logger.warning("{}/{}:{}: {}", pod.namespace, pod.name, container.name, remark)
+            log.warning("{}", remark)
         if decision.workload_class is not None or decision.unified:
             name = decision.workload_class.name if decision.workload_class else "none"
-            logger.debug("{}/{}:{}: class {}, {}", pod.namespace, pod.name, container.name, name, decision.unified)
+            log.debug("class {}, {}", name, decision.unified)
         adjustment = Adjustment()
         for key, value in decision.unified.items():
             adjustment = adjustment.unified(key, value)
@@ -226,7 +227,7 @@ class MemtierdPlugin(Plugin):
         try:
             return self._decide(pod, container)
         except ContainerRefused as error:
-            logger.debug("{}/{}:{}: {}", pod.namespace, pod.name, container.name, error)
+            logger.bind(container=_label(pod, container)).debug("{}", error)
             return None
 
     async def _send_missing(self, wanted: Sequence[Wanted]) -> None:
@@ -272,6 +273,10 @@ class MemtierdPlugin(Plugin):
             if update.resources.unified:
                 updates.append(update)
         return updates
+
+
+def _label(pod: Pod, container: Container) -> str:
+    return f"{pod.namespace}/{pod.name}:{container.name}"
 
 
 def concerns_us(pod: Pod) -> bool:

@@ -8,6 +8,7 @@ Where the connector is not to be had, the source is polled at an interval.
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections.abc import Callable
@@ -62,7 +63,8 @@ class EventsTarget:
             self._events = open_events()
         except Unavailable as failure:
             logger.warning("{}: polling for processes every {:g} s instead", failure, refresh_s)
-        self._thread = threading.Thread(target=self._follow, name="memtier-events", daemon=True)
+        context = contextvars.copy_context()  # whose target it is, for what the thread logs
+        self._thread = threading.Thread(target=context.run, args=(self._follow,), name="memtier-events", daemon=True)
         self._thread.start()
 
     @property

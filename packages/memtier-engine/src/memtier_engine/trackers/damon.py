@@ -208,7 +208,9 @@ class DamonTracker:
         found = self._kdamond.operations()
         physical = "vaddr" not in found and "paddr" in found
         if physical:
-            logger.info("damon: this kernel cannot watch processes: physical memory is watched instead")
+            logger.bind(node="damon").info(
+                "damon: this kernel cannot watch processes: physical memory is watched instead"
+            )
         return physical
 
     @property

@@ -205,7 +205,7 @@ class SwapInWatch:
         try:
             self._feed.watch(self._processes)
         except KernelCallError as failure:
-            logger.warning("swap-ins are no longer counted as they happen: {}", failure)
+            logger.bind(node="swap-ins").warning("swap-ins are no longer counted as they happen: {}", failure)
             self.close()
 
     def read(self, alive: Collection[ProcessId]) -> SwapIns | None:
@@ -223,7 +223,7 @@ class SwapInWatch:
             if left != self._processes:
                 self._feed.watch(left)
         except KernelCallError as failure:
-            logger.warning("swap-ins are no longer counted as they happen: {}", failure)
+            logger.bind(node="swap-ins").warning("swap-ins are no longer counted as they happen: {}", failure)
             self.close()
             return None
         self._processes = left
@@ -248,5 +248,5 @@ class SwapInWatch:
         try:
             return self._make_delays(self._host)
         except Unavailable as failure:
-            logger.info("swap-ins are not counted as they happen: {}; {}", no_bpf, failure)
+            logger.bind(node="swap-ins").info("swap-ins are not counted as they happen: {}; {}", no_bpf, failure)
             return None
