@@ -277,6 +277,10 @@ class NriPlugin:
         """Names of the containers that have a directory."""
         return sorted(path.name for path in self.runs.glob("*/*/*"))
 
+    def namespaces(self) -> list[str]:
+        """What is in the run directory besides the program's own files."""
+        return sorted(path.name for path in self.runs.iterdir() if path.is_dir())
+
     def output(self, name: str) -> str:
         """memtierd.output of a container of that name."""
         return "".join(path.read_text() for path in self.runs.glob(f"*/*/{name}/memtierd.output"))

@@ -157,7 +157,7 @@ class MemtierdPlugin(Plugin):
                     wanted.append((info, decision.unified))
             elif container.state is ContainerState.CREATED:  # StartContainer is still to come
                 created.add(container.id)
-        logger.info("{} pods, {} containers, {} of ours run", len(pods), len(containers), len(running))
+        logger.info("{} pods, {} containers; {} running containers of ours", len(pods), len(containers), len(running))
         self._fleet.report(Listed(tuple(running), frozenset(created), self._adopt))
         self._connection.connected()
         if self._sending is not None:
