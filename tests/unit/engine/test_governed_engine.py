@@ -206,6 +206,23 @@ def test_what_is_pending_of_a_wrong_decision_is_dropped_when_that_is_known(
     assert scene.out_of(BIG, after_s=known_s) > 0
 
 
+def test_what_is_held_back_of_one_process_does_not_use_up_the_movers_time_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is held back comes first, and is larger than what a decision may ask for."""
+    scene = Scene(tmp_path, monkeypatch, bandwidth_mib_per_s=60 * PAGE_BYTES / (1 << 20))
+    scene.run(1)
+    held, other = scene.engine.pages
+    governor = scene.engine.refaults.space(held).governor
+    assert governor is not None
+    governor.went_out(1000, 0.0)
+    governor.came_back(1000, 900.0, 0.0, 1.0)
+    assert governor.judge(0, 1.0)
+    scene.run(120)
+    assert scene.out_of(held) == 0
+    assert scene.out_of(other) == PAGES[other]
+
+
 def test_what_a_process_frees_is_no_longer_out_and_filled_anew_it_is_no_refault(scene: Scene) -> None:
     report = scene.run(60)
     assert report.paged_out_bytes == sum(PAGES.values()) * PAGE_BYTES

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loguru import logger
 
 from memtier_engine.errors import TrackerUnavailable
 from memtier_engine.hostfs.host import Host
@@ -133,3 +134,17 @@ def test_auto_does_not_take_softdirty_where_smaps_does_not_tell_reads(
 
 def test_every_tracker_that_auto_tries_has_a_reason() -> None:
     assert all(registry.AUTO_REASONS[name] for name in registry.AUTO_ORDER)
+
+
+def test_whose_bits_it_clears_is_said_at_the_start(tmp_path: Path) -> None:
+    """CRIU and collectors go by the same bits."""
+    told: list[str] = []
+    sink = logger.add(told.append, level="WARNING", format="{message}")
+    logger.enable("memtier_engine")
+    try:
+        SoftDirtyTracker(machine(tmp_path, referenced_kib=(0, 0)).host)
+    finally:
+        logger.disable("memtier_engine")
+        logger.remove(sink)
+    assert len(told) == 1
+    assert "CRIU" in told[0]

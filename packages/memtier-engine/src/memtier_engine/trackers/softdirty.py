@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from loguru import logger
 
 from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
@@ -64,6 +65,11 @@ class SoftDirtyTracker:
         self._seen = FirstSight()
         self._buffer = np.empty(CHUNK_PAGES, np.uint64)
         self._files = TrackerFiles(host, files)
+        # Documentation/admin-guide/mm/soft-dirty.rst: the bit was made for CRIU, and there is one per page for all.
+        logger.warning(
+            "tracker softdirty clears the soft-dirty bits of its processes with each scan: who else goes by them, such "
+            "as an incremental dump by CRIU or a garbage collector, misses pages; track no such process with it"
+        )
 
     def use_files(self, files: OpenProcesses) -> None:
         """Open files of processes there from now on; before the first scan."""
