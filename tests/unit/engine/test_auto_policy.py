@@ -251,6 +251,19 @@ def test_the_oldest_pages_go_first_under_a_budget() -> None:
     assert [pages_of(task.spans) for task in tasks] == [[(4000, 8000)], [(8000, 10_000)]]
 
 
+def test_a_stopped_engine_proves_no_page_to_be_cold() -> None:
+    """An hour between two scans is a window of three intervals: risk that nobody watched is none."""
+    own = ProcessPages(PROCESS)
+    own.set_spans(spans((0, 1000)))
+    own.ages[:] = 1
+    clock, policy = AgeClock(), AutoPolicy(AutoPolicyConfig(), _NoGaps())
+    for now_s in (0.0, 5.0, 3605.0, 3610.0):
+        clock.begin_scan(now_s, interval_s=5.0)
+        policy.decide({PROCESS: own}, clock, None)
+    assert policy._open.risked_min.sum() == pytest.approx(1000 * (5 + 15 + 5) / 60)
+    assert policy.state.refaults_percent_per_min is None, "no window of a minute is complete"
+
+
 class _NoGaps:
     def take_gaps(self) -> NDArray[np.int64]:
         return RefaultLedger().take_gaps()

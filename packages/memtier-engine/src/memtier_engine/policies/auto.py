@@ -151,11 +151,13 @@ class AutoPolicy(BasePolicy):
         out_total = int(ages[PAGED_OUT])
         resident = by_bin(ages[: AGE_MAX + 1], idle_s)
         out = self._gaps.out_pages(now_s, out_total)
-        self._measure(resident + out, now_s)
+        # Nobody was watched while the engine was stopped: that time proves no page to be cold.
+        counted_s = clock.counted_s
+        self._measure(resident + out, counted_s)
         if self._window_begin_s is None:
-            self._window_begin_s = now_s
-        elif now_s - self._window_begin_s >= self.config.window_ms / 1000:
-            self._close_window(resident, out, now_s)
+            self._window_begin_s = counted_s
+        elif counted_s - self._window_begin_s >= self.config.window_ms / 1000:
+            self._close_window(resident, out, counted_s, now_s)
         if self.state.threshold_s is None:
             return []
         least = clock.least_age(self.state.threshold_s)
@@ -168,19 +170,19 @@ class AutoPolicy(BasePolicy):
         movable: I64 = sum((own.histogram(leave=tuple(Why)) for own in pages.values()), np.zeros(256, np.int64))
         return _oldest(pages, movable, max(1, least), wanted, self.state.share)
 
-    def _measure(self, at_risk: I64, now_s: float) -> None:
+    def _measure(self, at_risk: I64, counted_s: float) -> None:
         """Take over what was touched since the last decision, and who could have been."""
-        passed_s = 0.0 if self._last_s is None else max(0.0, now_s - self._last_s)
-        self._last_s = now_s
+        passed_s = 0.0 if self._last_s is None else max(0.0, counted_s - self._last_s)
+        self._last_s = counted_s
         self._open.touched += self._gaps.take_gaps()
         self._open.risked_min += at_risk * (passed_s / 60)
 
-    def _close_window(self, resident: I64, out: I64, now_s: float) -> None:
+    def _close_window(self, resident: I64, out: I64, counted_s: float, now_s: float) -> None:
         assert self._window_begin_s is not None
-        minutes = (now_s - self._window_begin_s) / 60
+        minutes = (counted_s - self._window_begin_s) / 60
         window, self._open = self._open, Window()
         window.minutes = minutes
-        self._window_begin_s = now_s
+        self._window_begin_s = counted_s
         self._history.append(window)
         in_ram = max(RAM_LEAST_PAGES, int(resident.sum()))
         before_s = self.state.threshold_s or np.inf
