@@ -26,6 +26,7 @@ from memtier_engine.hostfs.maps import process_id, read_mappings
 from memtier_engine.hostfs.pagemap import Pagemap, present
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, ProcessId, Spans
 from memtier_engine.mover.backends import ProcessHandle, move
+from memtier_engine.trackers import clearing
 from memtier_engine.trackers.bpf import paging, program
 from memtier_engine.trackers.bpf.program import MAX_BLOCKS, SharedWalker
 from memtier_engine.trackers.bpf.tracker import BpfTracker
@@ -269,12 +270,18 @@ def test_a_busy_process_on_a_cpu_of_its_own_is_seen_in_every_window(tracker: Bpf
         assert int(chunk.accessed.sum()) == 64
 
 
-def test_where_nothing_flushes_paging_out_a_page_shows_what_the_tlb_hid(tracker: BpfTracker, spinner: Spinner) -> None:
+def test_where_nothing_flushes_paging_out_a_page_shows_what_the_tlb_hid(
+    spinner: Spinner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What `memtier_engine.engine.probing` relies on: the kernel flushes all of the process's entries for one page."""
-    tracker.flushes = False
-    assert tracker.stale_tlb
+    monkeypatch.setattr(clearing, "flush_is_free", lambda host: False)
     busy = spinner.pages(0, 64)
-    with temporary_zram_swap(64 << 20), closing(ProcessHandle(Host(), spinner.process)) as handle:
+    with (
+        temporary_zram_swap(64 << 20),
+        closing(ProcessHandle(Host(), spinner.process)) as handle,
+        closing(BpfTracker(Host(), clearing=clearing.BestClearing(Host(), cold=False))) as tracker,
+    ):
+        assert tracker.stale_tlb
         for number in range(20):
             list(tracker.scan(spinner.process, busy))
             # The last pages may still wait in a CPU's batch for the LRU lists, which are passed over.

@@ -182,11 +182,14 @@ def test_a_thread_that_is_a_real_time_one_already_is_left_alone(monkeypatch: pyt
     assert calls == []
 
 
-def test_where_real_time_is_not_allowed_clearing_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["sched_setscheduler", "sched_getscheduler", "sched_getparam"])
+def test_where_real_time_is_not_allowed_clearing_goes_on_without(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cpu cgroup without a share for it, or a seccomp filter."""
+
     def refuse(*each: object) -> None:
         raise PermissionError(errno.EPERM, "no")
 
-    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    monkeypatch.setattr(os, call, refuse)
     with Undisturbed() as undisturbed:
         undisturbed.breathe()
         undisturbed.breathe()

@@ -313,9 +313,12 @@ class Undisturbed(Closing):
     """
 
     def __init__(self) -> None:
-        self._policy = os.sched_getscheduler(0)
-        self._parameters = os.sched_getparam(0)
-        self._allowed = self._policy in (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
+        self._policy, self._parameters = os.SCHED_OTHER, os.sched_param(0)
+        try:
+            self._policy, self._parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+            self._allowed = self._policy in (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE)
+        except OSError:  # a seccomp filter
+            self._allowed = False
         self._until_s = -float("inf")
 
     def breathe(self) -> None:

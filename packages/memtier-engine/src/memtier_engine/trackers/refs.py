@@ -40,7 +40,7 @@ class RefsTracker:
         self._files = TrackerFiles(host, files)
         self._seen = FirstSight()
         self._clearing = BestClearing(host)
-        self.stale_tlb = not self._clearing.flushes()
+        self.stale_tlb = not (self._clearing.flushes() and self._clearing.refs.flushes())
         self._batches = Batches()
         self._buffer = np.empty(CHUNK_PAGES, np.uint64)
 

@@ -14,7 +14,8 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.model import Tracker
 
 AUTO_REASONS: Mapping[str, str] = {
-    "bpf": "reads and writes of each page, shared ones too, at a tenth of the bitmap's cost, on any kernel with BPF",
+    "bpf": "reads and writes of each page, at a tenth of the bitmap's cost and without holding up its process, on any "
+    "kernel with BPF",
     "idlepage": "reads and writes of each page; dear, and pages that several processes map are left out",
     "damon": "reads and writes at a cost that does not grow with the memory; it samples, so pages used rarely among "
     "many idle ones may look idle, and the guard `refaults` has to stop that",

@@ -135,23 +135,21 @@ class SampledBpfTracker:
         pages_of_sampled: list[U64] = [np.zeros(0, np.uint64)]
         mapped_blocks = 0
         self._bits.begin(process)
-        try:
-            with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
-                for pieces in cut(spans, CHUNK_PAGES, MAX_BLOCKS):
-                    seen, chosen = self._look(pagemap, pieces, seed)
-                    mapped = seen.walk.states != paging.STATE_NOTHING
-                    mapped_blocks += int(mapped.sum())
-                    accessed = seen.accessed | seen.resident & (seen.layout.of_blocks(~chosen) | seen.walk.other_mmu)
-                    pages_of_sampled.append(self._accessed_by_block(seen, accessed, chosen & mapped))
-                    mark_new(accessed, pieces, known)
-                    swapped = None if not chosen.all() else paging.swapped(seen.words)
+        with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
+            for pieces in cut(spans, CHUNK_PAGES, MAX_BLOCKS):
+                seen, chosen = self._look(pagemap, pieces, seed)
+                mapped = seen.walk.states != paging.STATE_NOTHING
+                mapped_blocks += int(mapped.sum())
+                accessed = seen.accessed | seen.resident & (seen.layout.of_blocks(~chosen) | seen.walk.other_mmu)
+                pages_of_sampled.append(self._accessed_by_block(seen, accessed, chosen & mapped))
+                mark_new(accessed, pieces, known)
+                swapped = None if not chosen.all() else paging.swapped(seen.words)
+                try:
                     self._bits.clear(files, pagemap, seen, self._clearing, self._buffer)
-                    accessed &= seen.resident
-                    yield PageChunk(
-                        int(pieces.starts[0]), accessed, seen.resident, spans=spans_of(pieces), swapped=swapped
-                    )
-        except AccessDenied as failure:
-            raise rights.denied(self._host, failure, (*rights.FOR_COLD, *rights.FOR_OTHERS)) from None
+                except AccessDenied as failure:
+                    raise rights.denied(self._host, failure, (*rights.FOR_COLD, *rights.FOR_OTHERS)) from None
+                accessed &= seen.resident
+                yield PageChunk(int(pieces.starts[0]), accessed, seen.resident, spans=spans_of(pieces), swapped=swapped)
         self._estimates.pop(process, None)
         if scans % self._panel_scans:  # the panel's bits were cleared by the scan before
             found = extrapolate(np.concatenate(pages_of_sampled), mapped_blocks)

@@ -45,7 +45,7 @@ def _tried(name: str, use: Callable[[], str | None]) -> Source:
 
 def _accessed(host: Host) -> str:
     with closing(BpfTracker(host)) as tracker:
-        flush = "flushes TLBs" if tracker.flushes else "does not flush TLBs (CONFIG_MEM_SOFT_DIRTY makes that dear)"
+        flush = "flushes TLBs" if tracker.flushes else "does not flush TLBs (without CAP_SYS_NICE)"
         return _joined(f"loaded by {tracker.loader}", flush, _of_others(host))
 
 
