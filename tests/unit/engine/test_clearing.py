@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtier_engine.abi import syscalls
-from memtier_engine.abi.constants import UIO_MAXIOV
+from memtier_engine.abi.constants import PM_MMAP_EXCLUSIVE, PM_PRESENT, UIO_MAXIOV
 from memtier_engine.errors import AccessDenied, KernelCallError
 from memtier_engine.model import PAGE_BYTES, Spans
 from memtier_engine.trackers import clearing
+from memtier_engine.trackers.bpf import paging
 from memtier_engine.trackers.bpf.blocks import laid_out, runs_of
+from memtier_engine.trackers.bpf.program import Walk
+from memtier_engine.trackers.bpf.tracker import RETRY_SCANS, BitClearer, look_at
 from memtier_engine.trackers.clearing import BestClearing, Cold, Ranges, Undisturbed, ranges_of
 from memtier_engine.trackers.words import page_numbers
 from support.fakes import BASE, PROCESS, pages_of, spans
@@ -102,6 +105,12 @@ def test_only_what_was_touched_and_what_lies_close_between_is_cleared() -> None:
     """A page in use once a minute should not be put on the inactive list once a second."""
     found = cleared(spans((0, 1000)), {10, 12, 200, 217, 900})
     assert pages_of(found.spans) == [(10, 13), (200, 218), (900, 901)]
+
+
+def test_a_small_gap_that_is_not_tracked_is_not_cleared() -> None:
+    """Two mappings with a page of somebody else's between them."""
+    assert pages_of(cleared(spans((0, 10), (11, 20)), {9, 11}).spans) == [(9, 10), (11, 12)]
+    assert pages_of(cleared(spans((0, 10), (10, 20)), {9, 11}).spans) == [(9, 12)]
 
 
 def test_a_huge_page_is_one_range_and_left_alone_if_a_part_is_not_tracked() -> None:
@@ -193,3 +202,84 @@ def test_where_real_time_is_not_allowed_clearing_goes_on_without(call: str, monk
     with Undisturbed() as undisturbed:
         undisturbed.breathe()
         undisturbed.breathe()
+
+
+class Machine:
+    """1000 touched pages of one process, some of which wait in batches, and some of which others map too."""
+
+    pid = 1
+
+    def __init__(self, waiting: set[int], shared: set[int]) -> None:
+        self.mask = (1 << 46) - PAGE_BYTES
+        self.waiting, self.shared = waiting, shared
+        self.words = np.full(1024, paging.PTE_PRESENT | paging.PTE_ACCESSED, np.uint64)
+        self.cleared = 0
+        self.drains = 0
+
+    def walk(self, fd: int, addresses: Any, out: Any = None) -> Walk:
+        first = (int(addresses[0]) - BASE) // PAGE_BYTES
+        words = self.words[first : first + len(addresses) * BLOCK].reshape(-1, BLOCK).copy()
+        return Walk(np.full(len(addresses), paging.STATE_TABLE, np.uint64), words, False)
+
+    def clear(self, files: Any, ranges: Ranges, pieces: Spans) -> None:
+        for first, last in pages_of(ranges.spans):
+            for page in set(range(first, last)) - self.waiting - self.shared:
+                self.words[page] = paging.PTE_PRESENT
+            self.cleared += last - first
+
+    def drain(self) -> bool:
+        self.drains += 1
+        self.waiting = set()
+        return True
+
+    def fileno(self) -> int:
+        return 0
+
+    def read_all(self, pairs: list[tuple[int, int]]) -> Any:
+        return np.concatenate([self.read(*pair) for pair in pairs])
+
+    def read(self, start: int, end: int, out: Any = None) -> Any:
+        pages = range((start - BASE) // PAGE_BYTES, (end - BASE) // PAGE_BYTES)
+        return np.array([PM_PRESENT | (0 if page in self.shared else PM_MMAP_EXCLUSIVE) for page in pages], np.uint64)
+
+
+class OfProcess:
+    process = PROCESS
+    pidfd = 3
+
+
+def clear_once(machine: Any, bits: BitClearer) -> int:
+    bits.begin(PROCESS)
+    seen = look_at(machine, machine, laid_out(spans((0, 1000))))
+    return bits.clear(OfProcess(), machine, seen, machine, np.empty((2, BLOCK), np.uint64))  # type: ignore[arg-type]
+
+
+def clearer(machine: Any) -> BitClearer:
+    bits = BitClearer(machine)
+    bits._batches.drain = machine.drain  # type: ignore[method-assign]
+    return bits
+
+
+def test_pages_that_wait_in_the_batch_of_a_cpu_are_cleared_after_it_was_drained() -> None:
+    """On a CPU that rests they would wait for ever."""
+    machine = Machine({5, 6, 700}, set())
+    assert clear_once(machine, clearer(machine)) == 0
+    assert machine.drains == 1
+    assert not paging.accessed(machine.words[:1000]).any()
+
+
+def test_pages_of_others_are_not_tried_again_with_each_scan_but_now_and_then() -> None:
+    """And are found again when they are nobody else's any more."""
+    machine = Machine(set(), set(range(100, 1000)))
+    bits = clearer(machine)
+    assert clear_once(machine, bits) == 900
+    costs = []
+    for _ in range(2 * RETRY_SCANS):
+        machine.cleared = 0
+        assert clear_once(machine, bits) == 900
+        costs.append(machine.cleared)
+    assert sum(cost > 0 for cost in costs) == 2
+    machine.shared = set()
+    for _ in range(RETRY_SCANS):
+        clear_once(machine, bits)
+    assert not paging.accessed(machine.words[:1000]).any()
