@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memtier_engine.model import PAGE_SHIFT, U64, Bools, Spans
+from memtier_engine.pages.ages import true_runs
 from memtier_engine.trackers.bpf import paging
 from memtier_engine.trackers.common import I64, offsets_of
 
@@ -62,19 +63,16 @@ def runs_of(layout: Layout, wanted: Bools, huge: Bools | None = None) -> tuple[S
         wanted: bool[n].
         huge: bool[n]: of pages that lie in huge pages; None: none does. Their runs end where the page does.
     """
-    padded = np.zeros(len(wanted) + 2, np.int8)
-    padded[1:-1] = wanted
-    edges = np.flatnonzero(np.diff(padded))
-    begins, ends = edges[::2], edges[1::2]
-    if not isinstance(layout.places, slice) or huge is not None:
-        # Neighbours in the order of pages need not be neighbours in memory.
+    if huge is None:
+        # Neighbours in the order of pages need not be neighbours in memory: a run ends where a piece does.
+        runs = true_runs(wanted, offsets_of(layout.pieces)[1:-1])
+        begins, ends = runs[:, 0], runs[:, 1]
+    else:
         pages = np.flatnonzero(wanted)
         numbers = layout.numbers(pages)
-        apart = np.diff(numbers) != 1
-        if huge is not None:
-            of_huge = huge[pages]
-            blocks = numbers >> np.uint64(_WORD_SHIFT)
-            apart |= (of_huge[1:] | of_huge[:-1]) & (blocks[1:] != blocks[:-1])
+        blocks = numbers >> np.uint64(_WORD_SHIFT)
+        of_huge = huge[pages]
+        apart = (np.diff(numbers) != 1) | ((of_huge[1:] | of_huge[:-1]) & (blocks[1:] != blocks[:-1]))
         begins, ends = pages[np.concatenate(([True], apart))], pages[np.concatenate((apart, [True]))] + 1
     first, last = layout.numbers(begins), layout.numbers(ends - 1)
     shift = np.uint64(PAGE_SHIFT)
