@@ -201,8 +201,9 @@ class BestClearing:
     def refused(self, process: ProcessId, failure: AccessDenied) -> None:
         """The kernel does not let us advise on `process`: the other way from now on."""
         if self._cold is not None and process not in self._refused:
+            level = "DEBUG" if self._refused else "INFO"  # a thousand may be refused, for one reason
             self._refused.add(process)
-            logger.info("process {}: accessed bits are cleared by clear_refs: {}", process.pid, failure)
+            logger.log(level, "process {}: accessed bits are cleared by clear_refs: {}", process.pid, failure)
 
     def all_is_better(self, files: ProcessFiles, touched: int, shared: int) -> bool:
         """Whether to clear everything of a process, of which `shared` of `touched` pages belong to others too.
