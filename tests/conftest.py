@@ -1,8 +1,26 @@
-"""For all tests: no verdict hangs on how fast the machine is."""
+"""For all tests: no verdict hangs on how fast the machine is, nor on what a test before it left behind."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("memtier", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("memtier")
+
+_LOGGERS = ("", "nri_core")
+"""Whose level and handlers the programs set."""
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
+    yield
+    for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
