@@ -249,7 +249,7 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
         ("run_pod", "run_pod_sandbox"),
         ("handle_stop_container", "stop_container"),
         ("synchronise", "synchronize"),
-        ("synchronize", "synchronize"),
+        ("syncron" + "ize", "synchronize"),
         ("validate_container", "validate_container_adjustment"),
         ("onDisconnected", "disconnected"),
         ("configured", "configure"),
