@@ -230,7 +230,10 @@ _WORDS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+_HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=_HEALTH)
 @given(st.lists(_WORDS, max_size=7))
 def test_no_line_whatever_is_in_it_ends_the_session(tmp_path: Path, words: list[str]) -> None:
     """Every combination of commands, flags and values gives text and no traceback."""

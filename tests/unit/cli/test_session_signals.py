@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from memtier_cli.signals import Ended, SessionSignals
+from support.waiting import WAIT_S, until
 
 
 def kill(number: signal.Signals) -> None:
@@ -20,7 +21,17 @@ def kill(number: signal.Signals) -> None:
 def waits(work: Callable[[], object]) -> None:
     """The main thread waits, and `work` is done meanwhile."""
     threading.Timer(0.1, work).start()
-    time.sleep(60)
+    time.sleep(WAIT_S)
+
+
+def when_it_waits(signals: SessionSignals, work: Callable[[], object]) -> None:
+    """`work` is done as soon as the main thread waits: before, a signal would end what it does and not the wait."""
+
+    def wait_and_work() -> None:
+        until(lambda: signals._waiting)
+        work()
+
+    threading.Thread(target=wait_and_work).start()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -42,12 +53,12 @@ def test_at_a_terminal_sigint_is_for_the_command_and_sigterm_ends_it_still() -> 
 
 def test_while_it_waits_a_signal_or_a_failure_ends_the_wait() -> None:
     with SessionSignals() as signals:
-        threading.Timer(0.1, lambda: kill(signal.SIGTERM)).start()
+        when_it_waits(signals, lambda: kill(signal.SIGTERM))
         signals.wait()
         assert signals.failure is None
     with SessionSignals() as signals:
         failure = ValueError("broken")
-        threading.Timer(0.1, lambda: signals.fail(failure)).start()
+        when_it_waits(signals, lambda: signals.fail(failure))
         signals.wait()
         assert signals.failure is failure
 
@@ -69,12 +80,17 @@ def test_a_signal_that_does_not_interrupt_the_main_thread_is_sent_again() -> Non
     other.start()
     assert other.ident is not None
     gave_up: list[int] = []
-    give_up = threading.Timer(20, lambda: gave_up.append(os.write(write_end, b"x")))
+    give_up = threading.Timer(WAIT_S, lambda: gave_up.append(os.write(write_end, b"x")))
     give_up.start()
-    threading.Timer(0.1, signal.pthread_kill, (other.ident, signal.SIGTERM)).start()
+    signal_soon = threading.Timer(0.1, signal.pthread_kill, (other.ident, signal.SIGTERM))
+
+    def read() -> None:
+        signal_soon.start()  # not before the signal is caught
+        os.read(read_end, 1)
+
     try:
         with SessionSignals(), pytest.raises(Ended):
-            os.read(read_end, 1)
+            read()
         assert not gave_up
     finally:
         give_up.cancel()

@@ -20,8 +20,8 @@ from memtier_engine.targets.chosen import ChosenTarget
 from memtier_engine.trackers.finder import FinderConfig, FinderTracker
 from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of, spans
 from support.hostfolder import HostFolder
+from support.waiting import WAIT_S
 
-WAIT_S = 30.0
 MAPS = f"{BASE:x}-{BASE + 8 * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n"
 PRESENT, EXCLUSIVE, SWAPPED = 1 << 63, 1 << 56, 1 << 62
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -19,6 +18,7 @@ from memtier_engine.model import ProcessId
 from memtier_engine.targets.base import innermost
 from memtier_engine.targets.events import EventsTarget
 from memtier_engine.targets.pids import PidsTarget
+from support.waiting import until
 
 ONE, TWO, THREE = ProcessId(1001, 1), ProcessId(1002, 1), ProcessId(1003, 1)
 
@@ -72,17 +72,12 @@ def following(source: Source) -> Iterator[tuple[EventsTarget, Events]]:
     events = Events()
     target = EventsTarget(source, refresh_s=3600, open_events=lambda: cast(ProcEventSocket, events))
     try:
-        assert until(lambda: target.poll() == source.processes)
+        # By its own thread, which is the only one that is to ask.
+        until(lambda: target._asked_s is not None)
+        assert target.poll() == source.processes
         yield target, events
     finally:
         target.close()
-
-
-def until(condition: Callable[[], bool]) -> bool:
-    deadline_s = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline_s:
-        time.sleep(0.005)
-    return condition()
 
 
 def test_only_the_processes_that_started_are_asked_for() -> None:
@@ -90,7 +85,7 @@ def test_only_the_processes_that_started_are_asked_for() -> None:
     with following(source) as (target, events):
         source.processes |= {TWO}
         events.happen(started=(TWO.pid, 4444))
-        assert until(lambda: target.poll() == {ONE, TWO})
+        until(lambda: target.poll() == {ONE, TWO})
         assert source.asked == [{TWO.pid, 4444}]
         assert source.polls == 1
 
@@ -100,11 +95,11 @@ def test_an_exit_is_believed_without_asking_and_a_pid_that_was_taken_anew_is_ano
     with following(source) as (target, events):
         source.processes = {ONE}
         events.happen(exited=(TWO.pid,))
-        assert until(lambda: target.poll() == {ONE})
+        until(lambda: target.poll() == {ONE})
         later = ProcessId(ONE.pid, 99)
         source.processes = {later}
         events.happen(started=(ONE.pid,))
-        assert until(lambda: target.poll() == {later})
+        until(lambda: target.poll() == {later})
         assert source.polls == 1
 
 
@@ -113,13 +108,13 @@ def test_after_lost_events_and_with_a_source_that_looks_at_all_it_is_asked_anew(
     with following(source) as (target, events):
         source.processes = {TWO}
         events.happen(lost=True)
-        assert until(lambda: target.poll() == {TWO})
+        until(lambda: target.poll() == {TWO})
         assert source.polls == 2
     plain = Source(ONE)
     with following(plain) as (target, events):
         plain.processes |= {THREE}
         events.happen(started=(THREE.pid,))
-        assert until(lambda: target.poll() == {ONE, THREE})
+        until(lambda: target.poll() == {ONE, THREE})
         assert plain.polls == 2
 
 
@@ -128,10 +123,10 @@ def test_listeners_are_told_of_changes_only() -> None:
     with following(source) as (target, events):
         target.listen(lambda: told.append(target.poll()))
         events.happen(started=(4444,))
-        assert until(lambda: len(source.asked) == 1)
+        until(lambda: len(source.asked) == 1)
         source.processes |= {TWO}
         events.happen(started=(TWO.pid,))
-        assert until(lambda: told == [{ONE, TWO}])
+        until(lambda: told == [{ONE, TWO}])
 
 
 @pytest.mark.parametrize(

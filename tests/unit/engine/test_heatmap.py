@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 
@@ -11,6 +9,7 @@ from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
 from memtier_engine.pages.regions import Counters
 from memtier_engine.policies.heatmap import NS_PER_S, Heatmap, HeatmapConfig, Heats
+from support.growth import Work, least_ratio
 
 P = ProcessId(1, 1)
 H = HeatmapConfig(heat_max=2.0, heat_retention=0.25, heat_classes=8)
@@ -123,7 +122,7 @@ def test_heat_of_unmapped_memory_is_forgotten() -> None:
 def test_updating_many_ranges_costs_the_same_per_range() -> None:
     """8 times the ranges, about 8 times the CPU time (caches cost some); sorting for each record would take 64."""
 
-    def seconds(count: int) -> float:
+    def updates(count: int) -> Work:
         edges = np.arange(count, dtype=np.int64) * 8
         rows = Counters(
             edges.astype(np.uint64) * np.uint64(PAGE_BYTES),
@@ -132,17 +131,17 @@ def test_updating_many_ranges_costs_the_same_per_range() -> None:
             np.zeros(count, np.int64),
         )
         shifted = Counters(rows.starts + np.uint64(PAGE_BYTES), rows.ends, rows.accesses, rows.writes)
-        best = float("inf")
-        for _ in range(5):
-            heatmap = Heatmap(H)
-            heatmap.update(P, rows, 0)
-            began = time.thread_time()
+
+        heatmap = Heatmap(H)
+        heatmap.update(P, rows, 0)
+
+        def work() -> None:
             heatmap.update(P, rows, NS_PER_S)
             heatmap.update(P, shifted, 2 * NS_PER_S)
-            best = min(best, time.thread_time() - began)
-        return best
 
-    assert seconds(128_000) < 8 * 3 * seconds(16_000)
+        return work
+
+    assert least_ratio(lambda: updates(128_000), lambda: updates(16_000)) < 8 * 4
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
 from support.fakes import BASE, FakeTarget, FakeTracker, pages_of
 from support.hostfolder import HostFolder
+from support.waiting import WAIT_S
 
 BUSY = "some avg10=20.00 avg60=0.00 avg300=0.00 total=0\n"
 CALM = "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
@@ -137,7 +138,7 @@ def test_the_runner_runs_adopted_engines(scene: Scene) -> None:
     engine.clock = node._clock
     engine._next_scan_s = 0.0
     node.run(runner, engine, on_report=lambda report: seen.release())
-    assert seen.acquire(timeout=10)
+    assert seen.acquire(timeout=WAIT_S)
     assert isinstance(engine.mover, FairMover)
     runner.stop()
     node.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from memtier_engine.routines.statactions import StatActions, StatActionsConfig
 from memtier_engine.routines.stub import StubRoutine
 from memtier_engine.stats.recorder import Statistics
 from support.fakes import spans
+from support.waiting import WAIT_S, until
 
 UNIX_NS = 1_795_478_686_865_123_456  # 2026-11-24 00:04:46.865123456 UTC
 ZULU = Moment(UNIX_NS, datetime.fromtimestamp(UNIX_NS // 10**9, UTC))
@@ -171,17 +173,16 @@ def test_a_program_that_fails_is_counted_with_its_status(command: tuple[str, ...
 
 
 def test_stopping_ends_the_program_that_runs() -> None:
-    config = StatActionsConfig(interval_ms=1, interval_command=("sleep", "60"))
+    config = StatActionsConfig(interval_ms=1, interval_command=("sleep", "1000"))
     running = StatActions(config, Statistics(), now_s=time.monotonic(), allow_programs=True)
     thread = RoutineThread(running)
     thread.start()
     assert thread.dump() == 'routine "statactions": running=true'
-    deadline = time.monotonic() + 5
-    while running._child is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    began = time.monotonic()
-    assert thread.stop()
-    assert time.monotonic() - began < 3
+    until(lambda: running._child is not None)
+    child = running._child
+    assert child is not None
+    assert thread.stop(WAIT_S)
+    assert child.returncode == -signal.SIGKILL
     assert thread.dump() == 'routine "statactions": running=false'
 
 
@@ -197,7 +198,7 @@ def test_a_thread_drives_a_routine_and_survives_a_second_start() -> None:
     thread.start()
     thread.start()
     for _ in range(3):
-        assert seen.acquire(timeout=5)
+        assert seen.acquire(timeout=WAIT_S)
     assert thread.stop()
     assert StubRoutine().advance(5.0) > 5.0
 
