@@ -30,7 +30,7 @@ REQUESTS = {
     method.name: getattr(nri_pb2, method.input_type.name)
     for method in nri_pb2.DESCRIPTOR.services_by_name["Plugin"].methods
 }
-LIMIT_S = 10.0
+LIMIT_S = 120.0
 
 
 class Everything(Plugin):

@@ -158,7 +158,14 @@ async def go_runtime(
 
 async def start_runtime(peer: Peer, release: Release, **options: Any) -> None:
     """Start, or start again after "stop"."""
-    options = {"plugin_path": "/nonexistent", "config_path": "/nonexistent", **options}
+    wait_ms = int(1000 * peers.WAIT_S)
+    options = {
+        "plugin_path": "/nonexistent",
+        "config_path": "/nonexistent",
+        "registration_timeout_ms": wait_ms,
+        "request_timeout_ms": wait_ms,
+        **options,
+    }
     answer = await peer.do("start", name="containerd", version=release.runtime_version, **options)
     assert "error" not in answer, answer
 

@@ -26,7 +26,7 @@ SOURCES = Path(__file__).parent / "go"
 NRI_RELEASES = tuple(releases.NRI)
 TTRPC_RELEASES = releases.TTRPC
 NEWEST_NRI = NRI_RELEASES[-1]
-WAIT_S = 20.0
+WAIT_S = 120.0
 
 _OLDEST_GO = (1, 21)  # from here on, Go fetches the toolchain that a module asks for
 _NO_PROXY = re.compile(r"dial tcp|no such host|i/o timeout|connection refused|TLS handshake|proxyconnect|404 Not Found")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from interop.nri import Release
-from interop.peers import Peer
+from interop.peers import WAIT_S, Peer
 from nri_core import Container, EventMask, Mount, Pod, RpcError
 from nri_core.errors import ConnectionLost, MessageTooLarge
 from nri_core.pb import nri_pb2
@@ -51,12 +51,13 @@ async def met(
         "old_style": not release.has(0, 12),
         "pods": [WEB],
         "containers": [CTR],
-        "request_timeout_s": 10.0,
+        "registration_timeout_s": WAIT_S,
+        "request_timeout_s": WAIT_S,
         **(runtime or {}),
     }
     text = json.dumps({"name": "theirs", "index": "30", **settings})
     async with FakeRuntime(path, **options) as fake, Peer(release.program, "plugin", str(path), text) as peer:
-        yield fake, await fake.connected(20), peer
+        yield fake, await fake.connected(WAIT_S), peer
 
 
 def test_it_registers_and_learns_the_runtime_and_what_is_there(release: Release, path: Path) -> None:
@@ -214,7 +215,7 @@ def test_its_own_updates_reach_the_runtime_and_the_failed_ones_go_back(release: 
 def test_a_late_answer_ends_the_connection_as_with_a_real_runtime(release: Release, path: Path) -> None:
     async def main() -> None:
         runtime = {"request_timeout_s": 0.5}
-        async with met(release, path, runtime=runtime, delay_ms={"CreateContainer": 1500}) as (_, plugin, peer):
+        async with met(release, path, runtime=runtime, delay_ms={"CreateContainer": 1_000_000}) as (_, plugin, peer):
             with pytest.raises((TimeoutError, RpcError)):
                 await plugin.create_container(WEB, CTR)
             await peer.event("closed")
@@ -237,7 +238,7 @@ def test_the_runtime_sees_the_end_of_the_plugin(release: Release, path: Path) ->
     async def main() -> None:
         async with met(release, path) as (_, plugin, peer):
             peer.process.kill()
-            await asyncio.wait_for(plugin.wait_closed(), 5)
+            await asyncio.wait_for(plugin.wait_closed(), WAIT_S)
             with pytest.raises(ConnectionLost):
                 await plugin.create_container(WEB, CTR)
 
@@ -248,7 +249,7 @@ def test_a_registration_that_is_refused_ends_its_run_with_our_text(release: Rele
     async def main() -> None:
         text = json.dumps({"name": "theirs", "index": "30"})
         async with (
-            FakeRuntime(path, refuse="no plugins today", registration_timeout_s=2),
+            FakeRuntime(path, refuse="no plugins today", registration_timeout_s=WAIT_S),
             Peer(release.program, "plugin", str(path), text) as peer,
         ):
             ended = await peer.event("ended")
@@ -261,10 +262,12 @@ def test_a_subscription_with_unknown_events_is_turned_down(release: Release, pat
     async def main() -> None:
         text = json.dumps({"name": "theirs", "index": "30"})
         # A plugin of NRI v0.10 subscribes to its validator, which a runtime with v0.8 does not know.
-        runtime = {"version": "v2.1.0", "nri_version": "", "old_style": True}
-        async with FakeRuntime(path, **runtime) as fake, Peer(release.program, "plugin", str(path), text) as peer:  # type: ignore[arg-type]
+        async with (
+            FakeRuntime(path, version="v2.1.0", nri_version="", old_style=True, registration_timeout_s=WAIT_S) as fake,
+            Peer(release.program, "plugin", str(path), text) as peer,
+        ):
             if not release.has(0, 10):
-                await fake.connected(20)
+                await fake.connected(WAIT_S)
                 return
             await peer.event("closed")
             assert "unknown events" in str(fake.failures[0])

@@ -82,7 +82,7 @@ def test_every_program_in_the_documents_is_installed_and_knows_the_options_used(
             assert program.exists(), f"{document.name}: {command}: no such program"
             subcommand = [words[1]] if words[0] == "memtier" and len(words) > 1 and words[1][0] != "-" else []
             done = subprocess.run(
-                [program, *subcommand, "--help"], capture_output=True, text=True, check=False, timeout=60
+                [program, *subcommand, "--help"], capture_output=True, text=True, check=False, timeout=300
             )
             assert done.returncode == 0, f"{document.name}: {command}: {done.stderr}"
             text = done.stdout + done.stderr

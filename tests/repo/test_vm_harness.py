@@ -14,7 +14,6 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from support.vm import VmResult, VmSession
+from support.waiting import WAIT_S, until
 from vm.harness import accel, cpio, disks, distribution, images, kernel, layer, rootfs
 from vm.harness.build import Parts
 from vm.harness.cache import Cache, digest, digest_files
@@ -98,14 +98,6 @@ def alive(pids: list[int]) -> list[int]:
         if state != "Z":
             found.append(pid)
     return found
-
-
-def wait_until_gone(pids: list[int], within_s: float = 10) -> list[int]:
-    """Those that are there still after at most `within_s`."""
-    deadline = time.monotonic() + within_s
-    while (left := alive(pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return left
 
 
 # -- kernel options -------------------------------------------------------------------------------
@@ -201,7 +193,7 @@ def test_an_entry_is_built_once_however_many_ask_at_the_same_time(tmp_path: Path
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(WAIT_S)
     assert inside.is_set()
     assert len(built) == 1
     assert (tmp_path / "cache/kind-key/file").read_text() == "done"
@@ -441,15 +433,16 @@ def test_the_accelerator_can_be_chosen_and_a_wrong_name_is_refused(tmp_path: Pat
 def test_kvm_that_hangs_or_dies_does_not_count_as_kvm(tmp_path: Path) -> None:
     """Only a guest that says so has booted; one that says nothing is killed when its time is over."""
     qemu = tmp_path / "qemu"
-    for text in ("sleep 1000", "exit 1", "exit 0"):
+    for text in ("sleep 100000", "exit 1", "exit 0"):
         qemu.write_text(f"#!/bin/sh\nexec {text}\n" if "sleep" in text else f"#!/bin/sh\n{text}\n")
         qemu.chmod(0o755)
-        started = time.monotonic()
         assert accel.probe_kvm(str(qemu), tmp_path, tmp_path, timeout_s=0.3) is False
-        assert time.monotonic() - started < 5
 
 
 # -- a run, with a script in QEMU's place ---------------------------------------------------------------
+
+PATIENCE_S = (0.5, 5.0, 60.0)
+"""Time limits to try in turn: on a busy machine a script may say nothing for the first."""
 
 
 def pids_of(vm: Vm) -> list[int]:
@@ -459,10 +452,10 @@ def pids_of(vm: Vm) -> list[int]:
 @pytest.mark.usefixtures("temporary")
 def test_output_comes_byte_by_byte_as_written_and_with_the_status(parts: Parts) -> None:
     with Vm(parts) as vm:
-        result = vm.run(r"printf '\r\n\0\4\377'; exit 7", timeout_s=30)
+        result = vm.run(r"printf '\r\n\0\4\377'; exit 7", timeout_s=WAIT_S)
         assert (result.status, result.output) == (7, b"\r\n\0\4\xff")
         streamed: list[bytes] = []
-        result = vm.run(["seq", "100000"], timeout_s=30, sink=streamed.append)
+        result = vm.run(["seq", "100000"], timeout_s=WAIT_S, sink=streamed.append)
         assert result.status == 0
         assert b"".join(streamed) == result.output == "".join(f"{n}\n" for n in range(1, 100001)).encode()
 
@@ -477,15 +470,16 @@ def test_after_a_run_no_process_and_no_file_is_left(parts: Parts, temporary: Pat
 
 
 def test_a_command_that_hangs_is_killed_with_its_vm_when_the_time_is_over(parts: Parts, temporary: Path) -> None:
-    started = time.monotonic()
-    with Vm(parts) as vm:
-        pids = pids_of(vm)
-        with pytest.raises(VmTimeout, match="time is over") as caught:
-            vm.run("echo so far; exit 98", timeout_s=1)
-        assert caught.value.output == b"so far\n"
-        assert alive(pids) == []
-    assert time.monotonic() - started < 20
-    assert list(temporary.iterdir()) == []
+    for timeout_s in PATIENCE_S:
+        with Vm(parts) as vm:
+            pids = pids_of(vm)
+            with pytest.raises(VmTimeout, match="time is over") as caught:
+                vm.run("echo so far; exit 98", timeout_s=timeout_s)
+            assert alive(pids) == []
+        assert list(temporary.iterdir()) == []
+        if caught.value.output:
+            break
+    assert caught.value.output == b"so far\n"
 
 
 def test_a_guest_that_never_gets_ready_is_killed(parts: Parts, temporary: Path) -> None:
@@ -499,7 +493,7 @@ def test_a_guest_that_never_gets_ready_is_killed(parts: Parts, temporary: Path) 
 @pytest.mark.usefixtures("temporary")
 def test_a_guest_that_dies_is_an_error_with_its_last_words(parts: Parts) -> None:
     with Vm(parts) as vm, pytest.raises(VmError, match="the guest's last words"):
-        vm.run("exit 99", timeout_s=30)
+        vm.run("exit 99", timeout_s=WAIT_S)
 
 
 RUNNER = """
@@ -541,7 +535,7 @@ def test_a_signal_in_the_middle_of_a_run_leaves_nothing(
     process, pids = runner
     assert len(alive(pids)) == 1
     process.send_signal(number)
-    status = process.wait(30)
+    status = process.wait(WAIT_S)
     assert status in (128 + number, -number)
     assert alive(pids) == []
     assert list(temporary.iterdir()) == []
@@ -554,7 +548,7 @@ def test_a_run_that_is_killed_takes_its_processes_along_and_the_next_run_removes
     assert sweep_run_folders(temporary) == []  # in use
     process.kill()
     process.wait()
-    assert wait_until_gone(pids) == []
+    until(lambda: alive(pids) == [])
     left = list(temporary.iterdir())
     assert len(left) == 1
     assert sweep_run_folders(temporary) == left
@@ -570,15 +564,19 @@ def test_a_session_boots_once_for_many_commands_and_again_after_a_timeout(parts:
         assert session.run("echo one").output == "one\n"
         assert session.run("echo $NAME", env={"NAME": "a b"}).output == "a b\n"
         assert session.boots == 1
-        late = session.run("echo late; exit 98", timeout_s=0.5)
-        assert late.timed_out
+        boots = session.boots
+        for timeout_s in PATIENCE_S:
+            late = session.run("echo late; exit 98", timeout_s=timeout_s)
+            assert late.timed_out
+            assert session.run("exit 3").status == 3
+            assert session.boots == (boots := boots + 1)
+            if "late" in late.output:
+                break
         assert "late" in late.output
-        assert session.run("exit 3").status == 3
-        assert session.boots == 2
         session.run("true", smp=1)
-        assert session.boots == 3
+        assert session.boots == boots + 1
         session.run("true", smp=1, fresh=True)
-        assert session.boots == 4
+        assert session.boots == boots + 2
 
 
 def test_records_are_the_json_lines_of_the_output() -> None:
