@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
-import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from memtier_cli.nri_memtierd.launch.inprocess import InProcessLauncher
 from memtier_cli.nri_memtierd.rundir import Place, RunDirectory
 from memtier_engine.hostfs.host import Host
 from support.cgroups import temporary_cgroup
+from support.waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
 
@@ -43,7 +42,7 @@ def test_a_stopped_engine_leaves_no_reference_cycle(tmp_path: Path, tracker: str
     """Held by a cycle, its tables stayed until Python collected garbage, which grew the program by 7 MiB a minute."""
     directory = RunDirectory(tmp_path / "run")
     launcher = InProcessLauncher(Host())
-    with temporary_cgroup("lets-go") as cgroup, subprocess.Popen(["sleep", "60"]) as process:
+    with temporary_cgroup("lets-go") as cgroup, subprocess.Popen(["sleep", "1000"]) as process:
         (cgroup / "cgroup.procs").write_text(str(process.pid))
         files = directory.create(Place("a", "b", "c"))
         text = CONFIG.format(cgroup=cgroup, tracker=tracker)
@@ -53,19 +52,12 @@ def test_a_stopped_engine_leaves_no_reference_cycle(tmp_path: Path, tracker: str
         try:
             running = launcher.launch(job)
             engine = weakref.ref(running._engine)
-            _until(lambda: "lastaccs" in (files.path / "memtierd.output").read_text())
+            until(lambda: "lastaccs" in (files.path / "memtierd.output").read_text())
             running.stop()
             del running
-            _until(lambda: engine() is None)
+            until(lambda: engine() is None)
         finally:
             gc.enable()
             launcher.close(5)
             process.kill()
     directory.close()
-
-
-def _until(holds: Callable[[], bool], timeout_s: float = 15.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end_s
-        time.sleep(0.05)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,17 +147,21 @@ class Engine:
         self.refaults.share_percent = None if limits is None else limits.close_at
         self.pace = pace
         self._swap_ins = SwapInWatch(self.host) if self.config.count_swap_ins else None
-        self.spaces = Spaces(self._new_pages)
+        # Weak: what is stopped is freed at once, tables of a byte per page and all, not when garbage is next collected.
+        own: Engine = weakref.proxy(self)
+        self.spaces = Spaces(lambda process: own._new_pages(process))
         # A tracker that clears no accessed bits may look on beside another one.
         blinds = getattr(self.tracker, "clears_accessed_bits", True)
         observing = Observers(self.host) if blinds else None
-        self._membership = Membership(self.host, self.spaces, self._note, observers=observing)
+        self._membership = Membership(self.host, self.spaces, lambda error: own._note(error), observers=observing)
         self._families = Families(self.files)
         self.age_clock = AgeClock()
         self._returns = ReturnsWatch(self.host)
         self._asleep = AsleepWatch(self.tracker)
-        self._probing = Probing(self.tracker, self._probe_of, lambda: (space.probe for space in self.spaces))
-        self.halted: Callable[[], bool] = lambda: self._halt
+        self._probing = Probing(
+            self.tracker, lambda process: own._probe_of(process), lambda: (space.probe for space in own.spaces)
+        )
+        self.halted: Callable[[], bool] = lambda: own._halt
         """Asked in the middle of scans: whether to end at once."""
         self._halt = False
         self._scanner = Scanner(
@@ -168,7 +173,7 @@ class Engine:
             self.refaults,
             self.age_clock,
             self.observers,
-            lambda: self.halted(),
+            lambda: own.halted(),
         )
         if isinstance(self.tracker, FileSharingTracker):
             self.tracker.use_files(self.files)
@@ -316,9 +321,8 @@ class Engine:
             wait_for = woken
         else:
             wait_for = stop
-        self.halted = lambda: (
-            self._halt or stop.is_set() or (end_s is not None and self.clock.now_s() > end_s + _LATE_S)
-        )
+        own: Engine = weakref.proxy(self)
+        self.halted = lambda: own._halt or stop.is_set() or (end_s is not None and own.clock.now_s() > end_s + _LATE_S)
         try:
             while not self._halt and not stop.is_set():
                 woken.clear()
