@@ -15,6 +15,7 @@ from memtier_engine.targets.cgroups import CgroupsTarget
 from memtier_engine.trackers.registry import why_not
 from support.cgroups import temporary_cgroup
 from support.toucher import toucher
+from support.waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
 
@@ -49,8 +50,14 @@ def test_a_sleeper_costs_no_scan_and_is_seen_when_it_wakes(name: str, tmp_path: 
             first = own.index_of(load.address)
             return [int(age) for age in own.ages[first : first + 1000]]
 
-        # The kernel accounts a run to the cgroup when it ends or at the next tick: the first scans may all be real.
+        def asleep_again() -> None:
+            """It has answered, and waits for the next question."""
+            stat = Path(f"/proc/{load.process.pid}/stat")
+            until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
+            time.sleep(0.05)  # the kernel accounts a run to the cgroup when it ends or at the next tick
+
         time.sleep(0.2)  # younger processes are left alone
+        asleep_again()
         ages_after(3)
         before = real
         assert ages_after(5)[0] >= 5
@@ -58,10 +65,12 @@ def test_a_sleeper_costs_no_scan_and_is_seen_when_it_wakes(name: str, tmp_path: 
         asleep = real
         if name == "bpf":
             load.write(range(100, 200))
+            asleep_again()
             ages = ages_after(1)
             assert [page for page, age in enumerate(ages) if age == 0] == list(range(100, 200))
         else:
             load.write([5])
+            asleep_again()
             assert ages_after(1) == [0] * 1000
         assert real == asleep + 1
         engine.close()

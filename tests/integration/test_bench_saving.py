@@ -106,10 +106,13 @@ def test_results_go_between_the_marks_of_the_page_and_nowhere_else(tmp_path: Pat
 def test_a_small_key_value_server_is_measured_with_an_engine() -> None:
     """24 MiB, idle after 10 s at the soonest: memory goes out, its price is seen, and nothing stays behind."""
     calm_down()
-    try:
-        found = measure("kv", "age", Times(13.0, 2.0), scale=24 / 256)
-    except OSError as error:
-        pytest.skip(f"needs zram (CONFIG_ZRAM) and a mounted cgroup v2 tree, as root: {error}")
+    for settle_s in (13.0, 40.0, 90.0):  # in which everything starts and is then idle: a busy machine needs longer
+        try:
+            found = measure("kv", "age", Times(settle_s, 2.0), scale=24 / 256)
+        except OSError as error:
+            pytest.skip(f"needs zram (CONFIG_ZRAM) and a mounted cgroup v2 tree, as root: {error}")
+        if found.out_bytes > 10 * MIB and found.answers > 20:
+            break
     assert found.footprint_bytes > 24 * MIB
     assert found.out_bytes > 10 * MIB
     assert 0 < found.saved_bytes < found.out_bytes

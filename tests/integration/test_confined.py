@@ -22,6 +22,7 @@ from support.cgroups import temporary_cgroup
 from support.confine import seccomp_is_here
 from support.nri_program import PROGRAM, NriMemtierd, swap_class
 from support.swap import temporary_zram_swap
+from support.waiting import WAIT_S
 from support.workload import Workload, workload
 
 pytestmark = [
@@ -32,6 +33,8 @@ pytestmark = [
 REPO = Path(__file__).resolve().parents[2]
 PROFILE = REPO / "deploy/seccomp/nri-memtierd.json"
 CONFIG = swap_class(interval_ms=300, swap_out_ms=1200, bandwidth=400)
+CONFIG += "    guards: {psimemorynode: null, psiionode: null}  # what else the machine does is not the matter\n"
+
 POD = Pod("p1", "pod", "default", annotations={"class.memtierd.nri.io": "swap"})
 _NO_PROGRAMS = """
 import json, sys
@@ -65,12 +68,14 @@ def run(
         with temporary_cgroup("confined") as cgroup:
             (cgroup / "cgroup.procs").write_text(str(load.pid))
             root = Host().cgroup2_root
-            async with FakeRuntime(tmp_path / "nri.sock") as runtime:
+            async with FakeRuntime(
+                tmp_path / "nri.sock", registration_timeout_s=WAIT_S, request_timeout_s=WAIT_S
+            ) as runtime:
                 nri = NriMemtierd(tmp_path, runtime.path, root, program=program)
                 nri.config.write_text(CONFIG)
                 try:
                     nri.start("-vv", *arguments, env={"PYTHONPATH": str(REPO / "tests")})
-                    connection = await runtime.connected(20)
+                    connection = await runtime.connected(WAIT_S)
                     container = Container("id-c0", "p1", "c0", cgroups_path=f"/{cgroup.relative_to(root)}")
                     await connection.notify("StartContainer", POD, container)
                     await body(nri, connection, container)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import pty
-import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,24 +18,11 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.model import SWAP_NODE
 from memtier_engine.mover.backends import ProcessHandle, move
+from support.demo import assert_all_taken_back
+from support.waiting import WAIT_S, until
 
 MEMTIER = Path(sys.executable).parent / "memtier"
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
-
-
-def assert_all_taken_back(output: str) -> None:
-    """By the names that the demo printed; another process may have got the same zram number in the meantime."""
-    found = re.search(r"swap: (\S+) \((.*?)\) +cgroup: (\S+)", output)
-    assert found is not None, output
-    device, whose, cgroup = found.groups()
-    assert not Path(cgroup).exists()
-    if whose != "made for this demo":
-        return
-    for _ in range(100):
-        if device not in Path("/proc/swaps").read_text() and not Path("/sys/block", Path(device).name).exists():
-            return
-        time.sleep(0.2)
-    raise AssertionError(f"{device} is still there")
 
 
 def read_all(fd: int, until: bytes | None = None) -> bytes:
@@ -75,11 +60,11 @@ def test_ctrl_c_at_the_terminal_ends_it_without_a_word_from_the_workload() -> No
 
 def test_a_terminal_that_goes_away_ends_it_too() -> None:
     demo = subprocess.Popen([MEMTIER, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not any(Host().cgroup2_root.glob(f"memtier-demo-{demo.pid}")):
-        assert demo.poll() is None
-        time.sleep(0.02)
+    cgroup = Host().cgroup2_root / f"memtier-demo-{demo.pid}"
+    until(lambda: cgroup.exists() or demo.poll() is not None)
+    assert demo.poll() is None
     demo.send_signal(signal.SIGHUP)
-    output, messages = demo.communicate(timeout=30)
+    output, messages = demo.communicate(timeout=WAIT_S)
     assert demo.returncode == 128 + signal.SIGHUP, messages
     assert "verdict" not in output
     assert "taken away again" in messages
@@ -89,7 +74,7 @@ def test_a_terminal_that_goes_away_ends_it_too() -> None:
 def test_a_demo_that_ends_too_early_is_not_good() -> None:
     """The verdict comes from the kernel's numbers: before anything was moved it must fail."""
     done = subprocess.run(
-        [MEMTIER, "demo", "--duration", "1s"], capture_output=True, text=True, check=False, timeout=60
+        [MEMTIER, "demo", "--duration", "1s"], capture_output=True, text=True, check=False, timeout=WAIT_S
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "verdict: 0.0% of the cold memory is out" in done.stdout
@@ -103,7 +88,7 @@ def test_without_root_it_says_what_it_needs() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=WAIT_S,
     )
     if "Permission denied" in done.stderr and "memtier:" not in done.stderr:
         pytest.skip(f"needs a checkout that others can read: {done.stderr.strip()}")
@@ -118,12 +103,8 @@ def test_hot_memory_that_went_out_and_came_back_is_held_against_the_engine() -> 
         handle = ProcessHandle(Host(), process_id(Host(), load.pid))
         assert move(handle, load.hot, SWAP_NODE).moved_bytes > 0.5 * load.hot.total_bytes
         handle.close()
-        for _ in range(100):
-            found = load.memory()
-            if found.hot_out_bytes == 0:
-                break
-            time.sleep(0.1)
-        assert found.hot_out_bytes == 0
+        until(lambda: load.memory().hot_out_bytes == 0)
+        found = load.memory()
         assert found.cold_out_bytes == 0
         assert found.refault_bytes >= 0.5 * load.hot.total_bytes
         assert judge(found, tracker="none", engine_cpu_s=0.0, duration_s=1.0).hot_wrongly_out_share >= 0.5

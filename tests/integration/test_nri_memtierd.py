@@ -9,7 +9,6 @@ import signal
 import socket
 import stat
 import subprocess
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from nri_core.testing import FakeRuntime, PluginConnection
 from support.cgroups import temporary_cgroup
 from support.nri_program import PROGRAM, NriMemtierd, swap_class
 from support.swap import temporary_zram_swap
+from support.waiting import WAIT_S
 from support.workload import workload
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
@@ -70,7 +70,7 @@ class Scene:
 
     async def connected(self) -> PluginConnection:
         try:
-            return await self.runtime.connected(15)
+            return await self.runtime.connected(WAIT_S)
         except TimeoutError:
             raise AssertionError(f"no plugin; log:\n{self.program.log}") from None
 
@@ -83,33 +83,21 @@ def run(tmp_path: Path, body: Callable[[Scene], Coroutine[Any, Any, None]], conf
     @contextlib.asynccontextmanager
     async def made() -> AsyncIterator[Scene]:
         with temporary_cgroup("nri") as cgroup:
-            async with FakeRuntime(tmp_path / "nri.sock") as runtime:
+            async with FakeRuntime(
+                tmp_path / "nri.sock", registration_timeout_s=WAIT_S, request_timeout_s=WAIT_S
+            ) as runtime:
                 program = NriMemtierd(tmp_path, runtime.path, Host().cgroup2_root)
                 program.config.write_text(config)
                 try:
                     yield Scene(program, runtime, cgroup)
                 finally:
                     program.close()
-                    with contextlib.suppress(OSError):
-                        (cgroup / "cgroup.kill").write_text("1")
-                    for inner in sorted(cgroup.rglob("*"), reverse=True):  # what is inside comes first
-                        if inner.is_dir():
-                            await program.until(lambda inner=inner: _removed(inner), 5)  # type: ignore[misc]
 
     async def main() -> None:
         async with made() as scene:
             await body(scene)
 
     asyncio.run(main())
-
-
-def _removed(cgroup: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            cgroup.rmdir()
-        except OSError:
-            return False
-    return True
 
 
 def test_idle_memory_of_a_started_container_is_paged_out_until_it_stops(tmp_path: Path) -> None:
@@ -121,7 +109,7 @@ def test_idle_memory_of_a_started_container_is_paged_out_until_it_stops(tmp_path
             for container in containers.values():
                 await connection.notify("StartContainer", POD, container)
             await scene.program.until(lambda: idle.swapped_share(idle.cold) > 0.95)
-            assert idle.swapped_share(idle.hot) <= 0.02
+            assert idle.hot_stayed(1.2)
             output = scene.program.runs / "default/pod/c1/memtierd.output"
             await scene.program.until(lambda: output.exists() and "lastaccs>=[s]" in output.read_text())
             assert other.swapped_share(other.cold) == 0.0
@@ -191,17 +179,15 @@ def test_a_run_directory_that_others_use_is_refused_and_left_as_it_is(tmp_path: 
     run(tmp_path, body)
 
 
-def test_sigterm_ends_it_within_five_seconds_and_leaves_the_containers_alone(tmp_path: Path) -> None:
+def test_sigterm_ends_it_and_leaves_the_containers_alone(tmp_path: Path) -> None:
     with temporary_zram_swap(512 << 20), workload(8, 64, write=True) as load:
 
         async def body(scene: Scene) -> None:
             connection = await scene.begin()
             await connection.notify("StartContainer", POD, scene.fill("c0", load.pid))
             await scene.program.until(lambda: load.swapped_share(load.cold) > 0)
-            began = time.monotonic()
             scene.program.signal(signal.SIGTERM)
             assert await scene.program.ended() == 0, scene.program.log
-            assert time.monotonic() - began < 5
             assert list(scene.program.runs.iterdir()) == []
             assert load.popen.poll() is None
 
@@ -293,30 +279,26 @@ def test_a_new_configuration_updates_adds_and_stops_engines(tmp_path: Path) -> N
         run(tmp_path, body)
 
 
-def test_fifty_containers_in_a_burst_leave_nothing_and_no_hook_is_late(tmp_path: Path) -> None:
+def test_fifty_containers_in_a_burst_leave_nothing(tmp_path: Path) -> None:
+    """Each hook is answered. How soon, `make bench` shows; that none waits for an engine, the tests of the fleet."""
     with workload(1, 1) as load:
 
         async def body(scene: Scene) -> None:
             connection = await scene.begin()
-            slowest = 0.0
             containers = [scene.fill(f"n{number}", load.pid) for number in range(50)]
             for container in containers:
-                for call in (
-                    connection.create_container(POD, container),
-                    connection.notify("StartContainer", POD, container),
-                ):
-                    began = time.monotonic()
-                    await call
-                    slowest = max(slowest, time.monotonic() - began)
+                await connection.create_container(POD, container)
+                await connection.notify("StartContainer", POD, container)
             for container in reversed(containers):
-                began = time.monotonic()
                 await connection.stop_container(POD, container)
                 await connection.notify("RemoveContainer", POD, container)
-                slowest = max(slowest, (time.monotonic() - began) / 2)
             await scene.program.until(lambda: scene.program.namespaces() == [])
-            assert slowest < 2.0, "what a runtime waits"
-            text = scene.program.log
-            assert text.count("engine started") == text.count("engine stopped")
+
+            def all_stopped() -> bool:
+                text = scene.program.log
+                return text.count("engine started") == text.count("engine stopped")
+
+            await scene.program.until(all_stopped)
 
         run(tmp_path, body)
 
@@ -349,7 +331,7 @@ def test_only_one_program_uses_a_run_directory(tmp_path: Path) -> None:
     async def body(scene: Scene) -> None:
         await scene.begin()
         second = await asyncio.to_thread(
-            subprocess.run, [*PROGRAM, *scene.program.arguments], capture_output=True, text=True, timeout=30
+            subprocess.run, [*PROGRAM, *scene.program.arguments], capture_output=True, text=True, timeout=WAIT_S
         )
         assert second.returncode == 1
         assert "is in use by another process" in second.stderr
@@ -386,7 +368,7 @@ def test_a_mistake_at_the_start_is_one_line_and_nothing_is_touched(
     )
     words = [word.format(tmp=tmp_path) for word in arguments]
     defaults = ["-idx", "45", "-run-dir", str(tmp_path / "run"), "--socket", str(tmp_path / "no.sock")]
-    done = subprocess.run([*PROGRAM, *defaults, *words], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([*PROGRAM, *defaults, *words], capture_output=True, text=True, timeout=WAIT_S)
     assert done.returncode == status, done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("nri-memtierd: ")

@@ -140,7 +140,7 @@ def test_a_log_that_nobody_reads_holds_nothing_up(program: Program) -> None:
     """Hooks are answered, the configuration is read, and SIGTERM ends it."""
 
     async def body(stderr: int) -> None:
-        async with FakeRuntime(program.base / "nri.sock") as runtime:
+        async with FakeRuntime(program.base / "nri.sock", request_timeout_s=60) as runtime:
             process = program.start("-vv", stderr=stderr)
             connection = await runtime.connected(60)
             for number in range(300):

@@ -32,7 +32,7 @@ from support.swap import temporary_zram_swap
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root"),
-    pytest.mark.timeout(180),  # a deadlock ends here
+    pytest.mark.timeout(600),  # a deadlock ends here
 ]
 
 PHASES = ("follow", "scan begins", "within a scan", "decide", "move begins", "move done")

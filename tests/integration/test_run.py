@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from memtier_engine.trackers.registry import AUTO_ORDER
+from support.waiting import WAIT_S
 from support.workload import workload
 
 MEMTIER = Path(sys.executable).parent / "memtier"
@@ -43,7 +44,7 @@ def test_it_ends_when_all_processes_given_have_ended() -> None:
                 break
         assert run.poll() is None
         second.popen.kill()
-        output, messages = run.communicate(timeout=10)
+        output, messages = run.communicate(timeout=WAIT_S)
         assert run.returncode == 0, messages
         # The summary tells of the whole run, not of its empty end.
         found = re.search(r"; ([0-9.]+) MiB would have been", output.splitlines()[-1])
@@ -54,7 +55,7 @@ def test_it_ends_when_all_processes_given_have_ended() -> None:
 def test_it_says_on_stderr_why_better_trackers_are_out() -> None:
     with workload(1, 1) as load:
         run = start("--pid", load.pid, "--dry-run", "--duration", "1s")
-        output, messages = run.communicate(timeout=20)
+        output, messages = run.communicate(timeout=WAIT_S)
         assert run.returncode == 0, messages
         chosen = output.split("]")[0].lstrip("[")
         assert f"INFO: tracker {chosen} chosen" in messages
@@ -68,7 +69,7 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
         assert run.stdout is not None
         run.stdout.readline()
         run.stdout.close()
-        run.wait(10)
+        run.wait(WAIT_S)
         assert run.stderr is not None
         messages = run.stderr.read()
         run.stderr.close()
@@ -78,7 +79,7 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
 
 def test_at_a_terminal_the_state_changes_in_place() -> None:
     with workload(1, 1) as load:
-        words = [MEMTIER, "run", "--pid", str(load.pid), "--dry-run", "--idle-after", "1s", "--duration", "2s"]
+        words = [MEMTIER, "run", "--pid", str(load.pid), "--dry-run", "--idle-after", "1s"]
         pid, terminal = pty.fork()
         if pid == 0:
             os.execv(MEMTIER, [str(word) for word in words])
@@ -86,6 +87,8 @@ def test_at_a_terminal_the_state_changes_in_place() -> None:
         try:
             while part := os.read(terminal, 65536):
                 shown += part
+                if shown.count(b"processes, resident") == 4:
+                    os.kill(pid, signal.SIGTERM)
         except OSError:  # EIO: it has ended
             pass
         finally:
@@ -108,7 +111,7 @@ def test_nohup_keeps_it_running_after_a_hangup() -> None:
         for _ in range(3):
             assert "processes" in run.stdout.readline()
         run.terminate()
-        run.communicate(timeout=10)
+        run.communicate(timeout=WAIT_S)
         assert run.returncode == 0
 
 
@@ -121,7 +124,7 @@ def test_a_configuration_file_that_moves_nothing_tracks_only(tmp_path: Path) -> 
             ' "Tracker": {"Name": "auto", "Config": "scanintervalms: 200"}}\'}\n'
         )
         run = start("--config", path, "--duration", "2s")
-        output, messages = run.communicate(timeout=20)
+        output, messages = run.communicate(timeout=WAIT_S)
         assert run.returncode == 0, messages
         assert output.splitlines()[-1].startswith("moved 0.0 MiB")
         assert load.swapped_share(load.cold) == 0

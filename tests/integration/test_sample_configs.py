@@ -22,6 +22,7 @@ from support.cgroups import temporary_cgroup
 from support.samples import Run, Sample, run_sample, sample_configs_for, samples, text_for
 from support.swap import temporary_zram_swap
 from support.toucher import Toucher, toucher
+from support.waiting import WAIT_S, until
 
 ALL = samples()
 PAGES = 2048
@@ -115,7 +116,10 @@ def _scans(sample: Sample) -> int:
 
 def check(sample: Sample, run: Run) -> None:
     last = run.reports[-1]
-    assert not [error for error in run.errors if "ENODEV" not in error], "other nodes are all that may be missing"
+    allowed = ["ENODEV"]  # other nodes
+    if sample.spec.target.name == "filter":  # all large processes of the machine: one may have an observer
+        allowed.append("is observed already by")
+    assert not [error for error in run.errors if not any(text in error for text in allowed)]
     assert last.tracker == run.engine.tracker.name
     if sample.policy in ("stub", "avoid-oom") or "pages-of-interest" in sample.name:
         assert last.processes == 0, "it looks at no process by itself"
@@ -161,13 +165,6 @@ def started(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
         each.wait()
 
 
-def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 60.0) -> None:
-    end_s = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end_s, what
-        time.sleep(0.05)
-
-
 def changed(text: str, *pairs: tuple[str, str]) -> str:
     for old, new in pairs:
         assert old in text
@@ -181,10 +178,10 @@ def test_the_sample_of_routines_runs_in_memtierd(
     sample = next(sample for sample in ALL if sample.name == "stub-statactions")
     daemon = started(changed(sample.path.read_text(), ("intervalms: 5000", "intervalms: 200")))
     output = tmp_path / "output"
-    wait_until(lambda: output.read_text().count("table: events") >= 2, "the interval command runs")
+    until(lambda: output.read_text().count("table: events") >= 2, "the interval command runs")
     assert "RoutineStatActions.command.memtier: stats... status: 0" in output.read_text()
     daemon.terminate()
-    assert daemon.wait(30) == 0
+    assert daemon.wait(WAIT_S) == 0
 
 
 def test_the_sample_that_runs_programs_does_so_only_where_allowed(
@@ -198,7 +195,7 @@ def test_the_sample_that_runs_programs_does_so_only_where_allowed(
         ("echo 1 > /proc/sys/vm/drop_caches", f"echo done > {told}"),
     )
     refused = started(changed(text, ("allowprograms: true\n", "")))
-    assert refused.wait(30) == 1
+    assert refused.wait(WAIT_S) == 1
     error = (tmp_path / "output").read_text()
     assert error.count("\n") == 1
     assert "routines[0].config.pageoutcommand: runs the program 'sh', which is switched off" in error
@@ -206,6 +203,6 @@ def test_the_sample_that_runs_programs_does_so_only_where_allowed(
     assert "-allow-programs" in error
     assert not told.exists()
     daemon = started(text)
-    wait_until(told.exists, "the program runs")
+    until(told.exists, "the program runs")
     daemon.terminate()
-    assert daemon.wait(30) == 0
+    assert daemon.wait(WAIT_S) == 0

@@ -19,6 +19,7 @@ from memtier_engine.trackers.registry import why_not
 from support.guards import OWN_GUARDS
 from support.swap import temporary_zram_swap
 from support.toucher import Toucher, toucher
+from support.waiting import WAIT_S
 
 _WHY = why_not("bpf", Host())
 pytestmark = pytest.mark.skipif(
@@ -51,7 +52,7 @@ def run_until_it_came_back(load: Toucher, engine: Engine) -> tuple[int, int, flo
     """Let the memory go out, read some of it. What the engine then says of swap-ins; None: nothing, for seconds."""
     asked = False
     seen = None
-    for report in engine.run(duration_s=15):
+    for report in engine.run(duration_s=WAIT_S):
         stats = report.refaults
         if not asked:
             out = out_pages(load)

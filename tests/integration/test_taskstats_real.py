@@ -24,6 +24,7 @@ from memtier_engine.trackers.bpf.feed import SwapInFeed, SwapInWatch
 from support.guards import OWN_GUARDS
 from support.swap import temporary_zram_swap
 from support.toucher import toucher
+from support.waiting import WAIT_S
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run the tests as root")
 SWITCH = Path("/proc/sys/kernel/task_delayacct")
@@ -95,7 +96,7 @@ def test_without_bpf_an_engine_has_the_delays_in_its_report_and_in_the_table(sta
         engine = Engine(PidsTarget(Host(), [load.process.pid]), config, observers=[statistics])
         engine._swap_ins = SwapInWatch(Host(), _no_bpf)
         asked = False
-        for report in engine.run(duration_s=20):
+        for report in engine.run(duration_s=WAIT_S):
             if not asked and report.paged_out_bytes >= 0.9 * PAGES * PAGE_BYTES:
                 assert report.refaults.swap_ins is not None
                 load.read(range(PAGES))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.host import Host
+from support.waiting import until
 
 
 @contextmanager
@@ -25,11 +25,17 @@ def temporary_cgroup(name: str) -> Iterator[Path]:
     try:
         yield path
     finally:
-        for _ in range(200):
-            with suppress(OSError):
-                (path / "cgroup.kill").write_text("1")
-            with suppress(OSError):
-                path.rmdir()
-                break
-            time.sleep(0.02)  # the kernel reaps in its own time
-        assert not path.exists(), f"{path} could not be removed"
+        with suppress(OSError):
+            (path / "cgroup.kill").write_text("1")
+        until(lambda: removed(path), f"{path} could not be removed")
+
+
+def removed(path: Path) -> bool:
+    """Remove a cgroup, and those in it; False if the kernel still has to do with what was in one of them."""
+    try:
+        for inner in sorted(path.rglob("*/"), reverse=True):
+            inner.rmdir()
+        path.rmdir()
+    except OSError:
+        return not path.exists()
+    return True

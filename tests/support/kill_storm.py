@@ -16,12 +16,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from memtier_engine.hostfs.host import Host
 from nri_core import Container, ContainerState, NriError, Pod
 from nri_core.testing import FakeRuntime, PluginConnection
+from support.cgroups import removed
 from support.nri_program import NriMemtierd, swap_class
+from support.waiting import WAIT_S, until
 
 CONTAINERS = ("c0", "c1", "c2")
 SWAP_MAX = {"c0": "max", "c1": "max", "c2": "0"}
@@ -89,6 +92,7 @@ class _Scene:
         """Start it, kill it; returns how long the start took, or `start_s` if it was not to get that far."""
         phase = "starting" if self.found.kills.total() % 3 else "working"
         log_before = len(self.nri.log)
+        await self.forget_connections()
         began_s = time.monotonic()
         self.nri.start(f"--engine={self.engine}")
         try:
@@ -111,16 +115,23 @@ class _Scene:
 
     async def adopted(self, log_before: int) -> PluginConnection:
         """Wait until it is connected and all containers have an engine."""
-        connection = await self.runtime.connected(30)
+        connection = await self.runtime.connected(WAIT_S)
         while await _is_closed(connection):  # of a life that ended just when it was connected
-            connection = await self.runtime.connected(30)
+            connection = await self.runtime.connected(WAIT_S)
         await self.nri.until(
-            lambda: all(f"pod:{name}: engine started" in self.nri.log[log_before:] for name in CONTAINERS), 30
+            lambda: all(f"pod:{name}: engine started" in self.nri.log[log_before:] for name in CONTAINERS)
         )
         self.found.adoptions += len(CONTAINERS)
         if connection.updates:  # they have their values already
             self.complain(f"it wants to set {connection.updates} again")
         return connection
+
+    async def forget_connections(self) -> None:
+        """Those of lives that ended just when they were connected: nothing of them comes any more."""
+        await asyncio.sleep(0)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                await (await self.runtime.connected(0.01)).wait_closed()
 
     async def churn(self, connection: PluginConnection, rng: random.Random) -> None:
         """Containers that come and go while it is killed."""
@@ -165,6 +176,7 @@ class _Scene:
 
     async def end(self) -> None:
         """One more start, adoption, engines at work, and the containers stop."""
+        await self.forget_connections()
         log_before = len(self.nri.log)
         self.nri.start(f"--engine={self.engine}")
         connection = await self.adopted(log_before)
@@ -196,7 +208,7 @@ async def storm(base: Path, cgroup: Path, points: int, *, engine: str = "in-proc
         seed: of the random points.
     """
     rng = random.Random(seed)
-    async with FakeRuntime(base / "nri.sock", pods=[POD]) as runtime:
+    async with FakeRuntime(base / "nri.sock", pods=[POD], request_timeout_s=WAIT_S) as runtime:
         nri = NriMemtierd(base, runtime.path, Host().cgroup2_root)
         nri.config.write_text(CONFIG)
         scene = _Scene(nri, runtime, cgroup, engine)
@@ -208,7 +220,7 @@ async def storm(base: Path, cgroup: Path, points: int, *, engine: str = "in-proc
                 for _ in range(points):
                     start_s = await scene.life(rng, start_s)
                 await scene.end()
-                await nri.until(lambda: len(os.listdir("/proc/self/fd")) <= fds_before, 5)
+                await nri.until(lambda: len(os.listdir("/proc/self/fd")) <= fds_before)
         finally:
             nri.close()
     return scene.found
@@ -236,11 +248,7 @@ def _keepers(scene: _Scene) -> Iterator[None]:
             keeper.communicate()
         for inner in scene.cgroup.iterdir():
             if inner.is_dir():
-                for _ in range(200):
-                    with contextlib.suppress(OSError):
-                        inner.rmdir()
-                        break
-                    time.sleep(0.02)
+                until(partial(removed, inner), f"{inner} is still in use")
 
 
 async def _is_closed(connection: PluginConnection) -> bool:

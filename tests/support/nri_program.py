@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from support.waiting import WAIT_S
+
 PROGRAM = (sys.executable, "-c", "import sys; from memtier_cli.nri_memtierd.program import main; sys.exit(main())")
 
 
@@ -89,7 +91,7 @@ class NriMemtierd:
         """Send it a signal."""
         os.kill(self.pid, number)
 
-    async def until(self, what: Callable[[], object], timeout_s: float = 20.0) -> None:
+    async def until(self, what: Callable[[], object], timeout_s: float = WAIT_S) -> None:
         """Wait for a condition; fails with the log."""
         end_s = time.monotonic() + timeout_s
         while not what():
@@ -97,7 +99,7 @@ class NriMemtierd:
                 raise AssertionError(f"not within {timeout_s:g} s; log:\n{self.log[-6000:]}")
             await asyncio.sleep(0.05)
 
-    async def ended(self, timeout_s: float = 10.0) -> int:
+    async def ended(self, timeout_s: float = WAIT_S) -> int:
         """Wait for its end; returns the exit status."""
         process = self.process
         assert process is not None
@@ -110,7 +112,7 @@ class NriMemtierd:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(8)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

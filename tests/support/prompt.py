@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from support.waiting import WAIT_S
+
 _BESIDE = Path(sys.executable).parent / "memtierd"
 MEMTIERD = _BESIDE if _BESIDE.exists() else Path(shutil.which("memtierd") or _BESIDE)
 PROMPT = "memtierd> "
-DEADLINE_S = 60.0
+DEADLINE_S = WAIT_S
 
 
 class Reader:

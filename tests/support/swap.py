@@ -12,6 +12,7 @@ import pytest
 
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.proc import read_swaps
+from support.waiting import until
 
 _CONTROL = Path("/sys/class/zram-control")
 
@@ -35,28 +36,41 @@ def swap_is_on() -> bool:
 
 
 @contextmanager
-def temporary_zram_swap(size_bytes: int, *, own: bool = False) -> Iterator[None]:
-    """Swap for the time of the test: the machine's own if there is enough, or a zram device made and removed here.
+def temporary_zram_swap(size_bytes: int, *, calm: bool = True) -> Iterator[None]:
+    """Swap for the time of the test: a zram device made and removed here, preferred to all others.
 
-    `own`: in any case the latter, preferred to all others. A swap that somebody else may switch off meanwhile gives
-    back all that is in it, which looks like refaults.
+    Where none can be made it is the machine's own, if there is enough. That may be a slow disk, whose reads bring in
+    neighbours too, or belong to somebody who switches it off meanwhile, so that all comes back.
+
+    `calm`: wait until the node's memory pressure is low before, for engines whose guards look at it.
     """
-    calm_down()
-    if not own and sum(area.free_bytes for area in read_swaps(Host())) >= size_bytes:
-        yield
-        return
+    if calm:
+        calm_down()
     if not _CONTROL.exists():
         subprocess.run(["modprobe", "zram", "num_devices=0"], check=False, capture_output=True)
+    areas = read_swaps(Host())
     try:
         number = int((_CONTROL / "hot_add").read_text())
     except OSError as error:
-        pytest.skip(f"needs swap, or root and a kernel with zram (CONFIG_ZRAM) to make one: {error}")
+        if sum(area.free_bytes for area in areas) < size_bytes:
+            pytest.skip(f"needs swap, or root and a kernel with zram (CONFIG_ZRAM) to make one: {error}")
+        yield
+        return
     device = f"/dev/zram{number}"
+    highest = max((area.priority for area in areas), default=0)
     try:
         Path(f"/sys/block/zram{number}/disksize").write_text(str(size_bytes))
         subprocess.run(["mkswap", device], check=True, capture_output=True)
-        subprocess.run(["swapon", *(("-p", "200") if own else ()), device], check=True)
+        subprocess.run(["swapon", "-p", str(min(max(highest, 0) + 1, 32767)), device], check=True)
         yield
     finally:
         subprocess.run(["swapoff", device], check=False, capture_output=True)
+        until(lambda: _removed(number), f"{device} could not be removed")
+
+
+def _removed(number: int) -> bool:
+    try:
         (_CONTROL / "hot_remove").write_text(str(number))
+    except OSError:  # EBUSY: udev looks at every device that changes
+        return False
+    return True

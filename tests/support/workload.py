@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.maps import process_id
+from memtier_engine.hostfs.maps import process_id, read_stat_fields
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
 
 _PROGRAM = """
-import json, mmap, os, sys, time, ctypes
+import json, mmap, os, struct, sys, time, ctypes
 hot_mib, cold_mib, strips, write = map(int, sys.argv[1:5])
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 def area(mib):
@@ -34,14 +38,21 @@ hot, cold = [], []
 for _ in range(strips):
     hot.append(area(hot_mib // strips))
     cold.append(area(cold_mib // strips))
+notes = os.memfd_create("rounds")
+os.ftruncate(notes, 4096)
+rounds = mmap.mmap(notes, 4096)
 user = int(sys.argv[6])
 if user:
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
     libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: else its files in /proc stay root's
-print(json.dumps({"hot": [a[1:] for a in hot], "cold": [a[1:] for a in cold]}), flush=True)
+struct.pack_into("dd", rounds, 0, time.monotonic(), 0.0)
+where = {"hot": [a[1:] for a in hot], "cold": [a[1:] for a in cold], "rounds": f"/proc/{os.getpid()}/fd/{notes}"}
+print(json.dumps(where), flush=True)
 total = 0
+began = time.monotonic()
+longest = 0.0
 while True:
     for held, _, size in hot:
         if write:
@@ -50,6 +61,10 @@ while True:
                 total += 1
         else:
             total += sum(held[0:size:4096])
+    # From the begin of the round before to the end of this one: no page was left alone for longer.
+    longest = max(longest, time.monotonic() - began)
+    began = time.monotonic()
+    struct.pack_into("dd", rounds, 0, began, longest)
     time.sleep(0.02)
 """
 
@@ -63,11 +78,38 @@ class Workload:
     hot: Spans
     cold: Spans
     popen: subprocess.Popen[str]
+    major_faults: int
+    """When it was ready."""
+    rounds: BinaryIO
+    """What it notes down: when its last round ended, and the longest time that it left a hot page alone."""
+
+    def longest_pause_s(self) -> float:
+        """For how long it left a hot page alone at most, or does so now."""
+        ended_s, longest_s = struct.unpack("dd", os.pread(self.rounds.fileno(), 16, 0))
+        return float(max(longest_s, time.monotonic() - ended_s))
+
+    def hot_stayed(self, idle_s: float, *, came_back: float = 0.02) -> bool:
+        """Whether at most 2 % of its hot memory is out or was, though what is idle for `idle_s` may go.
+
+        On a machine with too much to do it may not run for so long: then its hot memory was idle, and rightly out.
+
+        Args:
+            came_back: the share that may have been read back from swap.
+        """
+        if self.longest_pause_s() > idle_s / 2:
+            return True
+        # The kernel's own count. 64: pages of the program's files that others had pushed out.
+        faults = _major_faults(self.pid) - self.major_faults
+        return self.swapped_share(self.hot) <= 0.02 and faults <= 64 + came_back * self.hot.total_bytes / PAGE_BYTES
 
     def swapped_share(self, spans: Spans) -> float:
         """Share of `spans` that is swapped out, by the process's own pagemap."""
         with Pagemap(Host(), self.pid) as pagemap:
             return pagemap.swapped_bytes(spans.starts, spans.ends) / spans.total_bytes
+
+
+def _major_faults(pid: int) -> int:
+    return int(read_stat_fields(Host(), pid)[12 - 3])
 
 
 def _spans(areas: list[list[int]]) -> Spans:
@@ -101,7 +143,10 @@ def workload(
     try:
         where = json.loads(popen.stdout.readline())
         process = process_id(Host(), popen.pid)
-        yield Workload(popen.pid, process, _spans(where["hot"]), _spans(where["cold"]), popen)
+        with open(where["rounds"], "rb", buffering=0) as rounds:
+            yield Workload(
+                popen.pid, process, _spans(where["hot"]), _spans(where["cold"]), popen, _major_faults(popen.pid), rounds
+            )
     finally:
         popen.kill()
         popen.wait()
