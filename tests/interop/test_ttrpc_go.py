@@ -230,6 +230,10 @@ def test_calls_fail_at_once_when_the_server_dies(program: Path, tmp_path: Path) 
 # --- Go's client, our server
 
 
+ENDED: list[bytes] = []
+"""Sleeps that were ended before their time."""
+
+
 class Probe:
     """The service of the Go server, in Python."""
 
@@ -252,7 +256,11 @@ class Probe:
         return call.head.payload
 
     async def sleep(self, call: Call) -> bytes:
-        await asyncio.sleep(int(unpacked(call.head.payload)) / 1000)
+        try:
+            await asyncio.sleep(int(unpacked(call.head.payload)) / 1000)
+        except asyncio.CancelledError:
+            ENDED.append(unpacked(call.head.payload))
+            raise
         return call.head.payload
 
     async def deadline(self, call: Call) -> bytes:
@@ -336,8 +344,13 @@ def test_its_time_limit_reaches_our_handler_and_ends_it(program: Path, tmp_path:
     async def check(peer: Peer, wire: Wire) -> None:
         assert decoded(await peer.call(method="Deadline")) == b"None"
         assert 300 < float(decoded(await peer.call(method="Deadline", timeout_ms=500_000))) <= 500
+        ENDED.clear()
         late = await peer.call(method="Sleep", payload=encoded(FOREVER), timeout_ms=300)
         assert late["code"] == Code.DEADLINE_EXCEEDED
+        async with asyncio.timeout(peers.WAIT_S):
+            while not ENDED:  # noqa: ASYNC110  our clock may be behind the client's
+                await asyncio.sleep(0.01)
+        assert ENDED == [FOREVER]
         assert decoded(await peer.call(method="Echo", payload=encoded(b"after"))) == b"after"
 
     with_go_client(program, tmp_path, check)

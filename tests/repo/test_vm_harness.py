@@ -499,8 +499,10 @@ def test_a_guest_that_dies_is_an_error_with_its_last_words(parts: Parts) -> None
 RUNNER = """
 import json, sys
 from pathlib import Path
+from vm.harness import machine
 from vm.harness.build import Parts
 from vm.harness.machine import Vm, exit_on_signals
+machine.OFF_TIMEOUT_S = 0.2  # this guest never switches itself off
 exit_on_signals()
 given = json.loads(sys.argv[1])
 paths = ("repo", "kernel", "initramfs", "rootfs", "layer", "scratch")

@@ -36,12 +36,13 @@ def swap_is_on() -> bool:
 
 
 @contextmanager
-def temporary_zram_swap(size_bytes: int, *, calm: bool = True) -> Iterator[None]:
+def temporary_zram_swap(size_bytes: int, *, own: bool = False, calm: bool = True) -> Iterator[None]:
     """Swap for the time of the test: a zram device made and removed here, preferred to all others.
 
     Where none can be made it is the machine's own, if there is enough. That may be a slow disk, whose reads bring in
     neighbours too, or belong to somebody who switches it off meanwhile, so that all comes back.
 
+    `own`: then the test is skipped instead, since its verdict hangs on that.
     `calm`: wait until the node's memory pressure is low before, for engines whose guards look at it.
     """
     if calm:
@@ -52,7 +53,7 @@ def temporary_zram_swap(size_bytes: int, *, calm: bool = True) -> Iterator[None]
     try:
         number = int((_CONTROL / "hot_add").read_text())
     except OSError as error:
-        if sum(area.free_bytes for area in areas) < size_bytes:
+        if own or sum(area.free_bytes for area in areas) < size_bytes:
             pytest.skip(f"needs swap, or root and a kernel with zram (CONFIG_ZRAM) to make one: {error}")
         yield
         return
