@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from interop import peers, releases
 from interop.peers import Peer
-from nri_core import Backoff, Container, Pod, Runtime, Stub, Update
+from nri_core import Backoff, Container, NriError, Pod, Runtime, Stub, Update
 from nri_core.plugin import Plugin
 
 QUICK = Backoff(least_s=0.05, most_s=0.2)
@@ -187,6 +187,19 @@ async def connected(plugin: Plugin, socket: Path, runtime: Peer) -> AsyncIterato
         listed.cancel()
         stub.stop()
         await task
+
+
+def patiently(check: Callable[[int], Coroutine[Any, Any, None]]) -> None:
+    """A check with a limit for requests in ms, and if it fails, with longer ones.
+
+    Where being late is the matter, a busy machine is late by itself with a short limit.
+    """
+    for limit_ms in (500, 5_000):
+        try:
+            return asyncio.run(check(limit_ms))
+        except (AssertionError, TimeoutError, NriError):
+            continue
+    return asyncio.run(check(20_000))
 
 
 async def in_list(runtime: Peer, plugin: str, *, count: int = 1) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from interop.nri import Recorder, Release, connected, create, go_plugin, go_runtime, request
-from interop.peers import Peer
+from interop.nri import Recorder, Release, connected, create, go_plugin, go_runtime, patiently, request
+from interop.peers import WAIT_S, Peer
 from nri_core import Adjustment, Container, FailurePolicy, PluginAlreadyRunning, Pod, Stub
 from nri_core.testing import FakeRuntime
 
@@ -19,15 +19,15 @@ from nri_core.testing import FakeRuntime
 class Busy(Recorder):
     """Blocks the event loop for the containers called `slow`: nothing can be answered for it."""
 
-    def __init__(self, policy: FailurePolicy | None, *, blocks: bool = True) -> None:
+    def __init__(self, policy: FailurePolicy | None, *, blocks_s: float = 0.0) -> None:
         super().__init__()
         self.failure_policy = policy
-        self.blocks = blocks
+        self.blocks_s = blocks_s
 
     async def create_container(self, pod: Pod, container: Container) -> Adjustment:
         if container.name == "slow":
-            if self.blocks:
-                time.sleep(1.5)  # noqa: ASYNC251 - on purpose
+            if self.blocks_s:
+                time.sleep(self.blocks_s)  # noqa: ASYNC251 - on purpose
             else:
                 await asyncio.sleep(30)
         return Adjustment().env("A", "1")
@@ -41,9 +41,9 @@ def test_a_plugin_that_does_not_answer_is_treated_as_its_policy_says(
     """Older runtimes do not know the policy: they drop the plugin and go on."""
     known = release.has(0, 12, 4)
 
-    async def main() -> None:
-        plugin = Busy(FailurePolicy(fail_request=fail, keep_connected=keep))
-        async with go_runtime(release, path, request_timeout_ms=500) as runtime, connected(plugin, path, runtime):
+    async def main(limit_ms: int) -> None:
+        plugin = Busy(FailurePolicy(fail_request=fail, keep_connected=keep), blocks_s=3 * limit_ms / 1000)
+        async with go_runtime(release, path, request_timeout_ms=limit_ms) as runtime, connected(plugin, path, runtime):
             answer = await request(runtime, "CreateContainer", container={"id": "c", "name": "slow"})
             failed = "plugin 50-ours failed to handle CreateContainer" in answer.get("error", "")
             assert failed == (fail and known), answer
@@ -53,7 +53,7 @@ def test_a_plugin_that_does_not_answer_is_treated_as_its_policy_says(
             else:
                 await runtime.logged("closing plugin 50-ours")
 
-    asyncio.run(main())
+    patiently(main)
 
 
 @pytest.mark.parametrize("fail", [False, True])
@@ -62,31 +62,32 @@ def test_a_late_method_fails_the_request_if_the_policy_says_so_and_the_plugin_st
 ) -> None:
     """We answer before the limit: with an error then, which every release understands, and not with nothing."""
 
-    async def main() -> None:
-        plugin = Busy(FailurePolicy(fail_request=fail), blocks=False)
-        async with go_runtime(release, path, request_timeout_ms=500) as runtime, connected(plugin, path, runtime):
+    async def main(limit_ms: int) -> None:
+        plugin = Busy(FailurePolicy(fail_request=fail))
+        async with go_runtime(release, path, request_timeout_ms=limit_ms) as runtime, connected(plugin, path, runtime):
             answer = await request(runtime, "CreateContainer", container={"id": "c", "name": "slow"})
             assert ("did not answer in time" in answer.get("error", "")) == fail, answer
             assert plugin.lates == ["create_container"]
             assert (await create(runtime))["env"] == [{"key": "A", "value": "1"}]
             assert plugin.ended == []
 
-    asyncio.run(main())
+    patiently(main)
 
 
 def test_the_policy_of_a_go_plugin_is_heeded_by_fake_runtime(release: Release, path: Path) -> None:
     settings = {"name": "theirs", "index": "30", "fail_request": True, "keep_connected": True}
-    settings["delay_ms"] = {"CreateContainer": 1000}
     known = release.has(0, 12, 4)
     pod, container = Pod("p", "web", "default"), Container("c", "p", "main")
     told = release.version if release.has(0, 12) else ""
 
-    async def main() -> None:
+    async def main(limit_ms: int) -> None:
+        settings["delay_ms"] = {"CreateContainer": 2 * limit_ms}
+        limit_s = limit_ms / 1000
         async with (
-            FakeRuntime(path, nri_version=told, old_style=not release.has(0, 12), request_timeout_s=0.5) as fake,
+            FakeRuntime(path, nri_version=told, old_style=not release.has(0, 12), request_timeout_s=limit_s) as fake,
             Peer(release.program, "plugin", str(path), json.dumps(settings)),
         ):
-            plugin = await fake.connected(20)
+            plugin = await fake.connected(WAIT_S)
             assert plugin.policy == (
                 FailurePolicy(fail_request=True, keep_connected=True) if known else FailurePolicy()
             )
@@ -95,9 +96,9 @@ def test_the_policy_of_a_go_plugin_is_heeded_by_fake_runtime(release: Release, p
             if known:
                 await plugin.notify("StartContainer", pod, container)
             else:
-                await asyncio.wait_for(plugin.wait_closed(), 10)
+                await asyncio.wait_for(plugin.wait_closed(), WAIT_S)
 
-    asyncio.run(main())
+    patiently(main)
 
 
 def test_a_go_plugin_of_our_kind_keeps_us_out_where_it_can_be_seen(release: Release, path: Path) -> None:
