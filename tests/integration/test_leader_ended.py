@@ -113,14 +113,17 @@ def test_its_accessed_bits_are_really_cleared(headless: Headless, by_files: bool
 
 
 def test_files_opened_before_its_first_thread_ended_go_on() -> None:
-    program = LEADER_ENDED.replace("libc.syscall(", "time.sleep(0.5)\nlibc.syscall(").replace(
+    program = LEADER_ENDED.replace("libc.syscall(", "sys.stdin.readline()\nlibc.syscall(").replace(
         "threading.Thread(target=stay)", "say(os.getpid(), memory)\nthreading.Thread(target=stay)"
     )
     with running(program) as (popen, [pid, start]), ProcessFiles(HOST, process_id(HOST, pid)) as files:
         before = files.read("maps")
         assert present(files.pagemap.read(start, start + BYTES)).all()
         assert files.why_not_by_pidfd is None
+        assert popen.stdin is not None
         assert popen.stdout is not None
+        popen.stdin.write("\n")
+        popen.stdin.flush()
         popen.stdout.readline()  # said by the other thread when the first is over
         assert live_thread(HOST, pid) is not None
         assert len(files.read("maps")) > len(before) // 2
