@@ -107,7 +107,7 @@ def thirty() -> None:
 
             node.run(runner, engine, cgroups=[directories[number]], on_report=on_report)
         out_s = wait_for(lambda: min(load.cold_out() for load in loads) >= 0.95, 150)
-        calls_before, rounds_before, scans_before = dict(calls), node.idle.rounds, dict(reports)
+        calls_before, rounds_before, scans_before = dict(calls), node.shared["idlepage"].rounds, dict(reports)
         cpu_before, then_s = time.process_time(), time.monotonic()
         time.sleep(2.5 * INTERVAL_S * node.scans.factor)
         cpu_share = (time.process_time() - cpu_before) / (time.monotonic() - then_s)
@@ -116,7 +116,7 @@ def thirty() -> None:
             out_s=out_s,
             cold_out=[round(load.cold_out(), 3) for load in loads],
             hot_out=[round(load.hot_out(), 3) for load in loads],
-            rounds=node.idle.rounds - rounds_before,
+            rounds=node.shared["idlepage"].rounds - rounds_before,
             scans=[reports[number] - scans_before[number] for number in range(CONTAINERS)],
             reads=calls["read"] - calls_before["read"],
             words=calls["read_words"] - calls_before["read_words"],

@@ -99,7 +99,7 @@ def test_one_reading_serves_those_that_scan_together(scene: Scene) -> None:
     trackers = [scene.tracker() for _ in range(5)]
     processes = [ProcessId(100 + number, 1) for number in range(5)]
     for tracker in trackers:
-        tracker.look_together(10.0)
+        tracker.look_together({}, 10.0)
     for tracker, process in zip(trackers, processes, strict=True):
         step(tracker, process)
     (core,) = scene.cores
@@ -116,8 +116,8 @@ def test_one_reading_serves_those_that_scan_together(scene: Scene) -> None:
 
 def test_a_reading_is_not_used_twice_nor_when_it_is_old(scene: Scene) -> None:
     first, second = scene.tracker(), scene.tracker()
-    first.look_together(10.0)
-    second.look_together(10.0)
+    first.look_together({}, 10.0)
+    second.look_together({}, 10.0)
     step(first, A)
     step(second, B)
     (core,) = scene.cores

@@ -12,7 +12,7 @@ import pytest
 from memtier_engine.clock import FakeClock
 from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
 from memtier_engine.engine.runner import Runner
-from memtier_engine.errors import ConfigError, KernelCallError, ProcessGone
+from memtier_engine.errors import ConfigError, KernelCallError, ProcessGone, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, MoveTask, ProcessId, Spans
 from memtier_engine.mover.backends import BatchResult, ProcessHandle
@@ -342,3 +342,16 @@ def _real_clock() -> FakeClock:
 def test_an_interval_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="use 1 or more"):
         EngineConfig(scan_interval_ms=0)
+
+
+def test_a_dry_run_takes_soft_dirty_bits_from_nobody(tmp_path: Path) -> None:
+    """They may be CRIU's, or those of a garbage collector that would miss writes."""
+
+    class Taking(FakeTracker):
+        takes_soft_dirty = True
+
+    tracker = Taking()
+    with pytest.raises(TrackerUnavailable, match="takes nothing from anybody"):
+        Engine(FakeTarget(), EngineConfig(dry_run=True), host=Host(tmp_path), tracker=tracker)
+    assert tracker.closed
+    Engine(FakeTarget(), EngineConfig(dry_run=False), host=Host(tmp_path), tracker=Taking()).close()

@@ -7,10 +7,10 @@ arrays; where several belong together they have the same length and the shape is
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,6 +132,8 @@ class Tracker(Protocol):
     page_exact: bool
     """False: `accessed` says "this mapping", not "this page"."""
     # May have `own_accesses_only = True`: of a process that does not run, it never reports an access.
+    # May have `clears_accessed_bits = False`: it may look on beside another observer of the same process.
+    # May have `takes_soft_dirty = True`: it clears bits that may be somebody else's, so dry runs do without it.
     # May have `stale_tlb = True`: it does not flush TLBs, so pages that stay in one can look idle. See `probing`.
 
     def watch(self, processes: frozenset[ProcessId]) -> None:
@@ -172,6 +174,17 @@ class PacedTracker(Protocol):
 
     def scans_every(self, interval_s: float) -> None:
         """Time between scans from now on."""
+
+
+@runtime_checkable
+class TogetherTracker(Protocol):
+    """A `Tracker` of which those of a node's engines look at the same time: one reading serves all."""
+
+    def look_together(self, node: MutableMapping[str, Any], interval_s: float) -> None:
+        """Do so from now on, every `interval_s`; before the first scan.
+
+        `node`: what trackers of the same kind have together, by their names.
+        """
 
 
 CHUNK_PAGES = 1 << 16

@@ -74,10 +74,12 @@ def command(
     """
     from memtier_cli.logs import configure
     from memtier_cli.signals import stop_on_signals
+    from memtier_engine.hostfs.limits import raise_open_files
 
     given = [bool(cgroups), bool(pids), config_file is not None]
     if sum(given) != 1:
         raise click.UsageError("give one of --cgroup, --pid and --config")
+    raise_open_files()
     configure()  # the engine says what goes wrong by itself, on stderr
     with stop_on_signals() as stop:
         if config_file is not None:

@@ -60,7 +60,9 @@ def _serve(flags: Parsed) -> int:
     from memtier_cli.memtierd.prompt.state import Prompt
     from memtier_cli.signals import Ended, SessionSignals
     from memtier_engine.errors import MemtierError
+    from memtier_engine.hostfs.limits import raise_open_files
 
+    raise_open_files()
     # The reference's own launcher passes an empty -c along with -config: that asks for nothing.
     if not (flags.text("config") or flags.text("c") or flags.text("f") or flags.boolean("prompt")):
         raise MemtierError("nothing to do; give -config FILE, -c STRING, -f FILE or -prompt")

@@ -82,8 +82,10 @@ def main(orders: Orders | None = None) -> int:
 
     from memtier_cli.logqueue import LogQueue
     from memtier_engine.errors import MemtierError
+    from memtier_engine.hostfs.limits import raise_open_files
     from nri_core import NriError
 
+    raise_open_files()
     log = LogQueue(sys.stderr.fileno())
     log.start()
     try:

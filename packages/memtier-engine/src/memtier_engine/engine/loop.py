@@ -28,7 +28,7 @@ from memtier_engine.engine.report import StepReport
 from memtier_engine.engine.returns import ReturnsWatch
 from memtier_engine.engine.scanning import Halted, Scanner
 from memtier_engine.engine.telling import tell
-from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone
+from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone, TrackerUnavailable
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import GuardSet
 from memtier_engine.hostfs.handles import FileSharingTracker, OpenProcesses
@@ -123,7 +123,15 @@ class Engine:
         self.clock = clock or SystemClock()
         self.target = target
         source = innermost(target)
-        self.tracker = tracker or create_tracker(self.config.tracker, self.host).tracker
+        without = ("softdirty",) if self.config.dry_run else ()
+        self.tracker = tracker or create_tracker(self.config.tracker, self.host, without=without).tracker
+        if self.config.dry_run and getattr(self.tracker, "takes_soft_dirty", False):
+            self.tracker.close()
+            raise TrackerUnavailable(
+                "tracker softdirty: a dry run takes nothing from anybody, and soft-dirty bits may be somebody's (CRIU, "
+                "an incremental garbage collector): whoever clears them makes others miss writes",
+                hint="use another tracker for the dry run, such as `auto`",
+            )
         if isinstance(self.tracker, PacedTracker):
             self.tracker.scans_every(self.config.scan_interval_ms / 1000)
         self.policy: Policy = policy or AgePolicy(self.config.policy, scan_interval_ms=self.config.scan_interval_ms)

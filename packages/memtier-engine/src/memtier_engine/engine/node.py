@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from memtier_engine.clock import Clock, SystemClock
 from memtier_engine.engine.loop import Engine
@@ -14,12 +15,9 @@ from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import GuardSet
 from memtier_engine.guards.readers import NodeReader
 from memtier_engine.hostfs.host import Host
-from memtier_engine.model import Tracker
+from memtier_engine.model import TogetherTracker
 from memtier_engine.mover.fair import FairBudget, FairMover
 from memtier_engine.mover.mover import open_processes
-from memtier_engine.trackers.damon_shared import SharedDamonTracker
-from memtier_engine.trackers.idlepage import IdlePageTracker, IdleReader
-from memtier_engine.trackers.idlerounds import IdleRounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +46,8 @@ class Node:
         self.moves = FairBudget(config.bandwidth_mib_per_s, now_s=self._clock.now_s())
         self.files = open_processes(self.host)
         self.scans = ScanBudget(config.scan_cpu_share)
-        self.idle = IdleRounds(self.host, IdleReader)
+        self.shared: dict[str, Any] = {}
+        """What trackers of one kind have together, by the name of the kind."""
         self._epoch_s = self._clock.now_s()
 
     def adopt(self, engine: Engine, *, cgroups: Iterable[Path] | None = None) -> float:
@@ -77,20 +76,11 @@ class Node:
             engine.pace.close()
         engine.pace = self.scans.join(interval_s)
         now_s, offset_s = self._clock.now_s(), engine.pace.offset_s
-        if self._looks_together(engine.tracker, interval_s):
+        if isinstance(engine.tracker, TogetherTracker):
+            engine.tracker.look_together(self.shared, interval_s)
             offset_s = (self._epoch_s - now_s) % interval_s  # so that one reading serves all
         engine.first_scan_at(now_s + offset_s)
         return offset_s
-
-    def _looks_together(self, tracker: Tracker, interval_s: float) -> bool:
-        """Whether the tracker scans at the same time as others of its kind, and then made ready for it."""
-        if isinstance(tracker, IdlePageTracker):
-            tracker.look_together(self.idle, interval_s)
-        elif isinstance(tracker, SharedDamonTracker):
-            tracker.look_together(interval_s)
-        else:
-            return False
-        return True
 
     def run(
         self,

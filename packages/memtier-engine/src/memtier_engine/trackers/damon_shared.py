@@ -7,8 +7,8 @@ region. Trackers with the same configuration use one; those that a node has scan
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any, Protocol
 
 from memtier_engine.clock import Clock, SystemClock
 from memtier_engine.hostfs.host import Host
@@ -95,8 +95,8 @@ class SharedDamonTracker:
             raise ValueError("the tracker is closed")
         return self._hub.core
 
-    def look_together(self, interval_s: float) -> None:
-        """It scans at the same time as the others, every `interval_s`: one reading serves all of them."""
+    def look_together(self, node: MutableMapping[str, Any], interval_s: float) -> None:
+        """See `TogetherTracker`: they share their kdamond anyway, whoever's they are."""
         self._interval_s = interval_s
 
     def scans_every(self, interval_s: float) -> None:

@@ -8,7 +8,8 @@ and look together: `memtier_engine.trackers.idlerounds`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
+from typing import Any
 
 import numpy as np
 
@@ -44,8 +45,9 @@ class IdlePageTracker:
         """Open files of processes there from now on; before the first scan."""
         self._files.use(files)
 
-    def look_together(self, rounds: IdleRounds, interval_s: float) -> None:
-        """From now on, scan in the rounds of several trackers; before the first scan."""
+    def look_together(self, node: MutableMapping[str, Any], interval_s: float) -> None:
+        """See `TogetherTracker`: it scans in the rounds of all trackers of its kind."""
+        rounds: IdleRounds = node.setdefault(self.name, IdleRounds(self._host, IdleReader))
         self._rounds = rounds
         rounds.join(self, interval_s)
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.errors import ConfigError
+from memtier_engine.hostfs.handles import FileSharingTracker, OpenProcesses
 from memtier_engine.model import (
     PAGE_BYTES,
     U8,
@@ -53,6 +54,8 @@ class MultiTracker:
         self.parts = tuple(parts)
         self.page_exact = all(part.page_exact for part in parts)
         self.stale_tlb = any(getattr(part, "stale_tlb", False) for part in parts)
+        self.takes_soft_dirty = any(getattr(part, "takes_soft_dirty", False) for part in parts)
+        self.clears_accessed_bits = any(getattr(part, "clears_accessed_bits", True) for part in parts)
 
     def scans_every(self, interval_s: float) -> None:
         """See `PacedTracker`."""
@@ -82,6 +85,12 @@ class MultiTracker:
                 return None
             found = seen if found is None else found | seen
         return found
+
+    def use_files(self, files: OpenProcesses) -> None:
+        """See `FileSharingTracker`."""
+        for part in self.parts:
+            if isinstance(part, FileSharingTracker):
+                part.use_files(files)
 
     def close(self) -> None:
         """See `Tracker.close`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -86,15 +86,15 @@ _TRIED = ("bpf", "bpf-hardware", "bpf-sampled", "damon")
 """Trackers that verify themselves when made: the features alone do not promise that they work."""
 
 
-def create_tracker(name: str, host: Host) -> TrackerChoice:
-    """The tracker of that name, or with `auto` the first of `AUTO_ORDER` that works.
+def create_tracker(name: str, host: Host, *, without: Collection[str] = ()) -> TrackerChoice:
+    """The tracker of that name, or with `auto` the first of `AUTO_ORDER` that works and is not one of `without`.
 
     Raises:
         ConfigError: no tracker has that name.
         TrackerUnavailable: it does not work here; the hint says what is missing.
     """
     if name == "auto":
-        return _choose(host)
+        return _choose(host, without)
     if name not in TRACKERS:
         raise ConfigError(
             f"no tracker is named {name!r}",
@@ -149,9 +149,12 @@ def _lacking(name: str, host: Host, *, in_auto: bool) -> tuple[str, str | None] 
     return None
 
 
-def _choose(host: Host) -> TrackerChoice:
+def _choose(host: Host, without: Collection[str]) -> TrackerChoice:
     rejected: list[tuple[str, str]] = []
     for name in AUTO_ORDER:
+        if name in without:
+            rejected.append((name, "not wanted here"))
+            continue
         try:
             chosen = _made(name, host, _IN_AUTO.get(name, TRACKERS[name]), in_auto=True)
         except MemtierError as failure:

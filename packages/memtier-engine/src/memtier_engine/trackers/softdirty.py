@@ -54,6 +54,7 @@ class SoftDirtyTracker:
     """Writes only, or reads by mapping as well; needs CONFIG_MEM_SOFT_DIRTY."""
 
     name = "softdirty"
+    takes_soft_dirty = True
     page_exact = True
     own_accesses_only = True
 
