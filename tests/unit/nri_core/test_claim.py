@@ -156,6 +156,7 @@ def test_a_lock_file_of_another_user_is_not_used_and_not_followed(
     tmp_path.chmod(0o777)
     lock, victim = tmp_path / LOCK_FILE, tmp_path / "victim"
     victim.write_text("precious")
+    victim.chmod(0o600)
     if trap == "fifo":
         os.mkfifo(lock)
     elif trap == "symlink":
