@@ -110,6 +110,8 @@ def test_only_what_is_looked_at_is_converted_and_only_once(conversions: list[str
     assert container.annotations is container.annotations
     assert container.cgroups_path == "/kubepods/c1"
     assert conversions == ["annotations", "cgroups_path"]
+    assert (container.pid, container.started_at_ns) == (77, 5)  # found together with the path
+    assert conversions == ["annotations", "cgroups_path"]
     fresh = container_from_message(container_to_message(CONTAINER))
     assert (fresh.pid, fresh.pid) == (77, 77)
     assert conversions == ["annotations", "cgroups_path", "pid"]
@@ -199,11 +201,11 @@ def test_one_record_that_is_none_is_left_out_and_said(tmp_path: Path, caplog: py
 
 
 def test_a_part_that_is_malformed_is_the_runtime_s_fault_when_it_is_looked_at() -> None:
-    data = nri_pb2.Container(id="c").SerializeToString() + b"\x5a\x02\x1a\x7f"  # linux.resources cut short
+    data = nri_pb2.Container(id="c", pid=5).SerializeToString() + b"\x5a\x04\x1a\x02\x0a\x7f"  # a limit cut short
     container = container_from_bytes(data, Allowance())
-    assert container.id == "c"
+    assert (container.id, container.pid) == ("c", 5)
     with pytest.raises(RemoteProtocolError, match="a Container of Synchronize cannot be decoded"):
-        _ = container.cgroups_path
+        _ = container.memory_limit_bytes
 
 
 def test_a_synchronize_that_is_no_message_is_answered_with_a_status(tmp_path: Path) -> None:

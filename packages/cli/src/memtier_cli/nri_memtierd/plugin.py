@@ -286,7 +286,6 @@ def concerns_us(pod: Pod) -> bool:
 
 def describe(pod: Pod, container: Container, *, started_now: bool = False) -> ContainerInfo:
     """What the fleet needs to know of a container."""
-    started_ns = 0 if container.raw is None or started_now else container.raw.started_at
     return ContainerInfo(
         id=container.id,
         namespace=pod.namespace,
@@ -295,7 +294,7 @@ def describe(pod: Pod, container: Container, *, started_now: bool = False) -> Co
         annotations={key: value for key, value in pod.annotations.items() if SUFFIX in key},
         cgroups_path=container.cgroups_path,
         pid=container.pid,
-        started_at_s=time.time() if started_now else started_ns / 1e9 or None,
+        started_at_s=time.time() if started_now else (container.started_at_ns or 0) / 1e9 or None,
     )
 
 

@@ -170,6 +170,12 @@ _CONTAINER: dict[str, Conversion] = {
     "pid": lambda message: message.pid or None,
     "started_at_ns": lambda message: message.started_at or None,
 }
+_IN_HEAD: dict[str, Conversion] = {
+    "cgroups_path": lambda head: head.linux.cgroups_path,
+    "pid": _CONTAINER["pid"],
+    "started_at_ns": _CONTAINER["started_at_ns"],
+}
+"""What is asked for together, of each container that a plugin takes care of."""
 _set: Callable[[object, str, object], None] = object.__setattr__
 
 
@@ -179,6 +185,11 @@ def _converted(record: Any, name: str, conversions: Mapping[str, Conversion], ki
         data, allowance = record._origin
         allowance.take(weight=weight(data))
         value = _whole(kind(), data)
+    elif name in _IN_HEAD and kind is nri_pb2.Container and record._origin is not None:
+        head = _whole(heads_pb2.ContainerHead(), record._origin[0])
+        for each, convert in _IN_HEAD.items():
+            _set(record, each, convert(head))
+        return _IN_HEAD[name](head)
     elif name in conversions:
         origin = record._origin
         message = record.raw if origin is None else _whole(kind(), origin[0])
@@ -196,7 +207,8 @@ def _whole(message: M, data: bytes) -> M:
     try:
         return decoded(message, data)
     except ValueError as error:
-        raise RemoteProtocolError(f"a {message.DESCRIPTOR.name} of Synchronize cannot be decoded: {error}") from None
+        name = message.DESCRIPTOR.name.removesuffix("Head")
+        raise RemoteProtocolError(f"a {name} of Synchronize cannot be decoded: {error}") from None
 
 
 def _memory_limit(memory: nri_pb2.LinuxMemory) -> int | None:
