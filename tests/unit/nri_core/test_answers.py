@@ -63,14 +63,14 @@ class Returning(Plugin):
 
 def scene(tmp_path: Path, plugin: Plugin, play: Callable[[PluginConnection], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with FakeRuntime(tmp_path / "nri.sock") as runtime:
+        async with FakeRuntime(tmp_path / "nri.sock", request_timeout_s=60, registration_timeout_s=60) as runtime:
             stub = Stub(plugin, socket_path=runtime.path, backoff=Backoff(least_s=0.01))
             task = asyncio.create_task(stub.run())
             try:
-                await play(await runtime.connected())
+                await play(await runtime.connected(120))
             finally:
                 stub.stop()
-                await asyncio.wait_for(task, 10)
+                await asyncio.wait_for(task, 120)
 
     asyncio.run(main())
 
@@ -176,7 +176,7 @@ def test_a_wrong_answer_to_synchronize_is_logged_too(tmp_path: Path, caplog: pyt
         async with FakeRuntime(tmp_path / "nri.sock", pods=[POD], containers=[CONTAINER]) as runtime:
             task = asyncio.create_task(Stub(Wrong(), socket_path=runtime.path, reconnect=False).run())
             with pytest.raises(Exception, match="closed the connection"):
-                await asyncio.wait_for(task, 10)
+                await asyncio.wait_for(task, 120)
 
     asyncio.run(main())
     assert "synchronize for 1 pods and 1 containers: synchronize returned dict with str in it, not an Update" in (

@@ -289,22 +289,22 @@ def test_a_plugin_keeps_its_claim_while_the_runtime_is_away(path: Path) -> None:
     async def main() -> None:
         other = Memtierd()
         other.name, other.index = "two", "90"
-        async with FakeRuntime(path) as runtime:
+        async with FakeRuntime(path, request_timeout_s=60, registration_timeout_s=60) as runtime:
             stub = Stub(Memtierd(), socket_path=path, backoff=QUICK)
             task = asyncio.create_task(stub.run())
-            await runtime.connected()
+            await runtime.connected(120)
             await runtime.stop()
             for _ in range(5):
                 with pytest.raises(PluginAlreadyRunning, match="memtierd"):
                     await Stub(other, socket_path=path, backoff=QUICK).run()
                 await asyncio.sleep(0.02)
             runtime.start()
-            await runtime.connected()
+            await runtime.connected(120)
             stub.stop()
             await task
             second = Stub(other, socket_path=path, backoff=QUICK)
             task = asyncio.create_task(second.run())
-            assert (await runtime.connected()).index == "90"
+            assert (await runtime.connected(120)).index == "90"
             second.stop()
             await task
 
@@ -325,7 +325,7 @@ def test_a_pre_launched_plugin_claims_its_kind_too(path: Path, monkeypatch: pyte
         with pytest.raises(PluginAlreadyRunning):
             await Stub(Memtierd(), socket_path=path).run()
         connection.close()
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 120)
 
     asyncio.run(main())
 

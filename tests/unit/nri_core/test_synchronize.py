@@ -151,14 +151,16 @@ def scene(
     **options: Any,
 ) -> None:
     async def main() -> None:
-        async with FakeRuntime(tmp_path / "nri.sock", **options) as runtime:
+        async with FakeRuntime(
+            tmp_path / "nri.sock", **{"request_timeout_s": 60, "registration_timeout_s": 60, **options}
+        ) as runtime:
             stub = Stub(plugin, socket_path=runtime.path, backoff=Backoff(least_s=0.01, most_s=0.05))
             task = asyncio.create_task(stub.run())
             try:
-                await play(runtime, await runtime.connected(60), stub)
+                await play(runtime, await runtime.connected(120), stub)
             finally:
                 stub.stop()
-                await asyncio.wait_for(task, 10)
+                await asyncio.wait_for(task, 120)
 
     asyncio.run(main())
 
@@ -190,7 +192,7 @@ def test_one_record_that_is_none_is_left_out_and_said(tmp_path: Path, caplog: py
 
     async def play(runtime: FakeRuntime, peer: PluginConnection, stub: Stub) -> None:
         parts = [field(1, bad[0]), field(1, good[0]), field(2, good[1]), field(2, bad[1]), field(2, bad[1])]
-        await peer.client.call(PLUGIN_SERVICE_NAME, "Synchronize", b"".join(parts), timeout_s=10)
+        await peer.client.call(PLUGIN_SERVICE_NAME, "Synchronize", b"".join(parts), timeout_s=120)
 
     scene(tmp_path, plugin, play)
     assert plugin.seen == [([], []), (["p1"], ["c1"])]
@@ -212,7 +214,7 @@ def test_a_synchronize_that_is_no_message_is_answered_with_a_status(tmp_path: Pa
     async def play(runtime: FakeRuntime, peer: PluginConnection, stub: Stub) -> None:
         for data in (b"\x12\x05abc", b"\x12", b"\xff" * 11, b"\x13", b"\x19abc"):
             with pytest.raises(RpcError, match="error unmarshalling payload") as caught:
-                await peer.client.call(PLUGIN_SERVICE_NAME, "Synchronize", data, timeout_s=10)
+                await peer.client.call(PLUGIN_SERVICE_NAME, "Synchronize", data, timeout_s=120)
             assert caught.value.code == Code.INTERNAL
         await peer.synchronize([POD], [CONTAINER])
 
@@ -270,7 +272,7 @@ class Slicing(Listening):
     async def send(self) -> None:
         assert self.stub is not None
         try:
-            async for outcome in self.stub.update_in_slices(self.updates, at_once=self.at_once, timeout_s=0.5):
+            async for outcome in self.stub.update_in_slices(self.updates, at_once=self.at_once, timeout_s=60):
                 self.outcomes.append(outcome)
         except (ConnectionLost, LocalProtocolError) as error:
             self.error = error
@@ -344,7 +346,7 @@ def test_when_the_connection_ends_the_rest_is_not_asked_for(tmp_path: Path) -> N
             stub = Stub(plugin, socket_path=runtime.path, reconnect=False)
             task = asyncio.create_task(stub.run())
             updates, plugin.updates = plugin.updates, []
-            peers.append(await runtime.connected())
+            peers.append(await runtime.connected(120))
             plugin.updates = updates
             await plugin.send()
             with pytest.raises(ConnectionLost):
@@ -410,6 +412,6 @@ def test_what_is_decoded_before_the_method_runs_counts_for_its_time_limit() -> N
         await running.run("create_container", Call(head, arrived_s=began_s - 50), "c", POD, CONTAINER)
         await running.close()
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), 120))
     assert len(plugin.limits) == 1
     assert plugin.limits[0] < 25  # 1, were nobody else on this machine
