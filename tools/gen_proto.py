@@ -76,8 +76,7 @@ def _protoc(*arguments: str) -> None:
 
 def generated() -> dict[Path, str]:
     """Every file that should be there, with its text."""
-    modules = "nri_pb2, heads_pb2, ttrpc_pb2"
-    docs = f'"""Generated protobuf modules: {modules}. Their classes are in a pool of our own: see pool.py."""\n'
+    docs = '"""Generated protobuf modules: nri_pb2, heads_pb2, ttrpc_pb2, in a pool of their own: see pool.py."""\n'
     files = {ROOT / NRI_PACKAGE[0] / "nri_core/pb/__init__.py": docs}
     for source, (root, package, name) in FILES.items():
         out = ROOT / root / package.replace(".", "/")

@@ -15,11 +15,12 @@ except ImportError:
     sys.exit("atheris is not installed: .venv/bin/pip install atheris")
 
 with atheris.instrument_imports(include=["nri_core"]):
-    from nri_core.api.model import container_from_message, pod_from_message
+    from nri_core.api.model import Allowance, container_from_bytes, container_from_message, pod_from_message
     from nri_core.api.resources import resources_from_message
     from nri_core.errors import RemoteProtocolError
     from nri_core.mux import MuxDecoder
     from nri_core.pb import nri_pb2
+    from nri_core.session import Session, State
     from nri_core.ttrpc.connection import CallStarted, ClientConnection, Kind, ServerConnection
     from nri_core.ttrpc.envelope import CallHead
     from nri_core.ttrpc.frame import MAX_DATA_BYTES
@@ -54,7 +55,14 @@ def heard(data, portion):
 
 
 def messages(payload):
-    """A payload as the NRI messages with the most in them."""
+    """A payload as the NRI messages with the most in them, and as a list of containers that nobody decoded."""
+    session = Session()
+    session.state = State.CONFIGURED
+    try:
+        for encoded in (session.synchronized_bytes(payload) or ((), ()))[1]:
+            repr(container_from_bytes(encoded, Allowance()))
+    except (ValueError, RemoteProtocolError):
+        pass
     try:
         request = nri_pb2.UpdateContainerRequest.FromString(payload)
     except DecodeError:

@@ -39,6 +39,7 @@ class Everything(Plugin):
     name, index = "everything", "50"
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> list[Update]:
+        repr((pods, containers, [pod.raw for pod in pods], [container.raw for container in containers]))
         return [Update(container.id).unified("memory.high", "1") for container in containers]
 
     async def run_pod_sandbox(self, pod: Pod) -> None:
@@ -190,6 +191,32 @@ def test_frames_of_every_kind_in_any_order_end_in_answers_or_our_own_errors(
     assert troubles == []
     for frame in answers(written):
         assert frame.type == wire.RESPONSE
+
+
+RECORDS = st.one_of(
+    st.binary(max_size=40),
+    st.builds(
+        lambda text, cut: nri_pb2.Container(
+            id=text, mounts=[nri_pb2.Mount(options=[text])], linux=nri_pb2.LinuxContainer(cgroups_path=text)
+        ).SerializeToString()[cut:],
+        TEXT,
+        st.integers(0, 3),
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), RECORDS), max_size=8), st.booleans(), st.binary(max_size=3))
+def test_records_of_every_kind_in_a_synchronize_end_in_one_answer(
+    records: list[tuple[int, bytes]], more: bool, rest: bytes
+) -> None:
+    """They are looked at after they were listed: what is malformed in one must not come out otherwise."""
+    body = b"".join(bytes([number << 3 | 2, len(record) & 0x7F]) + record[:127] for number, record in records)
+    body += b"\x18\x01" * more + rest
+    call = encode_frame(3, wire.REQUEST, 0, encode_request(CallHead(PLUGIN_SERVICE_NAME, "Synchronize", body, 0)))
+    written, troubles = asyncio.run(serve([*HANDSHAKE, wrap(PLUGIN_SERVICE, call)]))
+    assert troubles == []
+    assert len([frame for frame in answers(written) if frame.stream_id == 3]) == 1
 
 
 @settings(max_examples=60, deadline=None)
