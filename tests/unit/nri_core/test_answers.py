@@ -312,3 +312,17 @@ def test_a_method_that_cannot_be_called_as_it_will_be_is_warned_about() -> None:
         "Wrong.configure",
     ]
     assert "cannot be called with (pod, container)" in found[1]
+
+
+def test_a_failure_policy_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+    """Not when the runtime configures the plugin, and only the runtime is told."""
+
+    class Wrong(Plugin):
+        name, index = "wrong", "50"
+        failure_policy = {"fail_request": True}  # type: ignore[assignment]
+
+    async def main() -> None:
+        with pytest.raises(LocalProtocolError, match=r"failure_policy of plugin 50-wrong is of type dict"):
+            Stub(Wrong(), socket_path=tmp_path / "s")
+
+    asyncio.run(main())

@@ -17,7 +17,17 @@ from typing import Any
 
 import pytest
 
-from nri_core import Adjustment, Backoff, ConnectError, ConnectionLost, Container, Plugin, Pod, Stub
+from nri_core import (
+    Adjustment,
+    Backoff,
+    ConnectError,
+    ConnectionLost,
+    Container,
+    LocalProtocolError,
+    Plugin,
+    Pod,
+    Stub,
+)
 from nri_core.aio.transport import inherited
 from nri_core.testing import FakeRuntime, PluginConnection
 
@@ -335,3 +345,26 @@ def test_the_time_that_a_connection_served_is_counted_from_synchronize_on(tmp_pa
         assert stub._served_s() >= 100
 
     scene(tmp_path, Hooked(), play)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="needs Python 3.12, which has eager tasks")
+def test_with_eager_tasks_a_method_that_calls_the_runtime_is_still_told_not_to(tmp_path: Path) -> None:
+    """Such a task runs before whoever made it has it."""
+    errors: list[Exception] = []
+
+    class Eager(Plugin):
+        name, index = "eager", "50"
+
+        async def create_container(self, pod: Pod, container: Container) -> None:
+            assert self.stub is not None
+            try:
+                await self.stub.update_containers([])
+            except LocalProtocolError as error:
+                errors.append(error)
+
+    async def play(runtime: FakeRuntime, peer: PluginConnection, stub: Stub) -> None:
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+        await peer.create_container(POD, CONTAINER)
+
+    scene(tmp_path, Eager(), play)
+    assert len(errors) == 1

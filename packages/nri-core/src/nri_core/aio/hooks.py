@@ -176,6 +176,7 @@ class Hooks:
 
     async def _invoke(self, method: Callable[..., Any], arguments: Sequence[Any], current: Handling) -> Any:
         handling.set(current)  # this task's own context
+        current.task = asyncio.current_task()  # an eager task runs before whoever made it has it
         if inspect.iscoroutinefunction(method):
             return await method(*arguments)
         context = contextvars.copy_context()

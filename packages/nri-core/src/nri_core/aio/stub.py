@@ -39,7 +39,7 @@ from nri_core.errors import (
 from nri_core.lint import remarks
 from nri_core.mux import MAX_PAYLOAD_BYTES, PLUGIN_SERVICE, RUNTIME_SERVICE
 from nri_core.pb import nri_pb2
-from nri_core.plugin import Plugin, identity
+from nri_core.plugin import FailurePolicy, Plugin, identity
 from nri_core.session import DEFAULT_REGISTRATION_TIMEOUT_S, DEFAULT_REQUEST_TIMEOUT_S, Session, State, Step
 from nri_core.wire import decoded
 
@@ -103,7 +103,8 @@ class Stub:
         """The plugin's name and index are settled here: see `nri_core.plugin.identity`.
 
         Raises:
-            LocalProtocolError: the plugin has no well-formed name and index, or its `events` has bits of no event.
+            LocalProtocolError: the plugin has no well-formed name and index, its `events` has bits of no event, or its
+                `failure_policy` is none.
         """
         self.plugin = plugin
         self.name, self.index = identity(plugin)
@@ -112,6 +113,11 @@ class Stub:
             raise LocalProtocolError(
                 f"events() of plugin {self.index}-{self.name} has bits of no event: {int(unknown):#x}",
                 hint="combine members of EventMask",
+            )
+        if not isinstance(plugin.failure_policy, FailurePolicy | None):
+            raise LocalProtocolError(
+                f"failure_policy of plugin {self.index}-{self.name} is of type {type(plugin.failure_policy).__name__}",
+                hint="give a FailurePolicy",
             )
         for remark in remarks(plugin):
             log.warning("plugin %s-%s: %s", self.index, self.name, remark)
@@ -147,7 +153,7 @@ class Stub:
                 try:
                     if given is None or self.plugin.exclusive is not None:
                         claimed.take()
-                        self._refuse_rivals()
+                        await self._refuse_rivals()
                     if given is not None:
                         await self._serve(given, pre_launched=True)
                     else:
@@ -177,8 +183,11 @@ class Stub:
         """How long the last connection served."""
         return 0.0 if self._serving_since_s is None else asyncio.get_running_loop().time() - self._serving_since_s
 
-    def _refuse_rivals(self) -> None:
-        rival = find_rival(self._path, self.plugin.rivals)
+    async def _refuse_rivals(self) -> None:
+        if not self.plugin.rivals:
+            return
+        # In a thread: a node can have ten thousand processes, 30 us each.
+        rival = await asyncio.to_thread(find_rival, self._path, self.plugin.rivals)
         if rival is not None:
             raise PluginAlreadyRunning(f"{rival} is already connected to {self._path}", hint=HINT)
 
