@@ -520,6 +520,28 @@ def test_the_status_names_every_container_and_why_it_has_no_engine(scene: Scene)
     assert scene.fleet.status()[0]["engine"] == "running"
 
 
+def test_a_round_over_many_containers_lets_events_come_in_between(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of engines take minutes to start: a stop, or the end of the program, does not wait for all of them."""
+    launch, names = scene.launcher.launch, [f"c{number:02}" for number in range(40)]
+
+    def slow(job: Job) -> RunningEngine:
+        scene.clock.advance(0.02)
+        if scene.launcher.attempts == 10:
+            scene.fleet.report(Stopped("c39"))
+            scene.fleet.report(Started(scene.container("late", "late")))
+        return launch(job)
+
+    monkeypatch.setattr(scene.launcher, "launch", slow)
+    scene.tell(Listed(tuple(scene.container(name, name) for name in names)))
+    scene.later(0.1)
+    assert scene.fleet.running() == {*names, "late"} - {"c39"}
+    labels = [engine.job.label for engine in scene.launcher.engines]
+    assert "default/pod:c39" not in labels, "its stop was heard before its turn came"
+    assert labels[:39] == [f"default/pod:{name}" for name in names[:39]], "nobody's turn is lost"
+
+
 def test_outputs_are_bounded_together(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.tell(*(Started(scene.container(f"k{number}", f"c{number}")) for number in range(200)))
     scene.later(60)

@@ -12,6 +12,7 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -31,6 +32,8 @@ CHECK_S = 1.0
 """Time between looks at whether the engines still run."""
 BEAT_S = 5.0
 """Without anything to do, the fleet shows at least so often that it lives."""
+AT_ONCE_S = 0.05
+"""For so long containers are looked at in a row while events wait: thousands of engines take a while to start."""
 HOUSEKEEPING_S = 30.0
 """Time between looks for cgroups that are gone and outputs that are full."""
 STOP_S = 4.0
@@ -65,6 +68,8 @@ class Fleet:
         self._litter = Litter(run_directory)
         self._stuck: dict[str, list[MayStick]] = {}
         """Stopped engines, by container id, in a step that has not returned."""
+        self._rest: list[Care] = []
+        """Of a round that was broken off: those who have not had their turn."""
         self._gone: set[str] = set()
         """Stopped before their start was handled."""
         self._check_s = self._housekeeping_s = 0.0
@@ -234,9 +239,12 @@ class Fleet:
     def reconcile(self, now_s: float) -> None:
         """Work off the difference between what each container should have and what it has. In the fleet's thread."""
         tree = CgroupTree(self._cgroup_root)  # walked at most once, for those that have to be looked for
-        self._cares.soonest_s = math.inf
-        for care in self._cares.all():
-            if not self._cares.has(care):  # forgotten on behalf of another one
+        began_s = self._now_s()
+        self._cares.soonest_s = now_s if self._rest else math.inf  # who is new comes after the rest of a round
+        waiting, self._rest = deque(self._rest or self._cares.all()), []
+        while waiting:
+            care = waiting.popleft()
+            if not self._cares.has(care):  # forgotten meanwhile, or on behalf of another one
                 continue
             label = str(care.container)
             self._beat(f"container {label}")
@@ -250,6 +258,10 @@ class Fleet:
                     self._failed(care, now_s, f"engine not started: a defect: {type(defect).__name__}")
             if care.wanted is not None and care.engine is None:
                 self._cares.due(care.due_s)
+            if waiting and self._now_s() - began_s > AT_ONCE_S and not self._queue.empty():
+                self._rest = list(waiting)  # after what has just been reported
+                self._cares.due(now_s)
+                return
 
     def _reconcile(self, care: Care, tree: CgroupTree, now_s: float) -> None:
         if care.job is not None and care.workload_class != care.wanted:

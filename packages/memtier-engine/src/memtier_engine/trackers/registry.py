@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -86,6 +88,22 @@ _TRIED = ("bpf", "bpf-hardware", "bpf-sampled", "damon")
 """Trackers that verify themselves when made: the features alone do not promise that they work."""
 
 
+_worked: ContextVar[set[tuple[str, bool]] | None] = ContextVar("worked", default=None)
+
+
+@contextmanager
+def remembering(worked: set[tuple[str, bool]]) -> Iterator[None]:
+    """Within the block, what was found to work once is not tried again; `worked` is what is known, and grows.
+
+    Trying reads and clears accessed bits of this very process: some 30 ms for each of a node's many engines.
+    """
+    token = _worked.set(worked)
+    try:
+        yield
+    finally:
+        _worked.reset(token)
+
+
 def create_tracker(name: str, host: Host, *, without: Collection[str] = ()) -> TrackerChoice:
     """The tracker of that name, or with `auto` the first of `AUTO_ORDER` that works and is not one of `without`.
 
@@ -142,10 +160,15 @@ def _lacking(name: str, host: Host, *, in_auto: bool) -> tuple[str, str | None] 
     """The first feature of the kernel, or right, that the tracker needs and does not find."""
     from memtier_engine.hostfs.probe import probe
 
+    worked = _worked.get()
+    if worked is not None and (name, in_auto) in worked:
+        return None
     needs = (*_NEEDS.get(name, ()), *(_NEEDS_IN_AUTO.get(name, ()) if in_auto else ()))
     for feature in probe(host, needs):
         if not feature.works:
             return feature.why or f"{feature.name} does not work", feature.fix
+    if worked is not None:
+        worked.add((name, in_auto))
     return None
 
 

@@ -24,9 +24,12 @@ from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import ProcessId
 from memtier_engine.targets.base import Target
+from memtier_engine.trackers.registry import remembering
 
 WORKERS = 2
 LOCK_S = 1.0
+TRIED_AGAIN_S = 300.0
+"""So often at most it is tried anew what this kernel offers."""
 
 
 def check_template(text: str) -> None:
@@ -44,6 +47,9 @@ class InProcessLauncher:
         self._runner = Runner(workers=workers)
         self._runner.start()
         self._node = Node(host=host)
+        self._worked: set[tuple[str, bool]] = set()
+        """Trackers that were tried here and work; see `remembering`."""
+        self._worked_s = 0.0
         self._trackers: dict[str, str] = {}
         """What `auto` chose here: trying all of them costs a while, and the answer does not change."""
 
@@ -84,7 +90,11 @@ class InProcessLauncher:
     def _build(self, spec: Spec) -> Engine:
         wanted = spec.tracker.name
         chosen = self._trackers.get(wanted, wanted)
-        engine = replace(spec, tracker=replace(spec.tracker, name=chosen)).build(self._host)
+        if time.monotonic() - self._worked_s > TRIED_AGAIN_S:
+            self._worked.clear()
+            self._worked_s = time.monotonic()
+        with remembering(self._worked):
+            engine = replace(spec, tracker=replace(spec.tracker, name=chosen)).build(self._host)
         self._trackers[wanted] = engine.tracker.name
         return engine
 
