@@ -156,6 +156,39 @@ def test_a_log_that_nobody_reads_holds_nothing_up(program: Program) -> None:
         asyncio.run(body(stderr))
 
 
+CLOSED = """
+import os, sys
+for fd in (0, 1, 2):
+    os.close(fd)
+os.execv(sys.executable, [sys.executable, "-c", {code!r}, *sys.argv[1:]])
+"""
+
+
+def test_without_any_standard_file_it_works_and_logs_into_nobodys_file(program: Program) -> None:
+    """A closed number is given to the next file that is opened, such as a container's output."""
+    process = program.start(program=(sys.executable, "-c", CLOSED.format(code=PROGRAM[2])))
+    status = program.base / "run" / "status.json"
+    deadline = time.monotonic() + 60
+    while not status.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert {os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
+    assert program.end() == 0
+    assert list((program.base / "run").iterdir()) == []
+
+
+def test_a_log_on_a_full_disk_holds_nothing_up(program: Program) -> None:
+    with open("/dev/full", "wb") as disk:
+        program.start(stderr=disk.fileno())
+    status = program.base / "run" / "status.json"
+    deadline = time.monotonic() + 60
+    while not (status.exists() and json.loads(status.read_text())["log_lines_lost"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert program.end() == 0
+
+
 def test_an_error_at_start_with_a_log_that_nobody_reads_still_ends_it(program: Program) -> None:
     program.config.write_text("klasses: []")
     with full_pipe() as stderr:

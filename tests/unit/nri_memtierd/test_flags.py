@@ -69,6 +69,8 @@ def test_an_index_is_two_digits(index: str) -> None:
         (["-idx", "45", "--engine=thread"], "-engine thread: use in-process or process"),
         (["-idx", "45", "--log-format=xml"], "-log-format xml: use text or json"),
         (["-idx", "45", "-adopt", "-no-adopt"], "exclude each other"),
+        (["-idx", "45", "-run-dir="], "-run-dir is empty"),
+        (["-healthy", "-run-dir", ""], "-run-dir is empty"),
     ],
 )
 def test_wrong_usage_is_exit_status_2_with_the_reason_first(

@@ -183,6 +183,18 @@ def test_what_others_put_into_our_directory_stays(tmp_path: Path) -> None:
     RunDirectory(path).claim()
 
 
+def test_a_relative_path_in_a_directory_that_is_gone_is_an_error_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunDirectory(Path("run")).path == tmp_path / "run"
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(RunDirError, match="No such file"):
+        RunDirectory(Path("run"))
+
+
 def test_only_one_process_has_the_directory(tmp_path: Path) -> None:
     first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
     first.claim()

@@ -86,7 +86,8 @@ def main(orders: Orders | None = None) -> int:
     from nri_core import NriError
 
     raise_open_files()
-    log = LogQueue(sys.stderr.fileno())
+    _open_standard_files()
+    log = LogQueue(2 if sys.stderr is None else sys.stderr.fileno())
     log.start()
     try:
         return _serve(flags, index, name, orders, log)
@@ -134,8 +135,19 @@ def _check(flags: Parsed, program: str) -> None:
             raise UsageError(f"-{name} {value}: use {' or '.join(allowed)}")
     if flags.boolean("no-adopt") and flags.boolean("adopt"):
         raise UsageError("-adopt and -no-adopt exclude each other")
+    if flags.has("run-dir") and not flags.text("run-dir"):
+        raise UsageError("-run-dir is empty: is a variable of the command line not set?")
     if not _is_probe(flags):
         identity(flags, program)
+
+
+def _open_standard_files() -> None:
+    """Where the parent closed them: else the next file that is opened would get the number, and our log in it."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
 
 
 def _is_probe(flags: Parsed) -> bool:

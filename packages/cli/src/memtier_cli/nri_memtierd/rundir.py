@@ -101,11 +101,12 @@ class RunDirectory:
         Raises:
             RunDirError: it is a symbolic link, no directory, or another user's.
         """
-        self.path = Path(os.path.abspath(path))  # engines in processes of their own may stand elsewhere
+        self.path = path
         self.output_bytes_max = OUTPUT_BYTES_MAX
         """For one output file from now on; see `share_outputs`."""
         self._claimed = False
         try:
+            self.path = Path(os.path.abspath(path))  # engines in processes of their own may stand elsewhere
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 self.path.mkdir(mode=0o700)
