@@ -69,6 +69,14 @@ def test_another_process_of_the_pid_is_refused() -> None:
         ProcessFiles(Host(), ProcessId(process.pid, process.start_ticks - 1))
 
 
+def test_one_that_exited_before_is_gone() -> None:
+    """And no error to tell of: processes exit at any time."""
+    with sleepers(1) as (process,):
+        pass
+    with pytest.raises(ProcessGone):
+        ProcessFiles(Host(), process)
+
+
 def test_the_directory_of_one_that_exited_says_so_and_is_nobody_elses() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     files = ProcessFiles(Host(), process_id(Host(), child.pid))

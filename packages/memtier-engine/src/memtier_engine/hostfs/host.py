@@ -78,7 +78,7 @@ class Host:
         return found
 
     def error(self, path: Path, error: OSError, action: str = "read") -> KernelCallError:
-        """The engine's error for an OSError at `path`. ENOENT below /proc/PID is `ProcessGone`."""
+        """The engine's error for an OSError at `path`. ENOENT at /proc/PID or below is `ProcessGone`."""
         number = error.errno or errno.EIO
         what = f"{action} {self.kernel_file(path)}"
         if number == errno.ENOENT and self._pid_of(path) is not None:
@@ -92,7 +92,7 @@ class Host:
             names = path.relative_to(self.root).parts
         except ValueError:
             return None
-        return int(names[1]) if len(names) > 2 and names[0] == "proc" and names[1].isdecimal() else None
+        return int(names[1]) if len(names) > 1 and names[0] == "proc" and names[1].isdecimal() else None
 
     @property
     def own_pid(self) -> int:
