@@ -152,7 +152,7 @@ class KillingTracker:
 
 def watched(engine: Engine, killer: Killer) -> None:
     """Put the killer between the engine's stages."""
-    engine.tracker = KillingTracker(engine.tracker, killer)
+    engine.tracker = engine._scanner._tracker = KillingTracker(engine.tracker, killer)
     policy: Policy = engine.policy
     decide = policy.decide
 
