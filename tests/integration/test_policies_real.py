@@ -22,19 +22,19 @@ from support.swap import temporary_zram_swap
 from support.waiting import WAIT_S
 from support.workload import workload
 
-INTERVAL_S = 0.3
+INTERVAL_S = 1.0
 _CONFIG = """\
 guards: {{psimemorynode: null, psiionode: null}}
 policy:
   name: {policy}
   config: |
-    intervalms: 300
+    intervalms: 1000
     pidwatcher: {{name: pidlist, config: "pids: [{pid}]"}}
     mover: {{bandwidth: 200}}
     {tracker}
     {keys}
 """
-_TRACKER = 'tracker: {name: auto, config: "scanintervalms: 300\\nmaxcountperregion: 0"}'
+_TRACKER = 'tracker: {name: auto, config: "scanintervalms: 1000\\nmaxcountperregion: 0"}'
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +78,7 @@ def run(policy: str, keys: str, enough: Callable[[StepReport], bool]) -> Ran:
     """Until `enough`, and some scans more."""
     statistics, moved = Statistics(), Moved()
     with workload(8, 56, write=True) as load:
-        time.sleep(0.4)  # the engine leaves processes alone that are younger than a scan interval
+        time.sleep(1.1)  # the engine leaves processes alone that are younger than a scan interval
         text = _CONFIG.format(policy=policy, pid=load.pid, tracker=_TRACKER, keys=keys)
         engine = parse(text).build(observers=[statistics, moved])
         enough_at: int | None = None
