@@ -177,6 +177,62 @@ def test_a_lock_file_of_another_user_is_not_used_and_not_followed(
     assert victim.read_text() == "precious"
 
 
+READ_ONLY = """
+mount --bind "$1/host" "$1/pod" && mount -o remount,bind,ro "$1/pod" && exec "$2" -c '
+import sys
+from nri_core import PluginAlreadyRunning
+from nri_core.aio.claim import Claim
+def take(folder):
+    held = Claim(f"{sys.argv[1]}/{folder}/nri.sock", "50", "a")
+    try:
+        held.take()
+    except PluginAlreadyRunning:
+        return None
+    return held
+for first, second in (("pod", "host"), ("host", "pod"), ("pod", "pod")):
+    claims = [take(first), take(second)]
+    print(first, claims[0] is not None, second, claims[1] is not None)
+    for claim in filter(None, claims):
+        claim.release()
+' "$1"
+"""
+
+
+@as_root
+def test_a_claim_that_could_not_be_had_is_tried_again(tmp_path: Path) -> None:
+    """At the next connection, say, when somebody has made the lock file."""
+    tmp_path.chmod(0o755)
+    (tmp_path / LOCK_FILE).mkdir()
+    held = Claim(tmp_path / "nri.sock", "50", "a")
+    held.take()
+    (tmp_path / LOCK_FILE).rmdir()
+    held.take()
+    with pytest.raises(PluginAlreadyRunning):
+        Claim(tmp_path / "nri.sock", "50", "a").take()
+    held.release()
+
+
+@as_root
+@pytest.mark.parametrize("kind", ["0700", "0755 with the file", "0755 without"])
+def test_a_read_only_mount_of_the_directory_will_do_where_there_is_something_to_lock(tmp_path: Path, kind: str) -> None:
+    """As pods have it. Only where others can read the directory, and nobody has made the file yet, is there nothing."""
+    (tmp_path / "host").mkdir()
+    (tmp_path / "pod").mkdir()
+    (tmp_path / "host").chmod(int(kind[:4], 8))
+    if "with the" in kind:
+        (tmp_path / "host" / LOCK_FILE).touch(0o600)
+    command = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", str(tmp_path), sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "Operation not permitted" in done.stderr or "permission denied" in done.stderr:
+        pytest.skip("no mount namespace can be made here: needs CAP_SYS_ADMIN")
+    said = done.stdout.splitlines()
+    if "without" in kind:
+        assert said[0] == "pod True host True"
+        assert said[1:] == ["host True pod False", "pod True pod False"]  # the host has made the file
+    else:
+        assert said == ["pod True host False", "host True pod False", "pod True pod False"], done.stderr
+
+
 @as_root
 def test_the_lock_file_is_root_s_alone_and_empty(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)

@@ -10,7 +10,8 @@ its last holder. Nobody but root may be able to take it, or any user could keep 
   right to write, also through a read-only mount, and leaves nothing behind. Directories can be locked for reading only,
   which several may do: hence a look before and a look after.
 - In a directory that others can read (kubelet's DirectoryOrCreate makes it 0755), the lock is on a file in it that
-  only root can open. Where it cannot be made, there is no claim, and a warning.
+  only root can open. Where it cannot be made, as through a read-only mount, and is not there, there is no claim, and
+  a warning.
 
 Open-file-description locks: Linux 3.15.
 """
@@ -58,6 +59,7 @@ class Claim:
             self._claimed[f"\0{exclusive}"] = (f"another {exclusive} plugin, whatever its index and name,", HINT)
         self._directory: int | None = None
         self._file: int | None = None
+        self._locked = False
         self._warned = False
 
     def take(self) -> None:
@@ -88,9 +90,10 @@ class Claim:
             if descriptor is not None:
                 os.close(descriptor)
         self._directory = self._file = None
+        self._locked = False
 
     def _held(self) -> bool:
-        if self._directory is None:
+        if self._directory is None or not self._locked:
             return False
         try:
             same = os.path.samestat(os.fstat(self._directory), os.stat(self._path.parent))
@@ -106,7 +109,7 @@ class Claim:
             return None
         found = os.fstat(self._directory)
         if _ours_alone(found, readers=stat.S_IRGRP | stat.S_IROTH):
-            return self._lock(lambda offset: _lock_directory(self._directory, offset))
+            return self._lock(lambda offset: _lock_for_reading(self._directory, offset))
         try:
             self._file = _lock_file(self._directory)
         except OSError as error:
@@ -120,6 +123,8 @@ class Claim:
                     error.strerror or error,
                 )
             return None
+        if fcntl.fcntl(self._file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            return self._lock(lambda offset: _lock_for_reading(self._file, offset))
         return self._lock(lambda offset: _set_lock(self._file, fcntl.F_WRLCK, offset))
 
     def _lock(self, lock: Callable[[int], bool]) -> tuple[str, str] | None:
@@ -127,6 +132,7 @@ class Claim:
             digest = hashlib.blake2b(f"{self._path.name}\0{key}".encode(), digest_size=7).digest()
             if not lock(int.from_bytes(digest, "big")):
                 return words
+        self._locked = True
         return None
 
 
@@ -148,8 +154,14 @@ def _ours_alone(found: os.stat_result, *, readers: int) -> bool:
 
 def _lock_file(directory: int | None) -> int:
     """The lock file, opened. Raises: OSError, also if it is not root's."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(LOCK_FILE, flags, 0o600, dir_fd=directory)
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(LOCK_FILE, os.O_RDWR | os.O_CREAT | flags, 0o600, dir_fd=directory)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        # Through a read-only mount: another plugin may have made it where it can be written.
+        descriptor = os.open(LOCK_FILE, os.O_RDONLY | flags, dir_fd=directory)
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or not _ours_alone(found, readers=0o077):
         os.close(descriptor)
@@ -157,7 +169,8 @@ def _lock_file(directory: int | None) -> int:
     return descriptor
 
 
-def _lock_directory(descriptor: int | None, offset: int) -> bool:
+def _lock_for_reading(descriptor: int | None, offset: int) -> bool:
+    """Lock a byte of what cannot be locked for writing, if nobody else has it."""
     return _free(descriptor, offset) and _take(descriptor, offset) and _free(descriptor, offset)
 
 
