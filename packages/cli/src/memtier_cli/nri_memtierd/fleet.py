@@ -32,6 +32,8 @@ CHECK_S = 1.0
 """Time between looks at whether the engines still run."""
 BEAT_S = 5.0
 """Without anything to do, the fleet shows at least so often that it lives."""
+AFTER_LIST_S = 0.05
+"""A list comes just before the runtime gets its answer, for which this thread would compete with the event loop."""
 AT_ONCE_S = 0.05
 """For so long containers are looked at in a row while events wait: thousands of engines take a while to start."""
 HOUSEKEEPING_S = 30.0
@@ -132,7 +134,10 @@ class Fleet:
                 self._guarded(self._handle, event)
             self._guarded(self._tick)
             if isinstance(event, threading.Event):
-                event.set()
+                if self._rest:
+                    self._queue.put(event)  # not settled before everybody had a turn
+                else:
+                    event.set()
 
     def _guarded(self, call: Callable[..., None], *arguments: object) -> None:
         """A defect in one matter must not leave all others without care."""
@@ -167,6 +172,7 @@ class Fleet:
             self._gone.discard(event.container_id)
             self._forget(event.container_id)
         elif isinstance(event, Listed):
+            time.sleep(AFTER_LIST_S)
             present = {container.id for container in event.running} | event.created
             for container_id in self._cares.ids() - present:
                 self._guarded(self._forget, container_id)

@@ -34,6 +34,8 @@ LATE_S = 0.5
 SLICE = 20
 """Updates in one request: a runtime carries them out one by one, and serves nobody else meanwhile."""
 SLICE_S = 30.0
+AFTER_ANSWER_S = 0.05
+"""Looking for what they lack begins so long after Synchronize, which then has been answered."""
 
 Wanted = tuple[ContainerInfo, Mapping[str, str]]
 Hook = TypeVar("Hook", bound=Callable[..., Coroutine[Any, Any, Any]])
@@ -237,6 +239,7 @@ class MemtierdPlugin(Plugin):
         answer that comes too late is lost with all values.
         """
         try:
+            await asyncio.sleep(AFTER_ANSWER_S)
             updates = await aside(lambda: self._missing_values(wanted))
             names = {info.id: str(info) for info, _ in wanted}
             for first in range(0, len(updates), SLICE):
