@@ -27,6 +27,7 @@ class Refusals:
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
         self._spans = Spans.empty()
+        self._fresh: list[tuple[int, int]] = []
         self._until_s = 0.0
         self._mappings = Spans.empty()
         self._mappings_s: float | None = None
@@ -34,8 +35,13 @@ class Refusals:
     @property
     def spans(self) -> Spans:
         """What was refused lately."""
-        if len(self._spans) and self._now_s() >= self._until_s:
+        if self._now_s() >= self._until_s:
             self._spans = Spans.empty()
+            self._fresh.clear()
+        elif self._fresh:  # all at once: there may be thousands
+            found = _merged(np.array(self._fresh, np.uint64))
+            self._spans = edge.joined([edge.without(self._spans, found), found])
+            self._fresh.clear()
         return self._spans
 
     def borders(self, files: ProcessFiles) -> U64:
@@ -55,9 +61,17 @@ class Refusals:
         at = int(np.searchsorted(self._mappings.starts, np.uint64(start), side="right")) - 1
         if at >= 0 and int(self._mappings.ends[at]) >= end:
             start, end = int(self._mappings.starts[at]), int(self._mappings.ends[at])
-        known = self.spans
-        if not len(known):
+        if self._now_s() >= self._until_s:
+            self._spans = Spans.empty()
+            self._fresh.clear()
             self._until_s = self._now_s() + KEPT_S
-        found = Spans(np.array([start], np.uint64), np.array([end], np.uint64))
-        self._spans = edge.joined([edge.without(known, found), found])
+        self._fresh.append((start, end))
         return end
+
+
+def _merged(rows: U64) -> Spans:
+    """Rows of (start, end), in any order, as spans."""
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    ends = np.maximum.accumulate(rows[:, 1])
+    apart = rows[1:, 0] > ends[:-1]
+    return Spans(rows[np.concatenate(([True], apart)), 0], ends[np.concatenate((apart, [True]))])
