@@ -2,7 +2,8 @@
 
 A master that forks its workers shares its memory with all of them until somebody writes. Each sees all of it in RAM;
 paging it out of one frees nothing, for the others still map it. Only pagemap tells (bit 56: mapped by one process
-only), in 7 ms per GiB, so only processes that have a relative among those tracked are asked, once a minute.
+only), in 7 ms per GiB and some microseconds per mapping that lies apart, so only processes that have a relative among
+those tracked are asked, once a minute.
 
 Relatives by fork(2) without exec(2) have code and stack at the same addresses, which are random for everybody else.
 """
@@ -10,29 +11,36 @@ Relatives by fork(2) without exec(2) have code and stack at the same addresses, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.handles import OpenProcesses
-from memtier_engine.hostfs.pagemap import Pagemap, exclusive, is_file, present
-from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U64, Spans, Why
-from memtier_engine.pages.ages import true_runs
+from memtier_engine.hostfs.pagemap import exclusive, is_file, present
+from memtier_engine.hostfs.runs import run_bounds
+from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, Spans, Why
 from memtier_engine.pages.space import AddressSpace
+from memtier_engine.trackers.common import cut
+from memtier_engine.trackers.words import page_numbers, read_words
 
 EVERY_S = 60.0
 PAGES_A_ROUND = 1 << 19
 """2 GiB: what is looked at in one scan; the rest follows in the next ones."""
-_CHUNK_BYTES = CHUNK_PAGES * PAGE_BYTES
+PAGES_A_SPAN = 16
+"""So many more count for each mapping: a process may have 65 530, all apart, with a read for each."""
+BLOCKS_AT_ONCE = 4096
+"""Between two questions whether to halt: at most so many reads."""
 
 
 class Families:
     """One per engine."""
 
-    def __init__(self, files: OpenProcesses) -> None:
+    def __init__(self, files: OpenProcesses, halted: Callable[[], bool] = lambda: False) -> None:
+        """`halted`: asked again and again; True ends a look, and nothing of it is kept."""
         self.files = files
+        self._halted = halted
 
     def count(self, spaces: Iterable[AddressSpace], now_s: float) -> None:
         """Look at those whose turn it is; `shared_bytes`, `sharers` and what `kept` says of them are new then."""
@@ -49,33 +57,32 @@ class Families:
                 _alone(space)
             elif now_s - space.shared_s >= EVERY_S and left > 0:
                 space.shared_s, space.sharers = now_s, size
-                left -= len(space.pages.ages)
+                left -= len(space.pages.ages) + PAGES_A_SPAN * len(space.pages.spans)
                 try:
-                    self._look(space)
+                    if not self._look(space):
+                        return
                 except KernelCallError:  # it exits: the next scan will say so
                     _alone(space)
 
-    def _look(self, space: AddressSpace) -> None:
+    def _look(self, space: AddressSpace) -> bool:
+        """False: halted meanwhile."""
         own = space.pages
         shared: list[U64] = []
-        buffer = np.empty(CHUNK_PAGES, np.uint64)
         with self.files.of(space.process) as files:
-            for start, end in zip(own.spans.starts.tolist(), own.spans.ends.tolist(), strict=True):
-                for first in range(start, end, _CHUNK_BYTES):
-                    shared.append(_shared_runs(files.pagemap, first, min(first + _CHUNK_BYTES, end), buffer))
-        rows = np.concatenate(shared) if shared else np.zeros((0, 2), np.uint64)
-        spans = Spans(rows[:, 0].copy(), rows[:, 1].copy())
+            for pieces in cut(own.spans, CHUNK_PAGES, BLOCKS_AT_ONCE):
+                if self._halted():
+                    return False
+                words = read_words(files.pagemap, pieces)
+                shared.append(page_numbers(pieces)[present(words) & ~exclusive(words) & ~is_file(words)])
+        numbers = np.concatenate(shared) if shared else np.zeros(0, np.uint64)
+        bounds = run_bounds(numbers)
+        shift = np.uint64(PAGE_SHIFT)
+        spans = Spans(numbers[bounds[:-1]] << shift, (numbers[bounds[1:] - 1] + np.uint64(1)) << shift)
         space.shared_bytes = spans.total_bytes
         own.release((Why.SHARED,))
         if len(spans):
             own.keep(spans, Why.SHARED)
-
-
-def _shared_runs(pagemap: Pagemap, start: int, end: int, buffer: U64) -> U64:
-    words = pagemap.read(start, end, buffer)
-    runs = true_runs(present(words) & ~exclusive(words) & ~is_file(words)).astype(np.uint64)
-    found: U64 = np.uint64(start) + (runs << np.uint64(PAGE_SHIFT))
-    return found
+        return True
 
 
 def _alone(space: AddressSpace) -> None:

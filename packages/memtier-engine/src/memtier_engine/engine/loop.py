@@ -162,7 +162,7 @@ class Engine:
         blinds = getattr(self.tracker, "clears_accessed_bits", True)
         observing = Observers(self.host) if blinds else None
         self._membership = Membership(self.host, self.spaces, lambda error: own._note(error), observers=observing)
-        self._families = Families(self.files)
+        self._families = Families(self.files, lambda: own.halted())
         self.age_clock = AgeClock()
         self._returns = ReturnsWatch(self.host)
         self._asleep = AsleepWatch(self.tracker)
@@ -297,6 +297,8 @@ class Engine:
             self._scan_all(table)
         if not rested:
             self._families.count(self.spaces, now_s)
+            if self.halted():
+                raise Halted
             for space in self.spaces:
                 if space.shared_bytes:
                     tell(space)
