@@ -88,7 +88,7 @@ def test_its_open_files_are_those_of_its_threads(headless: Headless) -> None:
         assert b"Rss:" in files.read("smaps_rollup")
         assert not files.exited()
         files.check()
-        assert files.why_not_by_pidfd is not None
+        assert files.why_not_by_pidfd() is not None
         with pytest.raises(KernelCallError):
             files.open("nothing")
 
@@ -119,7 +119,7 @@ def test_files_opened_before_its_first_thread_ended_go_on() -> None:
     with running(program) as (popen, [pid, start]), ProcessFiles(HOST, process_id(HOST, pid)) as files:
         before = files.read("maps")
         assert present(files.pagemap.read(start, start + BYTES)).all()
-        assert files.why_not_by_pidfd is None
+        assert files.why_not_by_pidfd() is None
         assert popen.stdin is not None
         assert popen.stdout is not None
         popen.stdin.write("\n")

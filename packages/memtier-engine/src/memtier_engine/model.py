@@ -248,6 +248,8 @@ class Why(IntEnum):
     """The kernel kept it, for a reason it does not tell: pinned, in a CPU's batch, under writeback."""
     HUGE = 7
     """Part of a huge page of which the rest was not asked for: it would have to be split."""
+    HEADLESS = 8
+    """Its process lives, but not the first thread of it, by which the kernel would go."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 
+from memtier_engine.engine.telling import tell
 from memtier_engine.errors import Unavailable
 from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.held import held, whole_most
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import MappingsCache
 from memtier_engine.hostfs.proc import parse_smaps
-from memtier_engine.model import PAGE_BYTES, U8, ProcessId, Spans, Tracker
+from memtier_engine.model import PAGE_BYTES, U8, ProcessId, Spans, Tracker, Why
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock
 from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.pages.space import AddressSpace
@@ -86,6 +87,10 @@ class Scanner:
                 observer.chunk(process, chunk)
             if self._halted():
                 raise Halted
+        with self.files.of(process) as files:
+            if files.headless:
+                own.keep(own.select(), Why.HEADLESS)  # nothing of it can go out: no use in asking, nor in promising it
+                tell(space)
         space.seen = True
         counts = own.histogram()
         space.known_bytes = int(counts[: AGE_MAX + 1].sum() + counts[PAGED_OUT]) * PAGE_BYTES

@@ -19,6 +19,7 @@ REASONS: Mapping[Why, str] = {
     Why.LOCKED: "locked in memory (mlock, or a mapping the kernel never pages out)",
     Why.SHARED: "shared with other processes: paging it out of one frees nothing",
     Why.FILE: "pages of files, which are not ours to drop",
+    Why.HEADLESS: "its first thread has ended, and the kernel pages out by that one",
     Why.HUGE: "parts of huge pages that are not idle as a whole",
     Why.BUSY: "kept by the kernel, which does not say why (pinned, or just in use by it)",
 }

@@ -155,9 +155,16 @@ class ProcessFiles(Closing):
         start_ticks_of(self.read("stat"), self.process.pid)
 
     @property
+    def headless(self) -> bool:
+        """Whether its first thread had ended when its memory was last asked for."""
+        return self._thread is not None
+
     def why_not_by_pidfd(self) -> str | None:
-        """Why process_madvise(2) says ESRCH of it though it lives; None: nothing known against it."""
-        return None if self._thread is None else "its first thread has ended, and the kernel goes by that one"
+        """Why process_madvise(2) says ESRCH of it; None: because it is over, for all that is known.
+
+        That call goes by the first thread, and takes no pidfd of another one. Source: kernel/pid.c, pidfd_get_task.
+        """
+        return "its first thread has ended, and the kernel goes by that one" if self._find_thread() else None
 
     def exited(self) -> bool:
         """Whether the pidfd says that it is over: one system call, no text to read."""

@@ -122,7 +122,15 @@ def page_out(
     if asked.any():
         going = pages_as_spans(addresses[asked])
         began_s = time.monotonic()
-        done = _advise(handle, going, refusals)
+        try:
+            done = _advise(handle, going, refusals)
+        except ProcessGone:
+            if handle.why_not_by_pidfd() is None:
+                raise
+            reasons[asked] = Why.HEADLESS
+            result.kept = edge.kept_by_reason(addresses, reasons)
+            result.stuck = going
+            return result
         result.call_s = time.monotonic() - began_s
         after = read_words(handle.pagemap, going)
         here = addresses[asked]
@@ -238,7 +246,12 @@ def move_to_node(handle: ProcessHandle, spans: Spans, node: int, *, look: Look |
     pid = handle.process.pid
     _check(handle)
     addresses = addresses_of(spans)
-    status = syscalls.move_pages(pid, addresses, None)
+    try:
+        status = syscalls.move_pages(pid, addresses, None)
+    except KernelCallError as failure:
+        if failure.errno != errno.EINVAL or handle.why_not_by_pidfd() is None:
+            raise
+        return BatchResult(stuck=spans, kept=(Kept(Why.HEADLESS, spans),), asked_bytes=0)
     result = BatchResult(there_bytes=int(np.count_nonzero(status == node)) * PAGE_BYTES)
     # A negative status is a page without a place: absent, or the shared zero page.
     elsewhere = (status >= 0) & (status != node)

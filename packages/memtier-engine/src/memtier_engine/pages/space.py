@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from memtier_engine.model import Kept, ProcessId, Spans, Why
 from memtier_engine.pages.ages import NOT_RESIDENT, ProcessPages
 
-KEPT_S: Mapping[Why, float] = {Why.LOCKED: 60.0, Why.SHARED: 60.0, Why.FILE: 300.0, Why.BUSY: 10.0}
+KEPT_S: Mapping[Why, float] = {Why.LOCKED: 60.0, Why.SHARED: 60.0, Why.FILE: 300.0, Why.BUSY: 10.0, Why.HEADLESS: 60.0}
 """After which pages that could not be paged out are tried again, at first; twice as long each time it is in vain."""
 KEPT_MOST_S = 3600.0
 

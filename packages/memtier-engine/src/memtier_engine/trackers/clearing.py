@@ -32,7 +32,7 @@ from loguru import logger
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import MADV_COLD, UIO_MAXIOV
 from memtier_engine.closing import Closing
-from memtier_engine.errors import AccessDenied, KernelCallError
+from memtier_engine.errors import AccessDenied, KernelCallError, ProcessGone
 from memtier_engine.hostfs.handles import ProcessFiles
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap, soft_dirty
@@ -92,7 +92,7 @@ class Clearing(Protocol):
             pieces: of mappings: the borders within a range, should the kernel refuse to go on somewhere in it.
         Raises:
             ProcessGone: it exited.
-            AccessDenied: it is somebody else's.
+            AccessDenied: it is somebody else's, or cannot be reached by a pidfd.
         """
 
 
@@ -110,12 +110,18 @@ class Cold:
 
     def clear(self, files: ProcessFiles, ranges: Ranges, pieces: Spans) -> None:
         """See `Clearing`."""
-        if len(ranges.spans):
-            refused = self._advise(files.pidfd, ranges)
-            if refused is not None:
-                parts = overlaps(refused, pieces).spans
-                if len(parts) > len(refused):
-                    self._advise(files.pidfd, Ranges(parts))
+        try:
+            if len(ranges.spans):
+                refused = self._advise(files.pidfd, ranges)
+                if refused is not None:
+                    parts = overlaps(refused, pieces).spans
+                    if len(parts) > len(refused):
+                        self._advise(files.pidfd, Ranges(parts))
+        except ProcessGone:
+            why = files.why_not_by_pidfd()
+            if why is None:
+                raise
+            raise AccessDenied(why, errno.ESRCH) from None
 
     def _advise(self, pidfd: int, ranges: Ranges) -> Spans | None:
         """All of `ranges`; those that the kernel refused. None: it did not refuse any."""
