@@ -472,3 +472,20 @@ def test_a_lock_is_of_the_layout_that_64_bit_linux_has() -> None:
     assert claims._FLOCK.size == 32
     assert struct.calcsize("P") == 8
     assert fcntl.F_OFD_SETLK == 37
+
+
+def test_a_command_line_or_environment_of_terabytes_is_not_read_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As any process can have one: prctl(PR_SET_MM_MAP) says where it lies, and the kernel reads it out of there."""
+    from nri_core.aio import rivals
+
+    own = tmp_path / "7"
+    own.mkdir()
+    for name in ("cmdline", "environ"):
+        with (own / name).open("wb") as file:
+            if name == "cmdline":
+                file.write(b"/bin/nri-memtierd\0")
+            file.truncate(1 << 42)
+    monkeypatch.setattr(rivals, "PROC", tmp_path)
+    assert find_rival(tmp_path / "socket", ["nri-memtierd"]) is None

@@ -243,6 +243,15 @@ def test_a_leftover_is_looked_at_again_before_it_is_ended(
         leftover.wait(0.2)
 
 
+def test_a_command_line_of_terabytes_is_not_read_to_its_end(tmp_path: Path, run_directory: RunDirectory) -> None:
+    own = tmp_path / "proc" / "7"
+    own.mkdir(parents=True)
+    with (own / "cmdline").open("wb") as file:
+        file.truncate(1 << 42)
+    (own / "root").symlink_to("/")
+    assert find_leftovers(run_directory.path, tmp_path / "proc") == []
+
+
 def test_one_of_another_root_is_somebody_elses(leftover: subprocess.Popen[bytes], tmp_path: Path) -> None:
     """Another container's plugin, whose run directory has the same path in there. Seen from /proc of the node."""
     run_directory = RunDirectory(tmp_path / "run")

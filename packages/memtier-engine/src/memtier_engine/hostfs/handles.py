@@ -23,6 +23,7 @@ from memtier_engine.abi import syscalls
 from memtier_engine.closing import Closing
 from memtier_engine.errors import KernelCallError, ProcessGone
 from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.longlines import gathered
 from memtier_engine.hostfs.maps import live_thread, start_ticks_of
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import ProcessId
@@ -110,10 +111,8 @@ class ProcessFiles(Closing):
     def _read(self, name: str) -> bytes:
         fd = self._open(name, os.O_RDONLY)
         try:
-            parts = []
-            while part := os.read(fd, _READ_BYTES):
-                parts.append(part)
-            return b"".join(parts)
+            parts = iter(lambda: os.read(fd, _READ_BYTES), b"")
+            return gathered(parts, f"/proc/{self.process.pid}/{name}")
         finally:
             os.close(fd)
 

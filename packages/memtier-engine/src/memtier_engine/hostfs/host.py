@@ -11,9 +11,11 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from memtier_engine.errors import KernelCallError, ProcessGone, Unavailable
+from memtier_engine.hostfs.longlines import gathered
 
 _READ_BYTES = 1 << 18
 _TEXT_BYTES = 1 << 12
@@ -133,7 +135,10 @@ class Host:
             os.close(fd)
 
     def read_proc(self, pid: int, name: str) -> bytes:
-        """As `read_bytes` of /proc/PID/`name`, at a third of its price: for what is read of many processes."""
+        """As `read_bytes` of /proc/PID/`name`, at a third of its price: for what is read of many processes.
+
+        A process can make some of them very long: see `longlines`.
+        """
         # No Path objects (5 us), and no more at a time than the kernel gives: its text files are made in a buffer of
         # one page, however much is asked for. Source: fs/seq_file.c, seq_read_iter.
         try:
@@ -145,11 +150,8 @@ class Host:
             part = os.read(fd, _TEXT_BYTES) if first else first
             if not part:
                 return first
-            parts = [first]
-            while part:
-                parts.append(part)
-                part = os.read(fd, _TEXT_BYTES)
-            return b"".join(parts)
+            parts = chain((first, part), iter(lambda: os.read(fd, _TEXT_BYTES), b""))
+            return gathered(parts, f"/proc/{pid}/{name}")
         except OSError as error:
             raise self.error(self.proc(pid, name), error) from None
         finally:

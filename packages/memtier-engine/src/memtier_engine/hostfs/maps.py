@@ -45,7 +45,7 @@ class Mappings:
     shared: Bools
     inodes: U64  # 0: no file
     name_lines: bytes
-    """The names as the kernel writes them, each followed by a newline."""
+    """The names as the kernel writes them, each followed by a newline. Long ones are cut if they are many."""
 
     def __len__(self) -> int:
         return len(self.starts)

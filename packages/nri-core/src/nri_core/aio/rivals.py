@@ -26,6 +26,11 @@ _QUERY = struct.Struct("=BBHIIIII")  # unix_diag_req: family, protocol, states, 
 _SOCKET = struct.Struct("=BBBBIII")  # unix_diag_msg: family, type, state, inode, cookie
 _ATTRIBUTE = struct.Struct("=HH")
 _WAIT_S = 1.0
+_READ_BYTES = 1 << 16
+_WORDS_BYTES = 8 << 10
+"""Two paths at most matter. A process can make its command line terabytes long, by prctl(PR_SET_MM_MAP)."""
+_ENVIRONMENT_BYTES = 8 << 20
+"""execve(2) takes 6 MiB at most. Source: fs/exec.c, _STK_LIM / 4 * 3."""
 
 
 def find_rival(socket_path: str | os.PathLike[str], programs: Collection[str]) -> str | None:
@@ -39,7 +44,7 @@ def find_rival(socket_path: str | os.PathLike[str], programs: Collection[str]) -
     for pid, words in _processes():
         if pid == os.getpid() or (name := _called(words, programs)) is None:
             continue
-        if b"NRI_PLUGIN_SOCKET=" in _read(PROC / str(pid) / "environ"):
+        if b"NRI_PLUGIN_SOCKET=" in _read(PROC / str(pid) / "environ", _ENVIRONMENT_BYTES):
             return f"{name}, process {pid}, launched by the runtime,"
         if inodes is None:
             inodes = connected(socket_path)
@@ -101,7 +106,7 @@ def _processes() -> Iterator[tuple[int, list[str]]]:
     with contextlib.suppress(OSError):
         for entry in os.scandir(PROC):
             if entry.name.isdecimal():
-                text = _read(PROC / entry.name / "cmdline")
+                text = _read(PROC / entry.name / "cmdline", _WORDS_BYTES)
                 yield int(entry.name), os.fsdecode(text).rstrip("\0").split("\0")
 
 
@@ -125,8 +130,13 @@ def _sockets_of(pid: int) -> frozenset[int]:
     return frozenset(found)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, most: int) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            parts = []
+            while most > 0 and (part := file.read(min(most, _READ_BYTES))):
+                parts.append(part)
+                most -= len(part)
+            return b"".join(parts)
     except OSError:
         return b""

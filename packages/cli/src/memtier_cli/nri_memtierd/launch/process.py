@@ -21,6 +21,8 @@ from memtier_engine.errors import MemtierError
 
 PROGRAM = "memtierd"
 _ARGUMENTS = ("-c", "", "-config")
+_COMMAND_BYTES = 64 << 10
+"""Ours are shorter. A process can make its command line terabytes long, by prctl(PR_SET_MM_MAP)."""
 TERMINATE_S = 2.0
 """A process that was asked to end has this long."""
 
@@ -156,7 +158,8 @@ def find_leftovers(run_directory: Path, proc: Path = Path("/proc")) -> list[int]
 
 def _is_ours(process: Path, run_directory: Path) -> bool:
     try:
-        words = (process / "cmdline").read_bytes().split(b"\0")
+        with (process / "cmdline").open("rb", buffering=0) as file:
+            words = file.read(_COMMAND_BYTES).split(b"\0")
         # In another root, such a path is another file, and the process none of ours.
         if not os.path.samestat((process / "root").stat(), Path("/proc/self/root").stat()):
             return False
