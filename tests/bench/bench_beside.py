@@ -1,9 +1,9 @@
 """Kernel reclaim beside us: does a memory-limited program that streams a file lose more of its hot set when tracked?
 
 Clearing accessed bits by MADV_COLD also deactivates the pages: the kernel has to see them touched once more before it
-takes them for active again. Here a program reads its hot set over and over while it streams a file through a memory
-limit that leaves little room for both; what of the hot set comes back from swap is counted with and without a tracker,
-in turns, in one run.
+takes them for active again. Here a program reads its hot set over and over while it streams a file, under a memory
+limit that leaves little room for both, and none for all that it once touched. What of the hot set comes back from swap
+is counted with and without a tracker, in turns, in one run.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from memtier_engine.hostfs.maps import process_id, read_mappings
 from memtier_engine.trackers.registry import create_tracker
 from support.swap import temporary_zram_swap
 
-HOT_MIB, LIMIT_MIB, FILE_MIB = 150, 220, 600
-SECONDS, INTERVAL_S, PERIOD_S = 12.0, 1.0, 0.2
+HOT_MIB, COLD_MIB, LIMIT_MIB, FILE_MIB = 150, 100, 220, 600
+SECONDS, INTERVAL_S, PERIOD_S = 12.0, 1.0, 0.5
 ROUNDS = 2
 FEW_PAGES = 512
 """Added to both sides: a handful of pages more is no ratio."""
 _PROGRAM = """
 import mmap, os, sys, threading, time
-size, path, period_s = int(sys.argv[1]) << 20, sys.argv[2], float(sys.argv[3])
-hot = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-hot.madvise(mmap.MADV_NOHUGEPAGE)
+sizes, path, period_s = [int(arg) << 20 for arg in sys.argv[1:3]], sys.argv[3], float(sys.argv[4])
+hot, cold = (mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for size in sizes)
 block = os.urandom(2048) + bytes(2048)
-for at in range(0, size, 4096):
-    hot[at:at + 4096] = block
+for area in (hot, cold):
+    area.madvise(mmap.MADV_NOHUGEPAGE)
+    for at in range(0, len(area), 4096):
+        area[at:at + 4096] = block
 def stream():
     buffer = bytearray(1 << 20)
     while True:
@@ -82,7 +83,7 @@ def _majors(kind: str, path: Path) -> tuple[int, int]:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with _cgroup() as cgroup:
         program = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(HOT_MIB), str(path), str(PERIOD_S)],
+            [sys.executable, "-c", _PROGRAM, str(HOT_MIB), str(COLD_MIB), str(path), str(PERIOD_S)],
             stdout=subprocess.PIPE,
             text=True,
             preexec_fn=lambda: (cgroup / "cgroup.procs").write_text(str(os.getpid())) and None,
@@ -137,6 +138,8 @@ def _cgroup() -> Iterator[Path]:
     cgroup.mkdir()
     try:
         (cgroup / name).write_text(str(LIMIT_MIB << 20))
+        with suppress(OSError):
+            (cgroup / "memory.swappiness").write_text("100")  # v1; in v2 it is the machine's
         yield cgroup
     finally:
         for _ in range(100):
