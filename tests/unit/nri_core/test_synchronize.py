@@ -27,6 +27,7 @@ from nri_core import (
     Plugin,
     Pod,
     RemoteProtocolError,
+    Resources,
     RpcError,
     Stub,
     Update,
@@ -314,6 +315,19 @@ def test_a_slice_that_fails_is_told_and_the_others_follow(tmp_path: Path) -> Non
     scene(tmp_path, plugin, play, on_update=on_update)
     assert [(len(each.applied), len(each.failed)) for each in plugin.outcomes] == [(10, 0), (0, 10), (10, 0)]
     assert "not now" in str(plugin.outcomes[1].error)
+
+
+def test_a_slice_that_cannot_be_sent_hurts_only_itself(tmp_path: Path) -> None:
+    plugin = Slicing(3, at_once=1)
+    plugin.updates[1] = Update("c1").limits(Resources(memory_limit_bytes=1 << 70))
+
+    async def play(runtime: FakeRuntime, peer: PluginConnection, stub: Stub) -> None:
+        assert plugin.task is not None
+        await plugin.task
+
+    scene(tmp_path, plugin, play)
+    assert [len(each.applied) for each in plugin.outcomes] == [1, 0, 1]
+    assert isinstance(plugin.outcomes[1].error, ValueError)
 
 
 def test_a_slice_that_is_not_answered_is_told_with_a_time_out(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ class Stub:
         10 ms each, and holds up pods meanwhile; so slices are small, and pods come in between them. `updates` may be
         a generator: a slice is taken from it when its turn comes.
 
-        A slice that is refused or not answered is an Outcome with an error, and the next one follows.
+        A slice that is refused, not answered or not to be encoded is an Outcome with an error; the next one follows.
 
         Raises:
             ConnectionLost: the connection ended; the rest was not asked for, the slice under way may be applied.
@@ -251,7 +251,7 @@ class Stub:
         while asked := tuple(islice(rest, at_once)):
             try:
                 failed = await self.update_containers(asked, timeout_s=timeout_s)
-            except (RpcError, RemoteProtocolError, TimeoutError) as error:
+            except (RpcError, RemoteProtocolError, TimeoutError, TypeError, ValueError) as error:
                 yield Outcome((), asked, error)
                 continue
             refused = {update.container_id for update in failed}
