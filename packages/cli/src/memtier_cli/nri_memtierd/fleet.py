@@ -252,6 +252,8 @@ class Fleet:
             care = waiting.popleft()
             if not self._cares.has(care):  # forgotten meanwhile, or on behalf of another one
                 continue
+            if _is_fine(care):
+                continue
             label = str(care.container)
             self._beat(f"container {label}")
             with logger.contextualize(container=label):
@@ -386,3 +388,11 @@ class Fleet:
             if care.job is not None:
                 self._litter.remove(care.job.files.place, self._now_s())
             self._cares.pop(care.container.id)
+
+
+def _is_fine(care: Care) -> bool:
+    """Whether there is nothing to do: so it is nearly always, for nearly all."""
+    try:
+        return care.engine is not None and care.workload_class is care.wanted and care.engine.ended() is None
+    except Exception:
+        return False  # and again where it is caught and told

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from loguru import logger
@@ -90,7 +91,7 @@ class Connection:
         return f"{self.state}: {self.why or 'no answer yet'}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Status:
     """One look."""
 
@@ -99,7 +100,12 @@ class Status:
     ready: bool
     """And the runtime is there."""
     problems: tuple[str, ...]
-    details: Mapping[str, Any] = field(default_factory=dict)
+    make_details: Callable[[], Mapping[str, Any]] = dict
+
+    @cached_property
+    def details(self) -> Mapping[str, Any]:
+        """All there is to say; made when it is asked for, as a node may have thousands of containers."""
+        return self.make_details()
 
     def text(self) -> str:
         """As the file has it."""
@@ -184,7 +190,7 @@ class Supervisor:
         healthy = not problems
         if not self.connection.is_ready():
             problems.append(str(self.connection))
-        return Status(healthy, healthy and self.connection.is_ready(), tuple(problems), self._details(late))
+        return Status(healthy, healthy and self.connection.is_ready(), tuple(problems), lambda: self._details(late))
 
     def _details(self, late: list[dict[str, Any]]) -> dict[str, Any]:
         containers = self._containers()
@@ -212,7 +218,7 @@ class Supervisor:
 
     def _turn(self, status: Status) -> None:
         if status.healthy:
-            notify(f"WATCHDOG=1\nSTATUS={self.connection}, {status.details['engines']} engines")
+            notify(f"WATCHDOG=1\nSTATUS={self.connection}")
         else:
             notify(f"STATUS={'; '.join(status.problems)}")
         self._tell(status)
