@@ -92,6 +92,21 @@ def test_of_a_span_that_is_new_all_resident_pages_count_as_accessed(tracker: Bpf
         assert first.accessed.tolist() == first.resident.tolist() == list(range(0, PAGES, 2))
 
 
+def test_of_a_span_that_is_new_nothing_is_known_even_where_all_bits_are_clear(
+    tracker: BpfTracker, tmp_path: Path
+) -> None:
+    """Somebody else cleared them, or it was moved there by mremap(2): clear bits say nothing of the time before."""
+    with toucher("anonymous", PAGES, tmp_path) as load, contextlib.closing(BpfTracker(Host())) as other:
+        load.write(range(PAGES))
+        scan(other, load)
+        assert scan(other, load).accessed.tolist() == [], "the bits are clear"
+        half = Spans(load.spans.starts, load.spans.starts + np.uint64(PAGES // 2 * PAGE_BYTES))
+        seen = list(tracker.scan(load.process, half))
+        assert sum(int(chunk.accessed.sum()) for chunk in seen) == PAGES // 2
+        assert scan(tracker, load).accessed.tolist() == list(range(PAGES // 2, PAGES))
+        assert scan(tracker, load).accessed.tolist() == []
+
+
 def test_pages_that_are_clean_were_only_read(tracker: BpfTracker, tmp_path: Path) -> None:
     """`written` is the dirty bit of pages touched in the window."""
     with toucher("file-shared", PAGES, tmp_path) as load:

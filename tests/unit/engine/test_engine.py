@@ -6,7 +6,9 @@ import errno
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from memtier_engine.clock import FakeClock
@@ -355,3 +357,51 @@ def test_a_dry_run_takes_soft_dirty_bits_from_nobody(tmp_path: Path) -> None:
         Engine(FakeTarget(), EngineConfig(dry_run=True), host=Host(tmp_path), tracker=tracker)
     assert tracker.closed
     Engine(FakeTarget(), EngineConfig(dry_run=False), host=Host(tmp_path), tracker=Taking()).close()
+
+
+def test_each_page_of_a_batch_goes_into_the_account_with_its_own_idle_time(scene: Scene) -> None:
+    """By the oldest of its batch, what comes back soon would look as if it had been left alone for long."""
+    told: list[tuple[int, float]] = []
+    account = scene.engine.refaults.paged_out
+
+    def paged_out(
+        process: ProcessId, moved: Spans, stuck: Spans, idle_s: Any, now_s: float, *, trial: bool = False
+    ) -> None:
+        pages = (page for first, last in pages_of(moved) for page in range(first, last))
+        told.extend(zip(pages, np.broadcast_to(idle_s, int(moved.pages.sum())).tolist(), strict=True))
+        account(process, moved, stuck, idle_s, now_s, trial=trial)
+
+    scene.engine.refaults.paged_out = paged_out  # type: ignore[method-assign]
+    scene.engine.mover.paused = True
+    for second in range(20):
+        scene.tracker.touched = set(range(50)) if second < 10 else set()
+        scene.run(1)
+    scene.engine.mover.paused = False
+    scene.run(1)
+    assert sorted(page for page, _ in told) == list(range(PAGES))
+    young, old = ({idle_s for page, idle_s in told if (page < 50) is low} for low in (True, False))
+    assert max(young) < 15
+    assert min(old) >= 18
+
+
+def test_a_stop_at_the_end_of_one_process_leaves_the_others_alone(scene: Scene) -> None:
+    other = ProcessId(PROCESS.pid + 1, 5)
+    scene.map_pages(other, PAGES)
+    scene.target.processes |= {other}
+    scanned: list[ProcessId] = []
+
+    class Stopping(Observer):
+        def scan_began(self, process: ProcessId, spans: Spans, now_s: float) -> None:
+            scanned.append(process)
+
+        def scan_ended(self, process: ProcessId, seconds: float) -> None:
+            scene.engine.halt()
+
+    scene.engine.observers.append(Stopping())
+    assert scene.engine.advance(scene.clock.now_s()) == (None, scene.clock.now_s())
+    assert len(scanned) == 1
+
+
+def test_a_stop_while_families_are_looked_at_ends_the_step(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scene.engine._families, "count", lambda *ignored: scene.engine.halt())
+    assert scene.engine.advance(scene.clock.now_s()) == (None, scene.clock.now_s())

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memtier_engine.abi.constants import PAGE_IS_PRESENT, PAGE_IS_SWAPPED
 from memtier_engine.errors import Unavailable
 from memtier_engine.hostfs.held import BLOCK_BYTES, CALLS_MOST, WHOLE_BYTES, by_smaps, held, overlap
 from memtier_engine.hostfs.pagemap import Pagemap
@@ -35,9 +36,11 @@ class FakePagemap:
     def __init__(self, *there: tuple[int, int]) -> None:
         self.there = spans(*there)
         self.asked: list[tuple[int, int]] = []
+        self.categories: list[int] = []
 
     def scan_runs(self, start: int, end: int, **options: int) -> U64:
         self.asked.append((start, end))
+        self.categories.append(options.get("anyof", 0))
         found = overlap(spans((start, end)), self.there)
         return np.column_stack((found.starts, found.ends, np.zeros(len(found), np.uint64)))
 
@@ -57,6 +60,13 @@ def test_of_a_huge_mapping_the_blocks_that_hold_something_are_left() -> None:
     pages = [(BASE + 5 * BLOCK + PAGE_BYTES, BASE + 5 * BLOCK + 2 * PAGE_BYTES), (BASE + TIB, BASE + TIB + 3 * BLOCK)]
     found = look(FakePagemap(*pages), spans((BASE, BASE + 60 * TIB)))
     assert pairs(found) == [(BASE + 5 * BLOCK, BASE + 6 * BLOCK), (BASE + TIB, BASE + TIB + 3 * BLOCK)]
+
+
+def test_what_is_in_swap_is_there_as_what_is_in_ram_is() -> None:
+    """A block that is all out would be forgotten else, and what comes back of it count for nothing."""
+    pagemap = FakePagemap((BASE, BASE + PAGE_BYTES))
+    look(pagemap, spans((BASE, BASE + TIB)))
+    assert pagemap.categories == [PAGE_IS_PRESENT | PAGE_IS_SWAPPED]
 
 
 def test_blocks_are_cut_to_their_mapping() -> None:
