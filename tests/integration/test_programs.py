@@ -126,7 +126,7 @@ def test_sigterm_ends_a_run_cleanly() -> None:
         (["run", "--pid", "0"], 2, "--pid"),
         (["run", "--pid", "1", "--idle-after", "10"], 2, "write it like 500ms"),
         (["run", "--pid", "1", "--bandwidth", "fast"], 2, "write it like 50MiB/s"),
-        (["run", "--pid", str((1 << 22) - 3)], 1, "exited"),
+        (["run", "--pid", str((1 << 22) - 3)], 1, "there is no process"),
         (["run", "--cgroup", "/sys/fs/cgroup/there-is-no-such-group"], 1, "no such cgroup"),
         (["run", "--config", "/nonexistent.yaml"], 1, "/nonexistent.yaml: cannot be read"),
         (["run", "--pid", str(os.getpid()), "--dry-run", "--tracker", "nothing"], 1, "no tracker is named 'nothing'"),

@@ -129,3 +129,39 @@ def test_a_configuration_file_that_moves_nothing_tracks_only(tmp_path: Path) -> 
         assert run.returncode == 0, messages
         assert output.splitlines()[-1].startswith("moved 0.0 MiB")
         assert load.swapped_share(load.cold) == 0
+
+
+def first_lines(run: subprocess.Popen[str]) -> str:
+    """Its messages, once it has told of a scan and was ended."""
+    assert run.stdout is not None
+    for line in run.stdout:
+        if "] 1 processes" in line:  # one just started is left alone at first
+            break
+    run.terminate()
+    _, messages = run.communicate(timeout=WAIT_S)
+    assert run.returncode == 0, messages
+    return messages
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_shared_memory_which_is_missing_in_resident_is_told_once(shared: bool) -> None:
+    kind = "SHARED" if shared else "PRIVATE"
+    program = (
+        f"import mmap; m = mmap.mmap(-1, 24 << 20, mmap.MAP_{kind} | mmap.MAP_ANONYMOUS); m[:] = bytes(24 << 20)\n"
+        "print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as popen:
+        assert popen.stdout is not None
+        popen.stdout.readline()
+        messages = first_lines(start("--pid", popen.pid, "--dry-run", "--interval", "1s"))
+        popen.communicate("\n", timeout=WAIT_S)
+    assert messages.count(f"pid {popen.pid}: 24 MiB of it in RAM are shared memory") == int(shared)
+
+
+def test_pids_that_can_never_be_observed_are_refused_with_the_reason() -> None:
+    for pid, why in (((1 << 22) - 3), "there is no process"), (2, "is a thread of the kernel"):
+        run = start("--pid", pid, "--dry-run", "--duration", "1s")
+        output, messages = run.communicate(timeout=WAIT_S)
+        assert (run.returncode, output) == (1, "")
+        assert why in messages

@@ -175,8 +175,11 @@ def test_without_a_v2_cgroup_it_is_written_and_not_yet_free(tmp_path: Path, monk
     assert machine.effects.wait_s() is None
     assert machine.effects.free(10.0) == 0
     assert machine.asked == []
-    machine.cached = 10 * MIB  # the kernel reclaimed
-    assert machine.batch(0).freed_bytes == 30 * MIB
+    machine.cached = 30 * MIB  # the kernel reclaimed
+    machine.show()
+    assert machine.effects.look() == 30 * MIB, "also between two batches"
+    machine.cached = 10 * MIB
+    assert machine.batch(0).freed_bytes == 20 * MIB
 
 
 def test_a_cgroup_that_is_gone_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,10 +177,24 @@ def test_all_wrong_twice_is_held_back_wholly_for_a_time_and_says_so() -> None:
 def test_pages_that_were_freed_are_no_reason() -> None:
     governor = Governor()
     governor.went_out(2000, 0)
-    governor.withdraw(1000)
+    governor.withdraw(1000, 0)
     governor.came_back(100, 50.0, 0, 30)
     assert governor.judge(0, 30)  # a tenth of what is left
     assert governor.why(30).startswith("0.391 of 3.91 MiB")
+
+
+def test_what_is_freed_of_a_round_that_was_judged_is_not_taken_off_the_next_one() -> None:
+    """A garbage collector touches some of what is out, which is wrong, and then frees all of it."""
+    governor = Governor()
+    governor.went_out(50_000, 0)
+    governor.came_back(3_000, 30.0, 0, 10)
+    assert governor.judge(0, 10)
+    governor.went_out(5_000, 60)
+    governor.withdraw(45_000, 0)
+    governor.came_back(70, 100.0, 60, 120)
+    assert not governor.judge(0, 120), governor.why(120)
+    governor.withdraw(4_500, 60)  # of this round they are
+    assert governor.judge(0, 120)
 
 
 def test_a_clock_set_back_does_not_hold_for_ever() -> None:

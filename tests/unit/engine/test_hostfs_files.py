@@ -138,6 +138,8 @@ def test_a_kernel_thread_has_no_sizes(folder: HostFolder) -> None:
     assert proc.read_status(folder.host, 7) == proc.ProcessStatus("kswapd0", None, None, None)
     folder.write("proc/8/status", "Name:\twork\nVmSize:\t  20 kB\nVmRSS:\t      12 kB\nVmSwap:\t       4 kB\n")
     assert proc.read_status(folder.host, 8) == proc.ProcessStatus("work", 20480, 12288, 4096)
+    folder.write("proc/9/status", "Name:\twork\nVmRSS:\t      12 kB\nRssAnon:\t 2 kB\nRssShmem:\t 8 kB\n")
+    assert proc.read_status(folder.host, 9).rss_shmem == 8192
 
 
 def test_swap_areas_are_read_even_with_blanks_in_a_name(folder: HostFolder) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.observers import Claim, Holder, Observers
+from memtier_engine.hostfs.observers import Claim, Holder, Observers, program_words
 from memtier_engine.model import ProcessId
 
 HOST = Host()
@@ -267,3 +267,20 @@ def test_who_is_not_root_has_a_list_of_his_own() -> None:
                 check=True,
             ).stdout
         assert said == f"{folder}/{wanted} None\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "short"),
+    [
+        (["/usr/bin/python3", "/opt/x/.venv/bin/memtier", "run", "--pid", "7"], "memtier run --pid 7"),
+        (["/opt/x/.venv/bin/python3.12", "/opt/x/bin/memtierd", "-prompt"], "memtierd -prompt"),
+        (["python3", "-m", "own"], "python3 -m own"),
+        (["/usr/bin/python3"], "python3"),
+        (["/usr/bin/pythonic", "/bin/x"], "pythonic /bin/x"),
+        (["/bin/a\x1b[31m", "b"], "a?[31m b"),
+        (["/bin/memtier", "x" * 200], "memtier " + "x" * 89 + "..."),
+        ([""], ""),
+    ],
+)
+def test_an_observer_is_named_as_it_was_typed(words: list[str], short: str) -> None:
+    assert program_words(words) == short

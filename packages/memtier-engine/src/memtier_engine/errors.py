@@ -79,7 +79,13 @@ class KernelCallError(MemtierError):
             errno_numbers.EACCES: AccessDenied,
         }.get(errno, KernelCallError)
         name = errno_numbers.errorcode.get(errno, str(errno))
-        return kind(f"{what}: {os.strerror(errno)} [{name}]", errno)
+        return kind(f"{what}: {os.strerror(errno)} [{name}]", errno, hint=_HINTS.get(errno))
+
+
+_HINTS = {
+    errno_numbers.EMFILE: "this program may open too few files: raise its limit (ulimit -n, LimitNOFILE=)",
+    errno_numbers.ENFILE: "the machine has too many files open: raise /proc/sys/fs/file-max",
+}
 
 
 class ProcessGone(KernelCallError):

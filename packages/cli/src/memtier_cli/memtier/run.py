@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 IDLE_AFTER_S = 60.0
 BANDWIDTH_MIB_PER_S = 100.0
+SHARED_TOLD_BYTES = 8 << 20
 
 
 @click.command("run")
@@ -88,8 +89,11 @@ def command(
             engine = _from_options(cgroups, pids, idle_after, bandwidth, tracker, interval, dry_run)
         last = None
         line = ProgressLine()
-        would_move_bytes = 0
+        would_move_bytes, told_shared = 0, False
         for report in engine.run(duration_s=duration, stop=stop):
+            if report.processes and not told_shared:
+                told_shared = True
+                _tell_shared(engine)
             line.show(_line(report, engine, dry_run))
             would_move_bytes = max(would_move_bytes, report.candidate_bytes)
             last = report
@@ -136,11 +140,10 @@ def _from_options(
     from memtier_engine.errors import MemtierError
     from memtier_engine.hostfs.cgroup import find_cgroup
     from memtier_engine.hostfs.host import Host
-    from memtier_engine.hostfs.maps import process_id
     from memtier_engine.hostfs.proc import read_swaps
     from memtier_engine.mover.mover import MoverConfig
     from memtier_engine.policies.age import AgePolicyConfig
-    from memtier_engine.targets.base import Target
+    from memtier_engine.targets.base import Target, why_not
     from memtier_engine.targets.cgroups import CgroupsTarget
     from memtier_engine.targets.pids import PidsTarget
 
@@ -153,7 +156,9 @@ def _from_options(
         target = CgroupsTarget(host, cgroups)
     else:
         for pid in pids:
-            process_id(host, pid)  # says that there is no such process
+            why = why_not(host, pid)
+            if why is not None:
+                raise MemtierError(f"--pid {pid}: {why}", hint="list them with: ps -e")
         target = PidsTarget(host, pids)
     if not dry_run and not read_swaps(host):
         raise MemtierError(
@@ -177,6 +182,29 @@ def _from_file(path: Path, dry_run: bool) -> Engine:
     return load(path).build(dry_run=dry_run, events=True)
 
 
+def _tell_shared(engine: Engine) -> None:
+    """Say that shared memory is left alone, once, where there is much of it: else it is missed in `resident`."""
+    from loguru import logger
+
+    from memtier_engine.errors import KernelCallError
+    from memtier_engine.hostfs.proc import read_status
+
+    most_bytes, most_pid = 0, 0
+    for process in engine.spaces.processes:
+        try:
+            shared_bytes = read_status(engine.host, process.pid).rss_shmem or 0
+        except KernelCallError:
+            continue  # it exits
+        if shared_bytes > most_bytes:
+            most_bytes, most_pid = shared_bytes, process.pid
+    if most_bytes >= SHARED_TOLD_BYTES:
+        logger.info(
+            "pid {}: {:.0f} MiB of it in RAM are shared memory (shm, memfd, tmpfs): not looked at, nor paged out",
+            most_pid,
+            most_bytes / (1 << 20),
+        )
+
+
 def _line(report: StepReport, engine: Engine, dry_run: bool) -> str:
     parts = [
         f"{report.processes} processes",
@@ -187,6 +215,8 @@ def _line(report: StepReport, engine: Engine, dry_run: bool) -> str:
         f"scan {report.scan_seconds * 1000:.0f} ms",
         f"CPU {report.cpu_seconds_total:.2f} s",
     ]
+    if report.not_yet_freed_bytes:
+        parts[3] += f" (of that {_mib(report.not_yet_freed_bytes)} written, not yet free)"
     if report.held_back_by:
         parts.append("waits for " + "; ".join(report.held_back_by))
     if dry_run:
@@ -197,8 +227,10 @@ def _line(report: StepReport, engine: Engine, dry_run: bool) -> str:
 def _summary(report: StepReport, would_move_bytes: int | None) -> str:
     if would_move_bytes is not None:
         return f"dry run: nothing was moved; {_mib(would_move_bytes)} would have been"
+    held = report.not_yet_freed_bytes
     return (
-        f"moved {_mib(report.moved_bytes_total)}, {_mib(report.refault_bytes_total)} of it came back;"
+        f"moved {_mib(report.moved_bytes_total)}, {_mib(report.refault_bytes_total)} of it came back"
+        f"{f', {_mib(held)} of it is written to swap and not yet free' if held else ''};"
         f" {report.cpu_seconds_total:.2f} s of CPU in {report.scans} scans"
     )
 

@@ -141,8 +141,6 @@ class Engine:
         self._own_files = True
         self.mover = mover or Mover(self.config.mover, self.host, now_s=now_s, files=self.files)
         self.mover.look = self.tracker.look if isinstance(self.tracker, LookingTracker) else None
-        if isinstance(self.tracker, LookingTracker):
-            self.mover.look = self.tracker.look
         self.guards = guards or GuardSet(
             self.config.guards,
             host=self.host,
@@ -549,6 +547,7 @@ class Engine:
             kept={space.process.pid: kept for space in self.spaces if (kept := space.kept_bytes())},
             left_out_bytes=sum(space.left_out.total_bytes for space in self.spaces if len(space.left_out)),
             refaults=self.refaults.stats(now_s),
+            not_yet_freed_bytes=self.mover.effects.look(),
             scan_interval_s=self.scan_interval_s,
         )
 

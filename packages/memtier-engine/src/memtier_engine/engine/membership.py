@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 
+from loguru import logger
+
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.mm import AddressSpaces, MmGroup
 from memtier_engine.hostfs.observers import Claim, Holder, Observers
 from memtier_engine.model import ProcessId
 from memtier_engine.pages.space import AddressSpace, Spaces
+
+PIDS_NAMED = 5
 
 
 class Membership:
@@ -20,7 +24,7 @@ class Membership:
         Args:
             host: the machine.
             spaces: what is to be kept up to date.
-            note: told, once a process, who observes it already.
+            note: told who observes some of them already, once a process.
             observers: where claims are made; None: this engine blinds nobody, so it needs none.
         """
         self._groups = AddressSpaces(host)
@@ -28,6 +32,7 @@ class Membership:
         self._note = note
         self._observers = observers
         self._claims: dict[ProcessId, Claim] = {}
+        self._held: dict[ProcessId, Holder] = {}
         self._told: set[ProcessId] = set()
 
     def follow(self, processes: Collection[ProcessId]) -> list[AddressSpace]:
@@ -35,12 +40,13 @@ class Membership:
 
         One that somebody else observes is left out, and asked for again at each call: its observer may end.
         """
+        self._held = {}
         groups = list(self._ours(self._groups.groups(processes)))
+        self._tell()
         _, gone = self._spaces.follow(group.processes for group in groups)
         here = {process for group in groups for process in group.processes}
         for process in self._claims.keys() - here:
             self._claims.pop(process).release()
-        self._told &= set(processes)
         for group in groups:
             space = self._spaces.get(group.processes[0])
             if space is not None:
@@ -65,9 +71,27 @@ class Membership:
                 claim = self._claims.pop(process, None)
                 if claim is not None:
                     claim.release()
-            if holder.process not in self._told:
-                self._told.add(holder.process)
-                self._note(f"{holder}: it is left alone, since two observers blind each other")
+            self._held[holder.process] = holder
+
+    def _tell(self) -> None:
+        """A line per observer, not per process: a whole cgroup may have one already."""
+        new: dict[str, list[Holder]] = {}
+        for process, holder in self._held.items():
+            if process not in self._told:
+                new.setdefault(holder.observer, []).append(holder)
+        for observer, holders in new.items():
+            said, left = str(holders[0]), "it is left alone"
+            if len(holders) > 1:
+                pids = ", ".join(str(pid) for pid in sorted(holder.process.pid for holder in holders)[:PIDS_NAMED])
+                more = ", ..." if len(holders) > PIDS_NAMED else ""
+                said = f"{len(holders)} processes ({pids}{more}) are observed already by {observer}"
+                left = "they are left alone"
+            self._note(f"{said}: {left}, since two observers blind each other")
+        if free := self._told - self._held.keys():
+            ours = sum(process in self._claims for process in free)
+            if ours:
+                logger.info("{} of the processes that had another observer are observed from now on", ours)
+        self._told = set(self._held)
 
     def _claim(self, group: MmGroup) -> Holder | None:
         """None: all of it is ours."""

@@ -54,6 +54,8 @@ class StepReport:
     """Address space that is not looked at, since this kernel offers no cheap way through its holes."""
     refaults: RefaultStats = field(default_factory=RefaultStats)
     """How right the decisions to page out were."""
+    not_yet_freed_bytes: int = 0
+    """Out because of us, written to a disk or file, and in RAM all the same until somebody reclaims: no saving yet."""
     scan_interval_s: float = 0.0
     """Time until the next scan; longer than configured where scans would take too much CPU time."""
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import struct
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,7 @@ _OPEN_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock with 64-bit off_t: type, whence, start, length, pid
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _PROGRAM_CHARACTERS = 100
+_INTERPRETER = re.compile(r"python[0-9.]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,17 @@ class Holder:
     program: str
     """Its command line, in short."""
 
-    def __str__(self) -> str:
-        who = "a program of another pid namespace"
+    @property
+    def observer(self) -> str:
+        """Who it is, in words."""
+        if self.pid is None:
+            return "a program of another pid namespace"
         if self.pid == os.getpid():
-            who = "another engine of this program"
-        elif self.pid is not None:
-            who = f"`{self.program}` (pid {self.pid})" if self.program else f"pid {self.pid}"
-        return f"process {self.process.pid} is observed already by {who}"
+            return "another engine of this program"
+        return f"`{self.program}` (pid {self.pid})" if self.program else f"pid {self.pid}"
+
+    def __str__(self) -> str:
+        return f"process {self.process.pid} is observed already by {self.observer}"
 
 
 class Claim(Closing):
@@ -304,8 +311,16 @@ def _default_directory(host: Host) -> Path:
 def _program(pid: int) -> str:
     """The command line of a process of our own pid namespace, in short and printable."""
     try:
-        words = Host().read_proc(pid, "cmdline").decode("utf-8", "replace").split("\0")
+        words = Host().read_proc(pid, "cmdline").decode("utf-8", "replace").rstrip("\0").split("\0")
     except KernelCallError:
         return ""
+    return program_words(words)
+
+
+def program_words(words: Sequence[str]) -> str:
+    """A command line in short and printable: as it was typed, without directories and the interpreter of a script."""
+    if len(words) > 1 and _INTERPRETER.fullmatch(os.path.basename(words[0])) and words[1].startswith("/"):
+        words = words[1:]
     text = " ".join([os.path.basename(words[0]), *words[1:]]).strip()
-    return "".join(c if c.isprintable() else "?" for c in text)[:_PROGRAM_CHARACTERS]
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= _PROGRAM_CHARACTERS else text[: _PROGRAM_CHARACTERS - 3] + "..."

@@ -131,6 +131,8 @@ class ProcessStatus:
     vm_size: int | None
     vm_rss: int | None
     vm_swap: int | None
+    rss_shmem: int | None = None
+    """Of `vm_rss`, what is shared memory: MAP_SHARED without a file, memfd, tmpfs, SysV. Since Linux 4.5."""
 
 
 def read_status(host: Host, pid: int) -> ProcessStatus:
@@ -144,7 +146,8 @@ def read_status(host: Host, pid: int) -> ProcessStatus:
     if b"\nVmSize:" not in text and (thread := live_thread(host, pid)) is not None:
         sizes = host.read_proc(pid, f"task/{thread}/status")
     name = text.partition(b"\n")[0].partition(b"\t")[2].decode("utf-8", "surrogateescape")
-    return ProcessStatus(name, _size(sizes, b"VmSize"), _size(sizes, b"VmRSS"), _size(sizes, b"VmSwap"))
+    vm_size, vm_rss, vm_swap, rss_shmem = (_size(sizes, line) for line in (b"VmSize", b"VmRSS", b"VmSwap", b"RssShmem"))
+    return ProcessStatus(name, vm_size, vm_rss, vm_swap, rss_shmem)
 
 
 def _size(text: bytes, name: bytes) -> int | None:

@@ -89,6 +89,13 @@ class Effects:
         """Written to swap because of us, and in RAM all the same."""
         return sum(place.held.ours for place in self._places.values())
 
+    def look(self) -> int:
+        """`not_yet_freed_bytes`, after a look at what the kernel has freed where nobody can be asked to."""
+        place = self._places.get(None)
+        if place is not None and place.held.ours:
+            place.held.moved(0, self._swap_cached(place) or 0)
+        return self.not_yet_freed_bytes
+
     def begin(self, files: ProcessFiles, now_s: float) -> None:
         """Before a batch of this process."""
         self._now_s = now_s

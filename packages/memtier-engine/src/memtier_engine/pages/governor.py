@@ -84,8 +84,13 @@ class Governor:
         """So many pages went out."""
         self._slot(now_s).out += pages
 
-    def withdraw(self, pages: int) -> None:
-        """So many of the pages that are out were freed by their process: neither right nor wrong."""
+    def withdraw(self, pages: int, out_s: float) -> None:
+        """So many of the pages that went out at `out_s` were freed by their process: neither right nor wrong.
+
+        Those of a round that was judged already are no longer counted: they must not be taken off what went out since.
+        """
+        if out_s < self.raised_s - 1e-3:  # a mean of equal times is off by a rounding
+            return
         for slot in reversed(self._slots):
             taken = min(pages, slot.out)
             slot.out -= taken

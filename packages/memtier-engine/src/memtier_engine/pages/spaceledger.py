@@ -263,11 +263,12 @@ class SpaceLedger:
             here = part.pages.contains(pages)
             found = int(np.count_nonzero(here))
             if found:
+                out_s = part.out_s
                 part.withdraw(found)
                 if not part.pages.sealed:
                     part.pages.remove(pages[here])
                 if self.governor is not None and not part.trial:
-                    self.governor.withdraw(found)
+                    self.governor.withdraw(found, out_s)
                 pages = pages[~here]
 
     def _came_back(self, pages: U64, now_s: float) -> None:

@@ -157,7 +157,8 @@ class InProcessEngine:
             self._write(
                 f"DEBUG: scan {report.scans}: {report.processes} processes, {report.resident_bytes >> 10} KiB resident,"
                 f" {report.candidate_bytes >> 10} KiB to move, {report.moved_bytes_total >> 10} KiB moved,"
-                f" {report.paged_out_bytes >> 10} KiB out, {report.refault_bytes_total >> 10} KiB came back,"
+                f" {report.paged_out_bytes >> 10} KiB out, {report.not_yet_freed_bytes >> 10} KiB of that not yet free,"
+                f" {report.refault_bytes_total >> 10} KiB came back,"
                 f" {report.scan_seconds * 1000:.0f} ms\n"
             )
         if (actions := self._actions) is not None:
