@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,9 @@ from memtier_engine.engine.probing import Probing
 from memtier_engine.engine.report import StepReport
 from memtier_engine.engine.returns import ReturnsWatch
 from memtier_engine.engine.scanning import Halted, Scanner
+from memtier_engine.engine.settings import EngineConfig, swap_config
 from memtier_engine.engine.telling import tell
-from memtier_engine.errors import ConfigError, KernelCallError, MemtierError, ProcessGone, TrackerUnavailable
-from memtier_engine.guards.config import GuardsConfig
+from memtier_engine.errors import KernelCallError, MemtierError, ProcessGone, TrackerUnavailable
 from memtier_engine.guards.guardset import GuardSet
 from memtier_engine.hostfs.handles import FileSharingTracker, OpenProcesses
 from memtier_engine.hostfs.host import Host
@@ -48,13 +47,13 @@ from memtier_engine.model import (
     Tracker,
 )
 from memtier_engine.mover.edge import went
-from memtier_engine.mover.mover import Mover, MoverConfig, open_processes
+from memtier_engine.mover.mover import Mover, open_processes
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.pages.governor import governed, withheld_bytes
 from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.pages.space import AddressSpace, Probe, Spaces
 from memtier_engine.pages.spaceledger import SwapInsSeen, idle_of
-from memtier_engine.policies.age import AgePolicy, AgePolicyConfig
+from memtier_engine.policies.age import AgePolicy
 from memtier_engine.policies.base import Policy
 from memtier_engine.stats.observer import Observer, event_prefix
 from memtier_engine.targets.base import Target, TellingTarget, innermost
@@ -66,33 +65,6 @@ ERRORS_KEPT = 20
 _ENDED_CHECK_S = 1.0
 _LATE_S = 0.5
 """A scan that goes on for so long after the end of `run` is broken off."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How an engine works on its target."""
-
-    tracker: str = "auto"
-    scan_interval_ms: int = 5000
-    """Time between looks at every page."""
-    policy: AgePolicyConfig = field(default_factory=AgePolicyConfig)
-    mover: MoverConfig = field(default_factory=MoverConfig)
-    guards: GuardsConfig = field(default_factory=GuardsConfig)
-    """When to move nothing."""
-    dry_run: bool = False
-    """Decide and report, but move nothing."""
-    count_swap_ins: bool = True
-    """Have the kernel count swap-ins and their duration as they happen (by BPF where it works, else by its delay
-    accounting where that is on), in processes that memory went out of. BPF adds a twentieth to the cost of every page
-    fault on the machine, a fifth in those processes."""
-
-    def __post_init__(self) -> None:
-        if self.scan_interval_ms <= 0:
-            raise ConfigError(
-                f"value {self.scan_interval_ms}",
-                key_path="tracker.scanintervalms",
-                hint="use 1 or more; default 5000",
-            )
 
 
 class Engine:
@@ -203,7 +175,7 @@ class Engine:
         from memtier_engine.targets.pids import PidsTarget
 
         host = Host()
-        return cls(PidsTarget(host, [pid]), _swap_config(config, idle_after_s), host=host)
+        return cls(PidsTarget(host, [pid]), swap_config(config, idle_after_s), host=host)
 
     @classmethod
     def for_cgroup(cls, path: str | Path, *, idle_after_s: float, config: EngineConfig | None = None) -> Engine:
@@ -211,7 +183,7 @@ class Engine:
         from memtier_engine.targets.cgroups import CgroupsTarget
 
         host = Host()
-        return cls(CgroupsTarget(host, [Path(path)]), _swap_config(config, idle_after_s), host=host)
+        return cls(CgroupsTarget(host, [Path(path)]), swap_config(config, idle_after_s), host=host)
 
     def use_files(self, files: OpenProcesses) -> None:
         """Share the open files of processes with other engines of a node: they are few, and their number is bounded."""
@@ -557,16 +529,6 @@ def _pass_on(stop: threading.Event, woken: threading.Event, ended: threading.Eve
         if stop.wait(_ENDED_CHECK_S):
             woken.set()
             return
-
-
-def _swap_config(config: EngineConfig | None, idle_after_s: float) -> EngineConfig:
-    from dataclasses import replace
-
-    if idle_after_s <= 0:
-        raise ConfigError(f"value {idle_after_s}", key_path="idle_after_s", hint="use more than 0 seconds")
-    config = config or EngineConfig(scan_interval_ms=max(100, min(5000, int(idle_after_s * 250))))
-    swap = replace(config.policy, swap_out_ms=int(idle_after_s * 1000), interval_ms=config.scan_interval_ms)
-    return replace(config, policy=swap)
 
 
 __all__ = ["Engine", "EngineConfig", "MemtierError", "MoveTask", "StepReport"]
