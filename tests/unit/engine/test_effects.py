@@ -13,7 +13,7 @@ from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.hostfs.handles import ProcessFiles
 from memtier_engine.hostfs.proc import SwapArea, read_swaps
-from memtier_engine.hostfs.swapkind import Swap, in_words, kind_of, read_swap_kinds
+from memtier_engine.hostfs.swapkind import Swap, in_words, kind_of, no_room, read_swap_kinds
 from memtier_engine.model import ProcessId
 from memtier_engine.mover.effects import RECLAIM_S_MAX, STEP_BYTES, Effect, Effects, Held
 from support.hostfolder import HostFolder
@@ -203,3 +203,14 @@ def test_the_kinds_in_words(tmp_path: Path) -> None:
     assert len(read_swaps(folder.host)) == 2
     folder.write("sys/module/zswap/parameters/enabled", "Y\n")
     assert in_words(folder.host) == "zswap before zram, file: frees at once"
+
+
+def test_whether_swap_has_room(tmp_path: Path) -> None:
+    folder = HostFolder(tmp_path)
+    assert not no_room(folder.host), "nobody tells"
+    folder.write("proc/swaps", HEAD)
+    assert no_room(folder.host)
+    folder.write("proc/swaps", HEAD + "/dev/zram0\tpartition\t1048576\t1048570\t5\n")
+    assert no_room(folder.host), "all but what other CPUs hold on to"
+    folder.write("proc/swaps", HEAD + "/dev/zram0\tpartition\t1048576\t1048576\t5\n" + FILE)
+    assert not no_room(folder.host)

@@ -263,3 +263,21 @@ def test_a_task_that_has_enough_ends_wherever_it_found_it(kernel: Kernel, host: 
         moving.pump(float(pump))
     assert kernel.out_bytes == out
     assert not moving.has_work
+
+
+@pytest.mark.parametrize("areas", ["", "/dev/zram0\tpartition\t1048576\t1048576\t-2\n"])
+def test_where_swap_has_no_room_that_is_the_reason_and_nothing_more_is_asked_for(
+    kernel: Kernel, host: Host, monkeypatch: pytest.MonkeyPatch, areas: str
+) -> None:
+    monkeypatch.setattr(syscalls, "process_madvise", lambda pidfd, starts, lengths, advice: int(lengths.sum()))
+    moving = mover(kernel, host)
+    moving.add(task(0, 64))
+    moving.add(task(100, 164))
+    (outcome, *_) = moving.pump(0.0)
+    assert [kept.why for kept in outcome.kept] == [Why.BUSY], "there is room"
+    assert moving.has_work
+    host.path("proc/swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n" + areas)
+    outcomes = moving.pump(1.0)
+    assert [[kept.why for kept in outcome.kept] for outcome in outcomes] == [[Why.NO_ROOM]]
+    assert moved(outcomes) == 0
+    assert not moving.has_work

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memtier_engine.model import PAGE_BYTES, Kept, PageChunk, ProcessId, Why
 from memtier_engine.pages.ages import NOT_RESIDENT, AgeClock, ProcessPages
-from memtier_engine.pages.space import KEPT_S, AddressSpace, Spaces
+from memtier_engine.pages.space import KEPT_S, NO_ROOM_MOST_S, AddressSpace, Spaces
 from support.fakes import PROCESS, chunk, pages_of, spans
 
 A, B, C = ProcessId(10, 5), ProcessId(11, 6), ProcessId(12, 7)
@@ -105,6 +105,18 @@ def test_each_try_in_vain_doubles_the_wait_and_a_success_forgets_it() -> None:
     one.keep(Kept(Why.SHARED, spans((0, 1))), now_s)
     one.retry(now_s + wait_s)
     assert one.kept_bytes() == {}
+
+
+def test_where_swap_has_no_room_it_is_asked_again_every_minute_at_least() -> None:
+    """However long there was none: who turns some on looks whether it helps."""
+    one, now_s = space(), 0.0
+    for _ in range(12):
+        one.keep(Kept(Why.NO_ROOM, spans((0, 1))), now_s)
+        began_s = now_s
+        while one.kept_bytes():
+            now_s += 1
+            one.retry(now_s)
+        assert now_s - began_s <= NO_ROOM_MOST_S
 
 
 def test_reasons_do_not_wait_for_each_other() -> None:

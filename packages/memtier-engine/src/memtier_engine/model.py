@@ -250,6 +250,8 @@ class Why(IntEnum):
     """Part of a huge page of which the rest was not asked for: it would have to be split."""
     HEADLESS = 8
     """Its process lives, but not the first thread of it, by which the kernel would go."""
+    NO_ROOM = 9
+    """No swap is on, or all of it is full."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ REASONS: Mapping[Why, str] = {
     Why.HEADLESS: "its first thread has ended, and the kernel pages out by that one",
     Why.HUGE: "parts of huge pages that are not idle as a whole",
     Why.BUSY: "kept by the kernel, which does not say why (pinned, or just in use by it)",
+    Why.NO_ROOM: "no room in swap: none is on, or all of it is full (swapon; `memtier check`)",
 }
 
 

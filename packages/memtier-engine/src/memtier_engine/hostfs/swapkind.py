@@ -21,6 +21,8 @@ from memtier_engine.hostfs.proc import SwapArea, read_swaps
 
 _SYNCHRONOUS = re.compile(r"(zram|ram|pmem)\d")
 """Names of block devices with BLK_FEAT_SYNCHRONOUS, of which sysfs does not tell."""
+_FULL_BYTES = 1 << 20
+"""CPUs hold on to clusters of 2 MiB of their own, so full areas have some pages left that others do not get."""
 
 
 class Swap(StrEnum):
@@ -78,6 +80,15 @@ def zswap_is_on(host: Host) -> bool:
 def frees_at_once(kinds: list[SwapKind], zswap: bool) -> bool:
     """Whether what is paged out is free when the call returns, as far as areas with room are concerned."""
     return zswap or all(kind.synchronous for kind in kinds if kind.area.free_bytes > 0)
+
+
+def no_room(host: Host) -> bool:
+    """Whether no swap is on, or all of it is full. False where the kernel does not tell."""
+    try:
+        free_bytes = sum(area.free_bytes for area in read_swaps(host))
+        return host.path("proc/swaps").exists() and free_bytes < _FULL_BYTES
+    except (KernelCallError, ValueError):
+        return False
 
 
 def in_words(host: Host) -> str:

@@ -198,6 +198,11 @@ def joined(parts: list[Spans]) -> Spans:
     return Spans(starts[order], np.concatenate([part.ends for part in parts])[order])
 
 
+def for_want_of_room(kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
+    """What the kernel kept without a word, where it is known that it had nowhere to put it."""
+    return tuple(Kept(Why.NO_ROOM, each.spans) if each.why is Why.BUSY else each for each in kept)
+
+
 def went(spans: Spans, kept: tuple[Kept, ...]) -> Spans:
     """What of `spans` is where it was to go: all but what was kept."""
     return without(spans, joined([each.spans for each in kept]))

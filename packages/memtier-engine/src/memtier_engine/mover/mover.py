@@ -17,7 +17,8 @@ from memtier_engine.errors import ConfigError, KernelCallError, ProcessGone
 from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.privileges import MOVERS, named
-from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans
+from memtier_engine.hostfs.swapkind import no_room
+from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans, Why
 from memtier_engine.mover import edge
 from memtier_engine.mover.backends import (
     IOVECS_MAX,
@@ -275,6 +276,8 @@ class Mover:
                     self.effects.begin(handle, now_s)
                 part, rest, wait, result = self._move(handle, pending, budget)
                 effect = self.effects.end(handle, result.moved_bytes) if swaps else Effect(None, None)
+                if swaps and not result.moved_bytes and any(kept.why is Why.BUSY for kept in result.kept):
+                    rest = self._without_room(rest, later, result)
             error = result.error
         except ProcessGone:
             self.drop(process)
@@ -328,6 +331,19 @@ class Mover:
                 rest = Spans.empty()
             return part, rest, False, result
         return self._page_out(handle, pending, budget, look)
+
+    def _without_room(self, rest: Spans, later: list[_Pending], result: BatchResult) -> Spans:
+        """Nothing of a batch went out, and the kernel does not say why. Returns the rest of its task.
+
+        MADV_PAGEOUT says nothing where there is no slot for a page (mm/vmscan.c, shrink_folio_list(): where
+        folio_alloc_swap() fails, the folio is activated). Asking for the others too would only cost CPU time.
+        """
+        if not no_room(self._host):
+            return rest
+        result.kept, result.busy = edge.for_want_of_room(result.kept), Spans.empty()
+        self.retain(lambda task: task.to_node != SWAP_NODE)
+        later[:] = [each for each in later if each.task.to_node != SWAP_NODE]
+        return Spans.empty()
 
     def _page_out(
         self, handle: ProcessHandle, pending: _Pending, budget: int, look: Look | None

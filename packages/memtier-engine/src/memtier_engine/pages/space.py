@@ -13,9 +13,18 @@ from dataclasses import dataclass, field
 from memtier_engine.model import Kept, ProcessId, Spans, Why
 from memtier_engine.pages.ages import NOT_RESIDENT, ProcessPages
 
-KEPT_S: Mapping[Why, float] = {Why.LOCKED: 60.0, Why.SHARED: 60.0, Why.FILE: 300.0, Why.BUSY: 10.0, Why.HEADLESS: 60.0}
+KEPT_S: Mapping[Why, float] = {
+    Why.LOCKED: 60.0,
+    Why.SHARED: 60.0,
+    Why.FILE: 300.0,
+    Why.BUSY: 10.0,
+    Why.HEADLESS: 60.0,
+    Why.NO_ROOM: 10.0,
+}
 """After which pages that could not be paged out are tried again, at first; twice as long each time it is in vain."""
 KEPT_MOST_S = 3600.0
+NO_ROOM_MOST_S = 60.0
+"""Swap is turned on by a person, who then looks whether it helps."""
 
 
 @dataclass(slots=True)
@@ -81,7 +90,7 @@ class AddressSpace:
             if known is None:
                 self._backoffs[kept.why] = _Backoff(KEPT_S[kept.why], now_s + KEPT_S[kept.why])
             elif now_s >= known.until_s:  # in vain again
-                known.wait_s = min(KEPT_MOST_S, 2 * known.wait_s)
+                known.wait_s = min(NO_ROOM_MOST_S if kept.why is Why.NO_ROOM else KEPT_MOST_S, 2 * known.wait_s)
                 known.until_s = now_s + known.wait_s
 
     def retry(self, now_s: float) -> None:
