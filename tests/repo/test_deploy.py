@@ -106,6 +106,25 @@ def test_the_pod_has_the_powers_it_needs_and_no_other() -> None:
     assert "initContainers" not in pod_of(base()), "nothing changes or restarts the runtime"
 
 
+def test_the_pod_is_asked_whether_it_is_well_where_the_program_says_so() -> None:
+    """By the run directory that it was given; ready is another question than alive."""
+
+    def command(objects: dict[str, Object], probe: str) -> list[str]:
+        (container,) = pod_of(objects)["containers"]
+        found: list[str] = container[probe]["exec"]["command"]
+        return found
+
+    objects = base()
+    (container,) = pod_of(objects)["containers"]
+    run_directory = container["command"][container["command"].index("--run-dir") + 1]
+    for probe, question in (
+        ("startupProbe", "--healthy"),
+        ("livenessProbe", "--healthy"),
+        ("readinessProbe", "--ready"),
+    ):
+        assert command(objects, probe) == ["nri-memtierd", question, "--run-dir", run_directory]
+
+
 def test_the_powers_are_the_fewest_for_all_trackers_and_movers() -> None:
     assert least(*TRACKERS.values(), *MOVERS.values()) == PLUGIN
     assert yaml.safe_load((CHART / "values.yaml").read_text())["capabilities"] == CAPABILITIES
@@ -236,6 +255,13 @@ def test_an_output_directory_below_tmp_is_made_by_the_program_itself() -> None:
     assert "/run-dir/memtierd" in pod["containers"][0]["command"]
     volume = next(each for each in pod["volumes"] if each["name"] == "run-dir")
     assert volume["hostPath"] == {"path": "/tmp", "type": "Directory"}
+
+
+def test_probes_look_where_the_chart_puts_the_run_directory() -> None:
+    (container,) = pod_of(chart('outputDir="/tmp/memtierd"'))["containers"]
+    directory = container["command"][container["command"].index("--run-dir") + 1]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["exec"]["command"][-1] == directory
 
 
 def test_the_charts_own_values_reach_the_program() -> None:
