@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
 from memtier_engine.pages.ages import AgeClock, ProcessPages
-from memtier_engine.pages.governor import HELD_S, HOLD_S, LONGEST_S, Governor, governed, withheld_bytes
+from memtier_engine.pages.governor import (
+    HELD_LEAST_PAGES,
+    HELD_S,
+    HOLD_S,
+    LONGEST_S,
+    Governor,
+    governed,
+    withheld_bytes,
+)
 from support.fakes import PROCESS, pages_of, spans
 from support.spacesim import Habit, Program, SpaceSim, every
 
@@ -172,6 +180,22 @@ def test_all_wrong_twice_is_held_back_wholly_for_a_time_and_says_so() -> None:
     assert "nothing goes out" in governor.why(205)
     assert not governor.held(206 + HELD_S)
     assert "only what is idle for" in governor.why(206 + HELD_S)
+
+
+def test_a_few_pages_raise_the_threshold_and_leave_the_rest_of_the_process_alone() -> None:
+    """Keys of a store that are read at random: what is idle for longer than most comes back all the same."""
+    governor, levels = Governor(), []
+    for at_s, out, back in ((0, 20_000, 1_100), (100, 120, 70), (300, 100, 66)):
+        governor.went_out(out, at_s)
+        governor.came_back(back, 10.0, at_s, at_s + 5)
+        assert governor.judge(5_000, at_s + 5)
+        assert not governor.held(at_s + 5), governor.why(at_s + 5)
+        levels.append(governor.min_idle_s(at_s + 5))
+    assert levels[2] >= 2 * levels[1] >= 4 * levels[0]
+    governor.went_out(300, 600)
+    governor.came_back(HELD_LEAST_PAGES, 10.0, 600, 605)
+    assert governor.judge(5_000, 605)
+    assert governor.held(605)
 
 
 def test_pages_that_were_freed_are_no_reason() -> None:

@@ -36,6 +36,9 @@ HOLD_S = 1200.0
 HELD_S = 600.0
 """For so long nothing goes out where all that went out under a raised threshold came back."""
 HELD_SHARE = 0.5
+HELD_LEAST_PAGES = (1 << 20) // PAGE_BYTES
+"""Less that came back raises the threshold, but is no reason to leave the rest of a process alone: of memory that is
+used at random, what is seldom used comes back whatever the threshold, and each time there is less of it."""
 MARGIN = 1.5
 """A page is idle for a little longer now and then."""
 CALM_HOLDS = 4.0
@@ -164,7 +167,7 @@ class Governor:
         return min(LONGEST_S, HOLD_S * 2.0 ** min(32, max(0, self.strikes - 1)))
 
     def _hold(self, now_s: float) -> None:
-        if self.strikes > 1 and self._round.back >= HELD_SHARE * self._round.out:
+        if self.strikes > 1 and self._round.back >= max(HELD_LEAST_PAGES, HELD_SHARE * self._round.out):
             for_s = min(LONGEST_S, HELD_S * 2.0 ** min(32, self.strikes - 2))
             self._held_until_s = max(self._held_until_s, self.raised_s + for_s)
 
