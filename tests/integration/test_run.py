@@ -165,3 +165,21 @@ def test_pids_that_can_never_be_observed_are_refused_with_the_reason() -> None:
         output, messages = run.communicate(timeout=WAIT_S)
         assert (run.returncode, output) == (1, "")
         assert why in messages
+
+
+def test_a_process_that_is_left_alone_is_told_with_the_reason_and_promised_by_no_dry_run() -> None:
+    with workload(1, 16, write=True) as load:
+        os.sched_setscheduler(load.pid, os.SCHED_RR, os.sched_param(1))
+        run = start("--pid", load.pid, "--dry-run", "--idle-after", "1s")
+        assert run.stdout is not None
+        lines = []
+        for line in run.stdout:
+            lines.append(line)
+            if "leaves alone" in line:
+                break
+        run.terminate()
+        output, messages = run.communicate(timeout=WAIT_S)
+    assert f"pid {load.pid}: has a real-time thread" in lines[-1]
+    assert f"pid {load.pid} is left alone: it has a real-time thread" in messages
+    assert not any(would_move_mib(line) for line in [*lines, *output.splitlines()])
+    assert "; 0.0 MiB would have been" in output

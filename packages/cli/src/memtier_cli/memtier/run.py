@@ -219,6 +219,10 @@ def _line(report: StepReport, engine: Engine, dry_run: bool) -> str:
         parts[3] += f" (of that {_mib(report.not_yet_freed_bytes)} written, not yet free)"
     if report.held_back_by:
         parts.append("waits for " + "; ".join(report.held_back_by))
+    if report.skipped:
+        pid, why = min(report.skipped.items())
+        more = f" (and {len(report.skipped) - 1} more)" if len(report.skipped) > 1 else ""
+        parts.append(f"leaves alone, or takes less of: pid {pid}: {why}{more}")
     if dry_run:
         parts[3] = f"would move {_mib(report.candidate_bytes)}"
     return f"[{report.tracker}] " + ", ".join(parts)

@@ -285,6 +285,8 @@ class Engine:
         if tasks is not None and not self.config.dry_run:
             tasks = governed(tasks, self.pages, self.age_clock, self.refaults.governors, now_s)
             self.mover.replace(self.guards.admit(self._probing.limit(tasks), self.guards.verdict, now_s))
+        elif tasks:
+            self._candidate_bytes = sum(task.spans.total_bytes for task in self.guards.foresee(tasks, now_s))
         self._cpu_s += time.thread_time() - began_cpu_s
         return self._report(now_s, scan_seconds, ages)
 

@@ -28,7 +28,8 @@ class StepReport:
     paged_out_bytes: int
     """Out because of us, now."""
     candidate_bytes: int
-    """What the policy wants to move now, of any reason; in a dry run all there is."""
+    """What the policy wants to move now, of any reason; in a dry run all there is and
+    may be taken (`skipped` has whom nothing is taken from)."""
     requested_bytes_total: int
     moved_bytes_total: int
     refault_bytes_total: int

@@ -35,6 +35,8 @@ CHECK_EVERY_S = 0.05
 REFAULT_WINDOW_S = 60.0
 STORED_LEAST_BYTES = 16 * MIB
 """Less than this of an engine's own says nothing about how well its memory compresses."""
+TOLD_FROM_BYTES = 8 * MIB
+"""A process that is left alone is worth a line where so much was wanted of it."""
 WORKING_SET_LEAST_BYTES = 16 * MIB
 """Refaults are taken as a share of at least this: a handful of pages is no rate."""
 _PROTECTION = Thresholds(close_at=0.0, open_at=4.0 * MIB, hold_s=0.0)
@@ -180,7 +182,9 @@ class GuardSet:
                 admitted.append(task)
         self._facts.keep(frozenset(task.process for task in tasks))
         for process in skipped.keys() - self.skipped.keys():
-            logger.debug("pid {} is left alone: it {}", process.pid, skipped[process])
+            wanted = sum(task.spans.total_bytes for task in tasks if task.process == process)
+            level = "INFO" if wanted >= TOLD_FROM_BYTES else "DEBUG"  # of small ones there may be thousands
+            logger.log(level, "pid {} is left alone: it {}", process.pid, skipped[process])
         self.skipped = skipped
         return admitted
 
@@ -198,6 +202,10 @@ class GuardSet:
         if ratio is None:
             return Reading(missing=of_node.missing or "too little of its own is stored to tell")
         return Reading(ratio, note="its own pages")
+
+    def foresee(self, tasks: Sequence[MoveTask], now_s: float) -> list[MoveTask]:
+        """What `admit` would leave of `tasks` if no guard were closed: dry runs promise no more."""
+        return self.admit(tasks, Verdict(), now_s)
 
     def close(self) -> None:
         """Close the readers that are its own. Safe to call twice."""
