@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from memtier_engine.engine.telling import tell
-from memtier_engine.errors import Unavailable
+from memtier_engine.errors import AccessDenied, Unavailable
 from memtier_engine.hostfs.handles import OpenProcesses
-from memtier_engine.hostfs.held import held, whole_most
+from memtier_engine.hostfs.held import by_smaps, held, whole_most
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import MappingsCache
 from memtier_engine.hostfs.proc import parse_smaps
@@ -107,7 +107,6 @@ class Scanner:
             if spans.total_bytes <= whole_most(space.known_bytes):
                 space.left_out = Spans.empty()
                 return spans
-            smaps = None
             if self._finds_holes:
                 try:
                     found = held(files.pagemap, spans, space.known_bytes)
@@ -115,7 +114,7 @@ class Scanner:
                     return found.spans
                 except Unavailable:
                     self._finds_holes = False
-            smaps = parse_smaps(files.read("smaps"))
-            found = held(files.pagemap, spans, space.known_bytes, smaps)
-            space.left_out = found.left_out
-            return found.spans
+                except AccessDenied:  # a tracker that reads no page needs no right to
+                    pass
+            spans, space.left_out = by_smaps(spans, parse_smaps(files.read("smaps")))
+            return spans

@@ -99,7 +99,7 @@ TRACKERS: Mapping[str, tuple[Need, ...]] = {
 
 MOVERS: Mapping[str, tuple[Need, ...]] = {
     "page-out": (_READ, _TRACE, _ADVISE),
-    "move-pages": (_READ, _TRACE),
+    "move-pages": (_TRACE,),
     "memory-reclaim": (),
 }
 """Swap out by process_madvise, to another node by move_pages, and by a cgroup's memory.reclaim."""
