@@ -39,7 +39,21 @@ def test_within_the_budget_intervals_are_as_configured() -> None:
     assert [pace.interval_s for pace in paces] == [5.0] * 10
 
 
-def test_beyond_the_budget_all_intervals_grow_by_the_same_factor() -> None:
+def test_who_is_cheap_is_not_slowed_by_who_is_costly() -> None:
+    """A container can make looking at it costly at will, by a page here and there over terabytes."""
+    budget = ScanBudget(0.05)
+    cheap, large, hostile = (budget.join(5.0) for _ in range(3))
+    cheap.scanned(0.01)
+    large.scanned(0.1)
+    hostile.scanned(16.0)
+    assert cheap.interval_s == large.interval_s == 5.0
+    assert hostile.interval_s == pytest.approx(16.0 / (0.05 - 0.002 - 0.02))
+    assert budget.factor == hostile.interval_s / 5.0
+    used = sum((pace.cpu_s or 0) / pace.interval_s for pace in (cheap, large, hostile))
+    assert used == pytest.approx(0.05)
+
+
+def test_beyond_the_budget_all_that_cost_the_same_are_slowed_by_the_same_factor() -> None:
     """20 % of a core wanted, 5 % allowed; what then really is used is the budget."""
     budget = ScanBudget(0.05)
     paces = [budget.join(interval_s) for interval_s in (1.0, 2.0, 4.0, 10.0)]
@@ -64,7 +78,8 @@ def test_an_engine_that_ends_makes_room() -> None:
     first, second = budget.join(1.0), budget.join(1.0)
     first.scanned(0.05)
     second.scanned(0.15)
-    assert first.interval_s == pytest.approx(4.0)
+    assert first.interval_s == pytest.approx(2.0)
+    assert second.interval_s == pytest.approx(6.0)
     second.close()
     second.close()
     assert first.interval_s == 1.0
@@ -77,7 +92,9 @@ def test_it_says_when_intervals_grow_and_when_they_are_back_and_not_at_every_sca
         pace.scanned(0.2)
     for _ in range(50):
         pace.scanned(0.01)
-    assert messages[0] == "WARNING scans would take 20.0% of a core, 5.0% are allowed: intervals are 4 times as long"
+    assert (
+        messages[0] == "WARNING scans would take 20.0% of a core, 5.0% are allowed: intervals are up to 4 times as long"
+    )
     assert messages[-1] == "INFO scans are back at their configured intervals"
     assert len(messages) <= 6
 

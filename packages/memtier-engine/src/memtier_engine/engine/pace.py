@@ -1,11 +1,13 @@
 """When each engine of a node scans: spread over the interval, and within a budget of CPU time. No IO.
 
-What a scan costs is measured. When the scans of all engines together would take more than the budget, all
-intervals grow by the same factor, and shrink again when there is room.
+What a scan costs is measured. When the scans of all engines together would take more than the budget, it is shared out:
+who wants less than an equal part scans as configured, and the intervals of the others grow until each takes what is
+left in equal parts. So a container whose memory is costly to look at slows its own scans, and nobody else's.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 
 from loguru import logger
@@ -39,13 +41,19 @@ class ScanBudget:
         self._lock = threading.Lock()
         self._paces: dict[Pace, None] = {}
         self._joined = 0
+        self._part = math.inf
         self._told = 1.0
 
     @property
     def factor(self) -> float:
-        """By which intervals are longer than configured now; 1: as configured."""
+        """By which the intervals of the costliest engine are longer than configured now; 1: as configured."""
         with self._lock:
             return self._factor()
+
+    @property
+    def part(self) -> float:
+        """Of one core, at most so much for one engine now; inf: all have what they want."""
+        return self._part
 
     def join(self, interval_s: float) -> Pace:
         """A new engine that would like to scan every `interval_s`."""
@@ -58,13 +66,15 @@ class ScanBudget:
     def leave(self, pace: Pace) -> None:
         """Its scans cost nothing any more. Safe to call twice."""
         with self._lock:
-            self._paces.pop(pace, None)
+            if self._paces.pop(pace, 0) is None:
+                self._share_out()
 
     def note(self, pace: Pace, cpu_s: float) -> None:
         """A scan of `pace` took so much CPU time."""
         with self._lock:
             known = pace.cpu_s
             pace.cpu_s = cpu_s if known is None else known + _WEIGHT * (cpu_s - known)
+            self._share_out()
             factor = self._factor()
             told, self._told = self._told, factor
             if factor < _TELL_FROM:
@@ -75,8 +85,8 @@ class ScanBudget:
                     self._told = told
             elif not told / 1.5 < factor < told * 1.5 or told < _TELL_FROM:
                 logger.bind(node="scans").warning(
-                    "scans would take {:.1%} of a core, {:.1%} are allowed: intervals are {:.2g} times as long",
-                    factor * self.cpu_share,
+                    "scans would take {:.1%} of a core, {:.1%} are allowed: intervals are up to {:.2g} times as long",
+                    sum(each.wanted for each in self._paces),
                     self.cpu_share,
                     factor,
                 )
@@ -84,8 +94,17 @@ class ScanBudget:
                 self._told = told
 
     def _factor(self) -> float:
-        wanted = sum((pace.cpu_s or 0.0) / pace.wanted_s for pace in self._paces)
-        return max(1.0, wanted / self.cpu_share)
+        return max((pace.factor for pace in self._paces), default=1.0)
+
+    def _share_out(self) -> None:
+        """The part that makes all together take the budget."""
+        left, count = self.cpu_share, len(self._paces)
+        for wanted in sorted(pace.wanted for pace in self._paces):
+            if wanted * count > left:
+                self._part = left / count
+                return
+            left, count = left - wanted, count - 1
+        self._part = math.inf
 
 
 class Pace:
@@ -107,9 +126,19 @@ class Pace:
         return self.phase * self.wanted_s
 
     @property
+    def wanted(self) -> float:
+        """Of one core, what its scans would take at the interval that it would like."""
+        return (self.cpu_s or 0.0) / self.wanted_s
+
+    @property
+    def factor(self) -> float:
+        """By which its interval is longer than it would like."""
+        return max(1.0, self.wanted / self.budget.part)
+
+    @property
     def interval_s(self) -> float:
         """Time between scans now."""
-        return self.wanted_s * self.budget.factor
+        return self.wanted_s * self.factor
 
     def scanned(self, cpu_s: float) -> None:
         """A scan took so much CPU time."""
