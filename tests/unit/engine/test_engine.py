@@ -405,3 +405,11 @@ def test_a_stop_at_the_end_of_one_process_leaves_the_others_alone(scene: Scene) 
 def test_a_stop_while_families_are_looked_at_ends_the_step(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scene.engine._families, "count", lambda *ignored: scene.engine.halt())
     assert scene.engine.advance(scene.clock.now_s()) == (None, scene.clock.now_s())
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_we_are_short_of_is_not_held_against_a_process(scene: Scene, number: int) -> None:
+    scene.tracker.failure = KernelCallError("pidfd_open", number)
+    assert [len(report.errors) for report in scene.run(0.5)] == [1]
+    scene.tracker.failure = None
+    assert scene.run(1.5)[-1].resident_bytes == PAGES * PAGE_BYTES

@@ -6,6 +6,7 @@ says when to call again, so that one thread can run many, and a test needs no sl
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 import weakref
@@ -63,6 +64,8 @@ from memtier_engine.trackers.registry import create_tracker
 
 ERRORS_KEPT = 20
 _ENDED_CHECK_S = 1.0
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What this program or machine is short of says nothing against the process that is looked at: next time, then."""
 _LATE_S = 0.5
 """A scan that goes on for so long after the end of `run` is broken off."""
 
@@ -386,9 +389,11 @@ class Engine:
                 self._forget(space)
             except KernelCallError as failure:
                 why = str(named(self.host, failure, TRACKERS.get(self.tracker.name, ())))
+                self._note(why)
+                if failure.errno in _OURS:
+                    continue
                 for process in space.members:
                     self.following.refuse(process, why)
-                self._note(why)
                 self._forget(space)
             else:
                 if len(space.left_out):

@@ -37,7 +37,7 @@ FILES_EACH = 3
 """The directory, the pidfd and pagemap."""
 SHARE_OF_LIMIT = 0.5
 """Of the files that this process may have open; the others are for everybody else in it."""
-KEPT_LEAST, KEPT_MOST = 16, 1024
+KEPT_LEAST, KEPT_MOST = 4, 1024
 _READ_BYTES = 1 << 12
 """More than the kernel gives at once of what it writes as text: a page. Source: fs/seq_file.c, seq_read_iter."""
 
