@@ -19,6 +19,7 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, MoveTask, ProcessId, Spans
 from memtier_engine.mover.backends import BatchResult, ProcessHandle
 from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.stats.observer import Observer
 from support.fakes import BASE, PROCESS, FakeTarget, FakeTracker, pages_of
@@ -413,3 +414,11 @@ def test_what_we_are_short_of_is_not_held_against_a_process(scene: Scene, number
     assert [len(report.errors) for report in scene.run(0.5)] == [1]
     scene.tracker.failure = None
     assert scene.run(1.5)[-1].resident_bytes == PAGES * PAGE_BYTES
+
+
+def test_an_engine_keeps_the_empty_ledger_that_it_is_given(tmp_path: Path) -> None:
+    """Policy `auto` reads what comes back from the very ledger that the engine writes; empty, it is false."""
+    ledger = RefaultLedger(gaps=True)
+    engine = Engine(FakeTarget(), host=Host(tmp_path), tracker=FakeTracker(), refaults=ledger)
+    assert engine.refaults is ledger
+    engine.close()

@@ -52,6 +52,12 @@ _SIZES = {"": 1, "k": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _TIMES_NS = {"": 1, "ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 
 
+def say(text: str) -> None:
+    """A line at once and as one: print() writes the text and its end apart, and another thread's line gets between."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 class BadValue(Exception):
     """A flag's value cannot be used; exit status 1."""
 
@@ -144,7 +150,7 @@ class Exerciser:
         order = list(range(self.portions))
         if self.portions > 1:
             random.shuffle(order)
-            print(f"portion order: [{' '.join(map(str, order))}]", flush=True)
+            say(f"portion order: [{' '.join(map(str, order))}]")
         while not stop.is_set():
             began_ns = time.monotonic_ns()
             self.clamp()
@@ -158,7 +164,7 @@ class Exerciser:
                 stop.wait(left_ns / 1e9)
             if self.interval_ns >= 10**6:
                 part = self.array.describe_part(self.offset, self.size).split(" ")[0]
-                print(f"wake exerciser {self.number}: round {self.rounds} range {part}", flush=True)
+                say(f"wake exerciser {self.number}: round {self.rounds} range {part}")
             self.size += self.size_delta
             self.offset += self.offset_delta
 
@@ -189,26 +195,26 @@ class Meme:
     def run(self) -> None:
         """Work until the end of -ttl, or Enter."""
         count = self._count("bc")
-        print(f"memory exerciser\npid: {os.getpid()}\ncreating {count} byte arrays")
+        say(f"memory exerciser\npid: {os.getpid()}\ncreating {count} byte arrays")
         for _ in range(count):
             self._allocate()
         exercisers: list[Exerciser] = []
         for build, wanted in ((self.readers, self._count("brc")), (self.writers, self._count("bwc"))):
             for array in self.arrays[:wanted]:
                 exerciser = build(len(exercisers), array)
-                print(exerciser.start_text(), flush=True)
+                say(exerciser.start_text())
                 exercisers.append(exerciser)
         for exerciser in exercisers:
             self._thread(lambda exerciser=exerciser: exerciser.run(self.stop))  # type: ignore[misc]
         if self.period_ns:
             self._thread(lambda: self._report(exercisers))
         if self.reallocations:
-            print("creating byte array reallocators", flush=True)
+            say("creating byte array reallocators")
         for delta, period_ns in self.reallocations:
-            print(f"    allocate {delta} arrays (every {period_ns / 1e9:g} s)", flush=True)
+            say(f"    allocate {delta} arrays (every {period_ns / 1e9:g} s)")
             self._thread(lambda delta=delta, period_ns=period_ns: self._reallocate(delta, period_ns))  # type: ignore[misc]
         if self.ttl_ns is None:
-            print("press enter to exit...", flush=True)
+            say("press enter to exit...")
             sys.stdin.readline()
         else:
             self.stop.wait(self.ttl_ns / 1e9)
@@ -246,7 +252,7 @@ class Meme:
         array = ByteArray(self.array_size)
         with self.lock:
             self.arrays.append(array)
-        print(f"    array: {array.describe()}", flush=True)
+        say(f"    array: {array.describe()}")
 
     def _reallocate(self, delta: int, period_ns: int) -> None:
         while not self.stop.wait(period_ns / 1e9):
@@ -256,13 +262,13 @@ class Meme:
                     continue
                 with self.lock:
                     if self.arrays:
-                        print(f"    free array {len(self.arrays) - 1}: {self.arrays.pop().describe()}", flush=True)
+                        say(f"    free array {len(self.arrays) - 1}: {self.arrays.pop().describe()}")
 
     def _report(self, exercisers: list[Exerciser]) -> None:
         while not self.stop.wait(self.period_ns / 1e9):
             for exerciser in exercisers:
                 speed = exerciser.busy_s / exerciser.rounds if exerciser.rounds else 0.0
-                print(f"avgspeed exerciser {exerciser.number}: {speed:.6f} s/round", flush=True)
+                say(f"avgspeed exerciser {exerciser.number}: {speed:.6f} s/round")
 
 
 def main() -> int:

@@ -124,7 +124,7 @@ class Engine:
         )
         self.observers: list[Observer] = list(observers)
         limits = self.config.guards.refaults
-        self.refaults = refaults or RefaultLedger()
+        self.refaults = RefaultLedger() if refaults is None else refaults  # an empty one is false
         self.refaults.share_percent = None if limits is None else limits.close_at
         self.pace = pace
         self._swap_ins = SwapInWatch(self.host) if self.config.count_swap_ins else None

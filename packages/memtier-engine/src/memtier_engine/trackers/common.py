@@ -131,7 +131,7 @@ class TrackerFiles:
 
     def __init__(self, host: Host, files: OpenProcesses | None) -> None:
         """`files`: None: its own."""
-        self._files = files or OpenProcesses(host)
+        self._files = OpenProcesses(host) if files is None else files  # an empty one is false
         self._own = files is None
 
     def use(self, files: OpenProcesses) -> None:
