@@ -177,7 +177,11 @@ def _try(question: dict[str, Any]) -> Answer:
         if component == "userfault":
             return _try_own_memory(component)
         config = EngineConfig(
-            tracker=component, scan_interval_ms=_YOUNG_MS, guards=OWN_GUARDS, dry_run=True, count_swap_ins=False
+            tracker=component,
+            scan_interval_ms=_YOUNG_MS,
+            guards=OWN_GUARDS,
+            dry_run=component != "softdirty",  # which a dry run does without; the policy moves nothing anyway
+            count_swap_ins=False,
         )
         engine = Engine(PidsTarget(Host(), [question["pid"]]), config)
         time.sleep(2 * _YOUNG_MS / 1000)  # younger processes are left alone

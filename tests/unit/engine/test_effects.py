@@ -214,3 +214,19 @@ def test_whether_swap_has_room(tmp_path: Path) -> None:
     assert no_room(folder.host), "all but what other CPUs hold on to"
     folder.write("proc/swaps", HEAD + "/dev/zram0\tpartition\t1048576\t1048576\t5\n" + FILE)
     assert not no_room(folder.host)
+
+
+def test_a_cgroup_with_processes_of_others_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would take their idle memory as well: what is written waits for the kernel's own reclaim."""
+    machine = Machine(tmp_path, monkeypatch, swap=FILE)
+    known = {PROCESS.pid}
+    machine.effects.are_ours = lambda pids: pids <= known
+    machine.batch(0)
+    machine.folder.cgroup("/sys/fs/cgroup/pod/other", [4711])
+    machine.cached += 8 * MIB
+    machine.batch(8 * MIB)
+    assert [machine.effects.free(1.0 + 100 * turn) for turn in range(3)] == [0, 0, 0]
+    assert machine.asked == []
+    assert machine.effects.not_yet_freed_bytes == 8 * MIB
+    known.add(4711)  # it is one of the target now
+    assert sum(machine.effects.free(1000.0 + 100 * turn) for turn in range(3)) == 8 * MIB

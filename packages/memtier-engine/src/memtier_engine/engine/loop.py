@@ -116,6 +116,7 @@ class Engine:
         self._own_files = True
         self.mover = mover or Mover(self.config.mover, self.host, now_s=now_s, files=self.files)
         self.mover.look = self.tracker.look if isinstance(self.tracker, LookingTracker) else None
+        self._claim_effects()
         self.guards = guards or GuardSet(
             self.config.guards,
             host=self.host,
@@ -188,11 +189,16 @@ class Engine:
         host = Host()
         return cls(CgroupsTarget(host, [Path(path)]), swap_config(config, idle_after_s), host=host)
 
+    def _claim_effects(self) -> None:
+        own: Engine = weakref.proxy(self)
+        self.mover.effects.are_ours = lambda pids: pids <= {process.pid for process in own.following.known}
+
     def use_files(self, files: OpenProcesses) -> None:
         """Share the open files of processes with other engines of a node: they are few, and their number is bounded."""
         if self._own_files:
             self.files.close()
         self.files, self._own_files = files, False
+        self._claim_effects()
         self._scanner.files = self._families.files = files
         if isinstance(self.tracker, FileSharingTracker):
             self.tracker.use_files(files)

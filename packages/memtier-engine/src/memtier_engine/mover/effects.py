@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -75,6 +76,9 @@ class Effects:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self.are_ours: Callable[[frozenset[int]], bool] = lambda pids: True
+        """Whether all these processes, those of a cgroup, are the engine's: only then the cgroup is asked to reclaim,
+        for the kernel takes the idle memory of whoever is in it."""
         self._kinds: list[SwapKind] = []
         self._at_once, self._zswap = True, False
         self._looked_s: float | None = None
@@ -155,6 +159,9 @@ class Effects:
         freed = place.held.moved(0, before["swapcached"])
         wanted = min(place.held.ours - before.get("file_writeback", 0), STEP_BYTES)
         if wanted <= 0:
+            return freed
+        if not self.are_ours(frozenset(cgroup.pids())):
+            place.pause_s = min(RECLAIM_S_MAX, 2 * place.pause_s)
             return freed
         swap_before = cgroup.read_int("memory.swap.current") or 0
         if not self._ask(cgroup, wanted):
