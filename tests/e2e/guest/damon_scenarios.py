@@ -65,8 +65,9 @@ def touched(found: DamonTracker, process: ProcessId, of: Load) -> tuple[float, f
     """Shares of the hot and of the cold pages that one scan reports as touched."""
     counts = []
     chunks = [
-        (chunk.start, chunk.accessed.copy())
+        (part.start, part.accessed.copy())
         for chunk in found.scan(process, read_mappings(Host(), process.pid).tierable())
+        for part in chunk.parts()
     ]
     for ranges in (of.hot, of.cold):
         seen = pages = 0
