@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from memtier_cli.nri_memtierd.health import STATUS_NAME
+from memtier_cli.nri_memtierd.rundir import MARKER_NAME
 from memtier_engine.hostfs.host import Host
 from nri_core import Container, Pod
 from nri_core.testing import FakeRuntime, PluginConnection
@@ -171,7 +173,8 @@ async def _soak(minutes: float, tell: Callable[[str], None]) -> Run:
                 await places
                 found.idle.append(await node.empty())
                 found.containers, found.births = next(node.numbers), nursery.births
-                found.leftovers = tuple(path.name for path in nri.runs.rglob("*"))
+                own = {MARKER_NAME, STATUS_NAME}  # the program's, as long as it runs
+                found.leftovers = tuple(path.name for path in nri.runs.rglob("*") if path.name not in own)
                 found.log_errors = tuple(
                     line for line in nri.log.splitlines() if "Traceback" in line or "| ERROR" in line
                 )
