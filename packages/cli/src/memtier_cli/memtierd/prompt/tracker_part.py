@@ -126,14 +126,13 @@ class OwnTracker:
             tracker=self.name,
             scan_interval_ms=self._spec.scan_interval_ms or _SCAN_INTERVAL_MS,
             guards=NO_GUARDS,
-            dry_run=True,
         )
         engine = Engine(
             self.target,
             config,
             host=host,
             tracker=self._build(),
-            policy=StubPolicy(),
+            policy=StubPolicy(),  # moves nothing
             observers=(statistics, self._counts, self._raw),
         )
         self._thread = EngineThread(engine)
