@@ -274,7 +274,6 @@ class Engine:
         else:
             self.refaults.begin_scan(self._swap_bytes())
             self._scan_all(table)
-        if not rested:
             self._families.count(self.spaces, now_s)
             if self.halted():
                 raise Halted
