@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _HEAD = """
@@ -90,10 +90,17 @@ def running(
             yield process, [int(word) for word in process.stdout.readline().split()]
         finally:
             # A child of clone(2) that shares the memory cannot ask to die with its parent.
-            for kid in _children(process.pid):
-                os.kill(kid, signal.SIGKILL)
+            kids = _children(process.pid)
             process.kill()
+            for kid in kids:
+                with suppress(ProcessLookupError):
+                    os.kill(kid, signal.SIGKILL)
 
 
 def _children(pid: int) -> list[int]:
-    return [int(kid) for file in Path(f"/proc/{pid}/task").glob("*/children") for kid in file.read_text().split()]
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        # A thread may end between the listing and the reading; its children are another thread's then.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += [int(kid) for kid in file.read_text().split()]
+    return found
