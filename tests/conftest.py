@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,15 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("memtier", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("memtier")
+
+for _number, _default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGTERM, signal.SIG_DFL),
+):
+    # Whoever runs the tests in the background of a shell, or under nohup, has them ignored, and so would our programs.
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 _LOGGERS = ("", "nri_core")
 """Whose level and handlers the programs set."""
