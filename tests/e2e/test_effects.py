@@ -14,9 +14,9 @@ def test_what_is_reported_as_moved_to_a_disk_is_free_soon_and_others_memory_stay
     result = vm.run_script("effects_scenarios.py", "swap-cache", timeout_s=240).check()
     found = result.record("swap-cache")
     assert "disk" in found["swap"], found
-    # Of 64 MiB: what the kernel's own reclaim takes of the idle rest meanwhile is not counted as moved by us.
-    assert found["moved"] >= 40 * MIB, found
+    # Of 64 MiB; the last pages written are in CPUs' batches, where reclaim does not see them yet.
+    assert found["moved"] >= 60 * MIB, found
     assert found["fell"] >= 0.95 * found["moved"], found
-    assert found["not_yet_freed"] <= 2 * MIB, found
+    assert found["not_yet_freed"] <= 1 * MIB, found
     assert found["others_out"] <= 0.05, found
     assert found["file_fell"] <= 2 * MIB, found

@@ -32,8 +32,8 @@ def test_every_sample_runs_and_does_what_it_says(vm: VmSession) -> None:
         assert record["errors"] == [], name
         if record["policy"] in ("age", "demote-idle") and record["swaps"] and record["tracker"] in EXACT:
             if "filter" not in name:
-                # Not all: batches may be on their way when the scans are over, and pages in a CPU's batch wait.
-                assert record["out_pages"] >= 0.5 * record["pages"], name
+                # Not all: pages in a batch of a CPU wait.
+                assert record["out_pages"] >= 0.9 * record["pages"], name
         elif not record["swaps"]:
             assert record["out_pages"] == 0, name
         if name in DEMOTING:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,10 +29,16 @@ LOOK_S = 10.0
 RECLAIM_S = 0.2
 """Between two requests to a cgroup; doubles while they bring nothing."""
 RECLAIM_S_MAX = 60.0
-STEP_BYTES = 16 << 20
-"""Of one request: about 30 ms."""
+STEP_BYTES, STEP_BYTES_LEAST = 1 << 20, 256 << 10
+"""Of one request. The kernel shrinks all of a cgroup's lists in proportion to what it is asked for: of 8 MiB asked in
+one piece up to 7 were memory of others that nobody had decided on, of 1 MiB at a time none, with MGLRU and without."""
+LEFT_BYTES_PER_CPU, LEFT_BYTES_MOST = 128 << 10, 1 << 20
+"""The last bit is left where it is: each CPU keeps up to 31 written pages in a batch before it moves them to the end of
+the list (mm/swap.c, lru_move_tail), and asking for those brings others. More memory going out pushes them on."""
+SLICE_S = 0.03
+"""Steps are asked one after the other for so long."""
 OTHERS_SHARE = 0.125
-"""Of a request, so much may be others' memory before it is left alone for longer."""
+"""Of a step, so much may be others' memory before it is left alone for longer."""
 _ANONYMOUS_ONLY = ("swappiness=max", "swappiness=200", "")
 """Arguments of memory.reclaim by which no page of a file is taken: Linux 6.16, 6.9, before."""
 
@@ -74,7 +81,8 @@ class Effect:
 class Effects:
     """One per mover. Every number is a difference around our own batches; None where the kernel does not tell."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, cpus: int | None = None) -> None:
+        """`cpus`: of the machine; None: as many as it says."""
         self._host = host
         self.are_ours: Callable[[frozenset[int]], bool] = lambda pids: True
         """Whether all these processes, those of a cgroup, are the engine's: only then the cgroup is asked to reclaim,
@@ -87,6 +95,7 @@ class Effects:
         self._of: dict[ProcessId, Path | None] = {}
         self._argument: str | None = None
         self._stored_before: int | None = None
+        self._left_bytes = min(LEFT_BYTES_MOST, LEFT_BYTES_PER_CPU * (cpus or os.cpu_count() or 1))
 
     @property
     def not_yet_freed_bytes(self) -> int:
@@ -129,7 +138,7 @@ class Effects:
 
     def wait_s(self) -> float | None:
         """Seconds until `free` can do something; None: there is nothing to do."""
-        due = [place.due_s for place in self._places.values() if place.held.ours and place.cgroup is not None]
+        due = [place.due_s for place in self._places.values() if self._can_be_asked(place)]
         return max(0.0, min(due) - self._now_s) if due else None
 
     def free(self, now_s: float) -> int:
@@ -137,7 +146,7 @@ class Effects:
         self._now_s = now_s
         freed = 0
         for key, place in list(self._places.items()):
-            if place.cgroup is None or not place.held.ours or now_s < place.due_s:
+            if place.cgroup is None or not self._can_be_asked(place) or now_s < place.due_s:
                 continue
             try:
                 brought = self._reclaim(place, place.cgroup)
@@ -152,27 +161,39 @@ class Effects:
             place.due_s = now_s + place.pause_s
         return freed
 
+    def _can_be_asked(self, place: _Place) -> bool:
+        return place.cgroup is not None and place.held.ours >= self._left_bytes + STEP_BYTES_LEAST
+
     def _reclaim(self, place: _Place, cgroup: Cgroup) -> int | None:
-        before = cgroup.stat()
-        if "swapcached" not in before:
-            return None
-        freed = place.held.moved(0, before["swapcached"])
-        wanted = min(place.held.ours - before.get("file_writeback", 0), STEP_BYTES)
-        if wanted <= 0:
-            return freed
-        if not self.are_ours(frozenset(cgroup.pids())):
-            place.pause_s = min(RECLAIM_S_MAX, 2 * place.pause_s)
-            return freed
-        swap_before = cgroup.read_int("memory.swap.current") or 0
-        if not self._ask(cgroup, wanted):
-            return None
-        after = cgroup.stat()
-        brought = place.held.moved(0, after.get("swapcached", 0))
-        others = max(0, (cgroup.read_int("memory.swap.current") or 0) - swap_before)
-        others += max(0, before.get("file", 0) - after.get("file", 0))
-        well = brought >= wanted // 8 and others <= wanted * OTHERS_SHARE
-        place.pause_s = RECLAIM_S if well else min(RECLAIM_S_MAX, 2 * place.pause_s)
-        return freed + brought
+        """What was freed since the last time; None: nothing can be asked of this cgroup."""
+        freed, end_s = 0, time.monotonic() + SLICE_S
+        pids_are_ours: bool | None = None
+        while True:
+            before = cgroup.stat()
+            if "swapcached" not in before:
+                return None
+            freed += place.held.moved(0, before["swapcached"])
+            written = place.held.ours - before.get("file_writeback", 0) - self._left_bytes
+            if written < STEP_BYTES_LEAST or time.monotonic() >= end_s:
+                return freed
+            if pids_are_ours is None:
+                pids_are_ours = self.are_ours(frozenset(cgroup.pids()))
+            if not pids_are_ours:
+                place.pause_s = min(RECLAIM_S_MAX, 2 * place.pause_s)
+                return freed
+            wanted = min(written, STEP_BYTES)
+            swap_before = cgroup.read_int("memory.swap.current") or 0
+            if not self._ask(cgroup, wanted):
+                return None
+            after = cgroup.stat()
+            brought = place.held.moved(0, after.get("swapcached", 0))
+            freed += brought
+            others = max(0, (cgroup.read_int("memory.swap.current") or 0) - swap_before)
+            others += max(0, before.get("file", 0) - after.get("file", 0))
+            if brought < wanted // 8 or others > wanted * OTHERS_SHARE:
+                place.pause_s = min(RECLAIM_S_MAX, 2 * place.pause_s)
+                return freed
+            place.pause_s = RECLAIM_S
 
     def _ask(self, cgroup: Cgroup, wanted: int) -> bool:
         """False: this kernel or these rights have no memory.reclaim."""
