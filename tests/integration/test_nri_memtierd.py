@@ -246,7 +246,7 @@ def test_a_process_per_container_is_supervised_and_never_doubled(tmp_path: Path)
             assert len(scene.program.children()) == 1
             await connection.stop_container(POD, container)
             await scene.program.until(lambda: scene.program.children() == [])
-            assert scene.program.namespaces() == []
+            await scene.program.until(lambda: scene.program.namespaces() == [])
 
         run(tmp_path, body)
 
