@@ -232,7 +232,7 @@ def test_a_process_per_container_is_supervised_and_never_doubled(tmp_path: Path)
             assert os.getsid(first) == first
             os.kill(first, signal.SIGKILL)
             await scene.program.until(lambda: scene.program.children() not in ([], [first]))
-            assert "memtierd ended with signal SIGKILL" in scene.program.log
+            await scene.program.until(lambda: "memtierd ended with signal SIGKILL" in scene.program.log)
             (second,) = scene.program.children()
             await scene.program.until(lambda: "policy age" in (directory / "memtierd.output").read_text())
 
@@ -270,7 +270,7 @@ def test_a_new_configuration_updates_adds_and_stops_engines(tmp_path: Path) -> N
 
             scene.program.config.write_text(changed.replace("name: age", "name: agge", 1))
             await scene.program.until(lambda: "the configuration in force stays" in scene.program.log)
-            assert "did you mean age?" in scene.program.log
+            await scene.program.until(lambda: "did you mean age?" in scene.program.log)
             assert (scene.program.runs / "default/pod/c0").exists()
 
             scene.program.config.write_text(CONFIG)  # nobody says so: it is noticed
