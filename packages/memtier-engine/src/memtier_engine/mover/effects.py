@@ -174,7 +174,7 @@ class Effects:
                 return None
             freed += place.held.moved(0, before["swapcached"])
             written = place.held.ours - before.get("file_writeback", 0) - self._left_bytes
-            if written < STEP_BYTES_LEAST or time.monotonic() >= end_s:
+            if written < STEP_BYTES_LEAST:
                 return freed
             if pids_are_ours is None:
                 pids_are_ours = self.are_ours(frozenset(cgroup.pids()))
@@ -194,6 +194,8 @@ class Effects:
                 place.pause_s = min(RECLAIM_S_MAX, 2 * place.pause_s)
                 return freed
             place.pause_s = RECLAIM_S
+            if time.monotonic() >= end_s:
+                return freed
 
     def _ask(self, cgroup: Cgroup, wanted: int) -> bool:
         """False: this kernel or these rights have no memory.reclaim."""
