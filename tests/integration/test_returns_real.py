@@ -125,10 +125,12 @@ def engine_on(popen: subprocess.Popen[str], *, scan_ms: int = 500, idle_ms: int 
 
 
 def until_out(reports: Iterator[StepReport]) -> StepReport:
-    """Wait until it is out, and for two scans more: what the kernel counts is known from then on."""
-    seen = 0
+    """Wait until all is out that goes, and for two scans more: what the kernel counts is known from then on."""
+    seen = before = 0
     for report in reports:
-        seen += report.paged_out_bytes >= 0.9 * SIZE
+        out = report.paged_out_bytes
+        seen = seen + 1 if out >= 0.9 * SIZE and out == before else 0
+        before = out
         if seen == 3:
             return report
     pytest.fail("the memory did not go out")
@@ -138,7 +140,7 @@ def until_out(reports: Iterator[StepReport]) -> StepReport:
 def test_what_a_process_frees_is_neither_out_nor_back(orders: tuple[str, ...]) -> None:
     """Freed and filled anew, seen in between or not; mapped anew at the same address; another program."""
     with temporary_zram_swap(4 * SIZE, own=True), program() as popen:
-        reports = engine_on(popen).run(duration_s=60)
+        reports = engine_on(popen).run(duration_s=300)
         until_out(reports)
         for order in orders:
             tell(popen, order)
@@ -151,7 +153,7 @@ def test_what_a_process_frees_is_neither_out_nor_back(orders: tuple[str, ...]) -
 @pytest.mark.parametrize("order", ["touch", "read"])
 def test_what_a_process_wants_back_counts_whoever_touched_it_for_it(order: str) -> None:
     with temporary_zram_swap(4 * SIZE, own=True), program() as popen:
-        reports = engine_on(popen).run(duration_s=60)
+        reports = engine_on(popen).run(duration_s=300)
         until_out(reports)
         tell(popen, order)
         report = [next(reports) for _ in range(2)][-1]
