@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from memtier_engine.abi.constants import PM_MMAP_EXCLUSIVE, PM_PRESENT
+from memtier_engine.abi.constants import PM_FILE, PM_MMAP_EXCLUSIVE, PM_PRESENT
 from memtier_engine.engine.families import BLOCKS_AT_ONCE, EVERY_S, Families, histogram_of
 from memtier_engine.hostfs.handles import OpenProcesses, ProcessFiles
 from memtier_engine.hostfs.host import Host
@@ -24,12 +24,12 @@ class Pagemap:
     """All pages in RAM; of every second mapping they are shared."""
 
     def __init__(self) -> None:
-        self.reads = 0
+        self.reads = self.also = 0
 
     def read(self, start: int, end: int, out: U64 | None = None) -> U64:
         self.reads += 1
         own = PM_MMAP_EXCLUSIVE if (start - BASE) // APART % 2 else 0
-        return np.full((end - start) // PAGE_BYTES, PM_PRESENT | own, np.uint64)
+        return np.full((end - start) // PAGE_BYTES, PM_PRESENT | own | self.also, np.uint64)
 
     def read_all(self, pieces: list[tuple[int, int]]) -> U64:
         return np.concatenate([self.read(*piece) for piece in pieces])
@@ -65,6 +65,14 @@ def test_what_is_shared_is_found_mapping_by_mapping_and_counted_once(files: Open
     assert [space.shared_bytes for space in spaces] == [5 * PAGE_BYTES] * 3
     assert [space.kept_bytes() for space in spaces] == [{Why.SHARED: 5 * PAGE_BYTES}] * 3
     assert histogram_of(spaces)[3] == 3 * 5 + 5
+
+
+def test_pages_of_a_file_are_nobodys_share(files: OpenProcesses, pagemap: Pagemap) -> None:
+    """A library's pages are mapped by all who use it, related or not, and stay for a reason of their own."""
+    pagemap.also = PM_FILE
+    spaces = family(10)
+    Families(files).count(spaces, 100.0)
+    assert [space.shared_bytes for space in spaces] == [0, 0]
 
 
 def test_it_is_not_looked_at_again_before_its_time(files: OpenProcesses, pagemap: Pagemap) -> None:

@@ -78,3 +78,18 @@ def test_a_line_per_observer_and_one_when_they_are_free(folder: HostFolder, said
     membership.follow(processes)
     assert said == [], "who it is now is not worth a line"
     membership.close()
+
+
+def test_what_the_target_does_not_mean_any_more_is_free_for_others(folder: HostFolder) -> None:
+    processes = [ProcessId(pid, 5) for pid in (1000, 1001)]
+    for process in processes:
+        folder.process(process.pid, start_ticks=5)
+    ours, theirs = (Observers(folder.host, directory=folder.root / "memtier/observers") for _ in range(2))
+    membership = Membership(folder.host, Spaces(ProcessPages), lambda text: None, observers=ours)
+    membership.follow(processes)
+    assert isinstance(theirs.claim(processes[1]), Holder)
+    membership.follow(processes[:1])
+    assert isinstance(theirs.claim(processes[1]), Claim)
+    assert isinstance(theirs.claim(processes[0]), Holder)
+    membership.close()
+    theirs.close()

@@ -8,7 +8,7 @@ from typing import cast
 
 from memtier_engine.hostfs.handles import ProcessFiles
 from memtier_engine.model import PAGE_BYTES
-from memtier_engine.mover.refusals import KEPT_S, Refusals
+from memtier_engine.mover.refusals import KEPT_S, MAPS_S, Refusals
 from support.fakes import BASE, pages_of
 from support.growth import least_ratio
 
@@ -49,6 +49,17 @@ def test_all_are_forgotten_a_while_after_the_first() -> None:
     assert len(refusals.spans) == 0
     refusals.refused(at(0), at(1))
     assert pages_of(refusals.spans) == [(0, 10)]
+
+
+def test_the_list_of_mappings_is_read_again_after_a_while_and_not_before() -> None:
+    now = [0.0]
+    refusals = Refusals(lambda: now[0])
+    first, later = files([(0, 10)]), files([(0, 5), (5, 10)])
+    assert len(refusals.borders(first)) == 2
+    now[0] = MAPS_S / 2
+    assert len(refusals.borders(later)) == 2
+    now[0] = MAPS_S
+    assert len(refusals.borders(later)) == 4
 
 
 def test_thousands_of_locked_mappings_cost_in_proportion() -> None:
