@@ -103,9 +103,9 @@ def test_a_few_that_come_back_change_nothing(share: float) -> None:
 
 
 def test_a_share_too_small_of_what_went_out_can_still_be_most_of_what_is_in_use() -> None:
-    """3 % of what went out, 16 MiB, comes back every minute: it is all that the process uses."""
+    """2 % of what went out, 11 MiB, comes back every minute: it is all that the process uses."""
     pages = 140_000
-    sim, program = one(every(60, pages, share=0.03), idle_s=20, pages=pages)
+    sim, program = one(every(60, pages, share=0.02), idle_s=20, pages=pages)
     sim.run(400)
     assert len(program.wrong_rounds()) <= 2
 

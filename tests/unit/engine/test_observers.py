@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -100,6 +102,19 @@ def test_what_is_released_or_whose_observer_was_killed_is_free(directory: Path) 
             other.popen.kill()
             other.popen.wait()
         assert isinstance(ours.claim(TWO), Claim)
+
+
+def test_a_lock_of_no_process_that_can_be_named_is_somebodys_all_the_same(directory: Path) -> None:
+    """F_GETLK gives -1 for a lock that belongs to an open file, and 0 for one of another pid namespace."""
+    with Observers(HOST, directory=directory) as ours:
+        with open(directory / "by-pid", "r+b") as file:
+            lock = struct.pack("@hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, ONE.pid, 1, 0)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+            holder = ours.claim(ONE)
+            assert isinstance(holder, Holder)
+            assert holder.pid is None
+            assert str(holder) == "process 1001 is observed already by a program of another pid namespace"
+        assert isinstance(ours.claim(ONE), Claim)
 
 
 def test_two_engines_of_one_program_do_not_share_a_process(directory: Path) -> None:
