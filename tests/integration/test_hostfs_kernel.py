@@ -110,6 +110,32 @@ def test_pagemap_scan_agrees_with_pagemap_words_on_every_page() -> None:
         assert proc.smaps_rollup(HOST, load.pid)["Swap"] == status.vm_swap
 
 
+def test_a_range_may_go_beyond_the_end_of_what_programs_have() -> None:
+    """As the 2 MiB around the end of a stack that is where it is without address randomization."""
+    need("pagemap-scan")
+    child = subprocess.Popen(["setarch", "-R", "cat"], stdin=subprocess.PIPE)
+    try:
+        stack = 0
+
+        def runs_cat() -> bool:
+            nonlocal stack
+            mappings = read_mappings(HOST, child.pid)
+            stack = next(
+                (int(end) for end, name in zip(mappings.ends, mappings.names, strict=True) if name == "[stack]"), 0
+            )
+            return os.readlink(f"/proc/{child.pid}/exe").endswith("/cat") and stack > 0
+
+        until(runs_cat)
+        block = 2 << 20
+        with pm.Pagemap(HOST, child.pid) as pages:
+            runs = pages.scan_runs((stack - 1) // block * block, -(-stack // block) * block, mask=c.PAGE_IS_PRESENT)
+            assert len(runs)
+            assert int(runs[-1, 1]) <= stack
+            assert len(pages.scan_runs(stack - PAGE_BYTES, 1 << 57, mask=c.PAGE_IS_PRESENT)) <= 1
+    finally:
+        child.communicate()
+
+
 def test_an_exited_process_is_gone_for_every_reader() -> None:
     with workload(1, 1) as load, pm.Pagemap(HOST, load.pid) as pages:
         start, end = int(load.cold.starts[0]), int(load.cold.ends[0])

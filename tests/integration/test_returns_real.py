@@ -128,6 +128,7 @@ def until_out(reports: Iterator[StepReport]) -> StepReport:
     """Wait until all is out that goes, and for two scans more: what the kernel counts is known from then on."""
     seen = before = 0
     for report in reports:
+        assert report.errors == ()
         out = report.paged_out_bytes
         seen = seen + 1 if out >= 0.9 * SIZE and out == before else 0
         before = out

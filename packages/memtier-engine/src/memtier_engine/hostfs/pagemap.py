@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -29,6 +30,10 @@ from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools
 WORD_BYTES = 8
 _SCAN_ROWS = 4096
 _MERGE_GAP_BYTES = 64 * PAGE_BYTES
+_USER_ENDS = ((1 << 47) - PAGE_BYTES, (1 << 56) - PAGE_BYTES) if platform.machine() == "x86_64" else ()
+"""Behind them no program has memory, with page tables of four and of five levels: the last page before the hole is never
+given out. PAGEMAP_SCAN refuses a range that goes beyond (access_ok(), EFAULT), as one that ends at the end of the 2 MiB
+in which a stack without address randomization ends. Source: arch/x86/include/asm/page_64_types.h, TASK_SIZE_MAX."""
 _NO_ROWS = np.zeros((0, 3), np.uint64)
 
 
@@ -183,7 +188,7 @@ class Pagemap(OpenFile):
 
         Args:
             start: first address.
-            end: address after the last; both page aligned.
+            end: address after the last; both page aligned. It may lie behind all that a program can have.
             anyof: categories (`PageIs`) of which a page must have one; 0: any page.
             mask: categories that a page must have all.
             inverted: categories that count as present when absent.
@@ -197,6 +202,7 @@ class Pagemap(OpenFile):
         """
         return_mask = int(anyof | mask) if returns is None else int(returns)
         parts: list[U64] = []
+        end = min([end, *(last for last in _USER_ENDS if start < last)])
         at, reopened = start, False
         while at < end:
             rows = np.empty((_SCAN_ROWS, 3), np.uint64)
