@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +42,28 @@ def memory_nodes(host: Host) -> tuple[int, ...]:
     """The nodes that have memory."""
     path = host.path(_NODES, "has_memory")
     return parse_id_list(host.read_text(path)) if path.exists() else online_nodes(host)
+
+
+def node_cpus(host: Host, node: int) -> frozenset[int]:
+    """The CPUs of a node; none if it has none, or is not there."""
+    path = host.path(_NODES, f"node{node}", "cpulist")
+    return frozenset(parse_id_list(host.read_text(path))) if path.exists() else frozenset()
+
+
+@contextmanager
+def near(cpus: Collection[int]) -> Iterator[None]:
+    """Run the calling thread on these CPUs meanwhile, as far as it may run there; where it may not, as it was."""
+    before = os.sched_getaffinity(0)
+    wanted = before.intersection(cpus)
+    if not wanted or wanted == before:
+        yield
+        return
+    os.sched_setaffinity(0, wanted)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # its cpuset was changed meanwhile: the kernel has seen to it
+            os.sched_setaffinity(0, before)
 
 
 def node_meminfo(host: Host, node: int) -> dict[str, int]:

@@ -31,9 +31,9 @@ WORD_BYTES = 8
 _SCAN_ROWS = 4096
 _MERGE_GAP_BYTES = 64 * PAGE_BYTES
 _USER_ENDS = ((1 << 47) - PAGE_BYTES, (1 << 56) - PAGE_BYTES) if platform.machine() == "x86_64" else ()
-"""Behind them no program has memory, with page tables of four and of five levels: the last page before the hole is never
-given out. PAGEMAP_SCAN refuses a range that goes beyond (access_ok(), EFAULT), as one that ends at the end of the 2 MiB
-in which a stack without address randomization ends. Source: arch/x86/include/asm/page_64_types.h, TASK_SIZE_MAX."""
+"""Behind them no program has memory, with page tables of four and of five levels: the last page is never given out.
+PAGEMAP_SCAN refuses a range that goes beyond (access_ok(), EFAULT), as one that ends at the end of the 2 MiB in which a
+stack without address randomization ends. Source: arch/x86/include/asm/page_64_types.h, TASK_SIZE_MAX."""
 _NO_ROWS = np.zeros((0, 3), np.uint64)
 
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from memtier_engine.errors import KernelCallError, ProcessGone, Unavailable
 from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.hostfs.handles import ProcessFiles
 from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.numa import memory_nodes, near, node_cpus
 from memtier_engine.hostfs.proc import meminfo
 from memtier_engine.hostfs.swapkind import Swap, SwapKind, frees_at_once, read_swap_kinds, zswap_is_on
 from memtier_engine.model import ProcessId
@@ -39,6 +41,7 @@ SLICE_S = 0.03
 """Steps are asked one after the other for so long."""
 OTHERS_SHARE = 0.125
 """Of a step, so much may be others' memory before it is left alone for longer."""
+_ON_NODE = re.compile(r"N(\d+)=(\d+)")
 _ANONYMOUS_ONLY = ("swappiness=max", "swappiness=200", "")
 """Arguments of memory.reclaim by which no page of a file is taken: Linux 6.16, 6.9, before."""
 
@@ -63,11 +66,24 @@ class Held:
 
 
 @dataclass(slots=True)
+class _Turn:
+    """When something may be asked for next."""
+
+    due_s: float = 0.0
+    pause_s: float = RECLAIM_S
+
+    def done(self, now_s: float, *, well: bool) -> None:
+        """It was asked for just now."""
+        self.pause_s = RECLAIM_S if well else min(RECLAIM_S_MAX, 2 * self.pause_s)
+        self.due_s = now_s + self.pause_s
+
+
+@dataclass(slots=True)
 class _Place:
     held: Held
     cgroup: Cgroup | None  # None: the machine
-    due_s: float = 0.0
-    pause_s: float = RECLAIM_S
+    turn: _Turn = field(default_factory=_Turn)
+    nodes: dict[int, _Turn] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +110,7 @@ class Effects:
         self._places: dict[Path | None, _Place] = {}
         self._of: dict[ProcessId, Path | None] = {}
         self._argument: str | None = None
+        self._cpus: dict[int, frozenset[int]] = {}  # by node
         self._stored_before: int | None = None
         self._left_bytes = min(LEFT_BYTES_MOST, LEFT_BYTES_PER_CPU * (cpus or os.cpu_count() or 1))
 
@@ -116,6 +133,7 @@ class Effects:
             self._looked_s = now_s
             self._kinds, self._zswap = read_swap_kinds(self._host), zswap_is_on(self._host)
             self._at_once = frees_at_once(self._kinds, self._zswap)
+            self._cpus = {node: node_cpus(self._host, node) for node in memory_nodes(self._host)}
         self._stored_before = self._stored()
         if not self._at_once:
             self._place(files)
@@ -138,7 +156,7 @@ class Effects:
 
     def wait_s(self) -> float | None:
         """Seconds until `free` can do something; None: there is nothing to do."""
-        due = [place.due_s for place in self._places.values() if self._can_be_asked(place)]
+        due = [place.turn.due_s for place in self._places.values() if self._can_be_asked(place)]
         return max(0.0, min(due) - self._now_s) if due else None
 
     def free(self, now_s: float) -> int:
@@ -146,10 +164,10 @@ class Effects:
         self._now_s = now_s
         freed = 0
         for key, place in list(self._places.items()):
-            if place.cgroup is None or not self._can_be_asked(place) or now_s < place.due_s:
+            if place.cgroup is None or not self._can_be_asked(place) or now_s < place.turn.due_s:
                 continue
             try:
-                brought = self._reclaim(place, place.cgroup)
+                brought = self._reclaim(place, place.cgroup, now_s)
             except KernelCallError as failure:
                 if failure.errno not in (errno.ENOENT, errno.ENODEV):
                     raise
@@ -158,44 +176,59 @@ class Effects:
                 del self._places[key]  # the cgroup is gone, or does not let us
                 continue
             freed += brought
-            place.due_s = now_s + place.pause_s
         return freed
 
     def _can_be_asked(self, place: _Place) -> bool:
         return place.cgroup is not None and place.held.ours >= self._left_bytes + STEP_BYTES_LEAST
 
-    def _reclaim(self, place: _Place, cgroup: Cgroup) -> int | None:
+    def _reclaim(self, place: _Place, cgroup: Cgroup, now_s: float) -> int | None:
         """What was freed since the last time; None: nothing can be asked of this cgroup."""
         freed, end_s = 0, time.monotonic() + SLICE_S
-        pids_are_ours: bool | None = None
+        are_ours: bool | None = None
         while True:
             before = cgroup.stat()
             if "swapcached" not in before:
                 return None
             freed += place.held.moved(0, before["swapcached"])
+            if are_ours is None:
+                are_ours = self.are_ours(frozenset(cgroup.pids()))
+                place.turn.done(now_s, well=are_ours)
             written = place.held.ours - before.get("file_writeback", 0) - self._left_bytes
-            if written < STEP_BYTES_LEAST:
+            node, on_node = self._fullest(place, cgroup, before["swapcached"], now_s)
+            wanted = min(written, STEP_BYTES, on_node - self._left_bytes)
+            if wanted < STEP_BYTES_LEAST or not are_ours:
                 return freed
-            if pids_are_ours is None:
-                pids_are_ours = self.are_ours(frozenset(cgroup.pids()))
-            if not pids_are_ours:
-                place.pause_s = min(RECLAIM_S_MAX, 2 * place.pause_s)
-                return freed
-            wanted = min(written, STEP_BYTES)
             swap_before = cgroup.read_int("memory.swap.current") or 0
-            if not self._ask(cgroup, wanted):
-                return None
+            with near(self._cpus.get(node, ())):
+                if not self._ask(cgroup, wanted):
+                    return None
             after = cgroup.stat()
             brought = place.held.moved(0, after.get("swapcached", 0))
             freed += brought
             others = max(0, (cgroup.read_int("memory.swap.current") or 0) - swap_before)
             others += max(0, before.get("file", 0) - after.get("file", 0))
-            if brought < wanted // 8 or others > wanted * OTHERS_SHARE:
-                place.pause_s = min(RECLAIM_S_MAX, 2 * place.pause_s)
-                return freed
-            place.pause_s = RECLAIM_S
+            well = brought >= wanted // 8 and others <= wanted * OTHERS_SHARE
+            if not well:
+                place.nodes[node].done(now_s, well=False)
+            elif place.nodes[node].pause_s > RECLAIM_S:
+                place.nodes[node] = _Turn()
             if time.monotonic() >= end_s:
                 return freed
+
+    def _fullest(self, place: _Place, cgroup: Cgroup, swap_cached: int, now_s: float) -> tuple[int, int]:
+        """(node, bytes): where most of the swap cache is, of the nodes that may be asked now; 0 bytes: of none."""
+        found = {0: swap_cached}
+        if len(self._cpus) > 1:
+            lines = (cgroup.read_text("memory.numa_stat") or "").splitlines()
+            line = next((line for line in lines if line.startswith("swapcached ")), None)
+            if line is not None:
+                found = {int(node): int(size) for node, size in _ON_NODE.findall(line)}
+        turns = {node: place.nodes.setdefault(node, _Turn()) for node in found}
+        return max(
+            ((node, size) for node, size in found.items() if now_s >= turns[node].due_s),
+            key=lambda each: each[1],
+            default=(0, 0),
+        )
 
     def _ask(self, cgroup: Cgroup, wanted: int) -> bool:
         """False: this kernel or these rights have no memory.reclaim."""
