@@ -15,7 +15,8 @@ from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
 from memtier_cli.nri_memtierd.events import ContainerInfo, Listed, Reconfigured, Started, Stopped
 from memtier_cli.nri_memtierd.fleet import Fleet
 from memtier_cli.nri_memtierd.launch.base import Job, RunningEngine
-from memtier_cli.nri_memtierd.rundir import OUTPUTS_BYTES_MAX, Place, RunDirectory, RunDirError
+from memtier_cli.nri_memtierd.rundir import OUTPUTS_BYTES_MAX, Place, RunDirectory
+from memtier_cli.nri_memtierd.runpath import RunDirError
 from memtier_engine.clock import FakeClock
 from memtier_engine.errors import MemtierError
 

@@ -27,8 +27,8 @@ from memtier_cli.nri_memtierd.rundir import (
     PID_NAME,
     Place,
     RunDirectory,
-    RunDirError,
 )
+from memtier_cli.nri_memtierd.runpath import SYSTEM_DIRECTORIES, SYSTEM_TREES, RunDirError, checked_path
 
 PLACE = Place("default", "pod", "c0")
 
@@ -282,6 +282,49 @@ def test_a_run_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     os.chown(path, 12345, 12345)
     with pytest.raises(RunDirError, match="belongs to user 12345"):
         RunDirectory(path)
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*SYSTEM_DIRECTORIES, *SYSTEM_TREES, "/proc/1", "/dev/x", "/usr/bin/nri-memtierd"})
+)
+def test_a_directory_of_the_system_is_refused_however_it_is_written(path: str) -> None:
+    for written in (path, f"{path}/", f"/{path}", f"/var/tmp/x/../../..{path}", f"{path}/x/..", f"{path}/."):
+        with pytest.raises(RunDirError, match="system"):
+            checked_path(Path(written))
+
+
+def test_a_run_directory_of_the_system_is_refused_before_anything_is_opened() -> None:
+    with pytest.raises(RunDirError, match="/tmp is a directory of the system"):
+        RunDirectory(Path("/tmp"))
+
+
+@pytest.mark.parametrize(
+    "path", ["/var/log/x", "/dev/shm/x", "/tmp/x/y", "/opt/x", "/usrx", "/run/nri-memtierd", "/run-dir"]
+)
+def test_directories_below_those_of_the_system_are_taken(path: str) -> None:
+    assert checked_path(Path(f"/{path}/../{Path(path).name}/")) == Path(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory to another user: run as root")
+@pytest.mark.parametrize("kind", ["directory", "link"])
+def test_where_everyone_can_write_what_is_above_must_be_roots_or_ours(tmp_path: Path, kind: str) -> None:
+    """Else its owner could exchange what is below it, or lead us elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    planted = tmp_path / "public" / "planted"
+    planted.parent.mkdir()
+    planted.parent.chmod(0o1777)
+    if kind == "link":
+        planted.symlink_to(tmp_path / "elsewhere")
+    else:
+        planted.mkdir()
+    os.lchown(planted, 12345, 12345)
+    with pytest.raises(RunDirError, match=f"{planted} belongs to user 12345"):
+        RunDirectory(planted / "a/run")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    planted.parent.chmod(0o755)
+    RunDirectory(planted / "a/run").claim()  # nobody but root can have put it there
+    assert mode(planted.resolve() / "a") == 0o755
+    assert mode(planted.resolve() / "a/run") == 0o700
 
 
 def test_a_link_in_place_of_a_file_is_never_followed(run_directory: RunDirectory, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memtier_cli.nri_memtierd.health import STATUS_NAME
+from memtier_cli.nri_memtierd.runpath import RunDirError, checked_path, make_parents
 from memtier_cli.nri_memtierd.safefiles import (
     DIRECTORY,
     FILE,
@@ -30,7 +31,6 @@ from memtier_cli.nri_memtierd.safefiles import (
     replace_file,
     write_all,
 )
-from memtier_engine.errors import MemtierError
 
 CONFIG_NAME = "memtierd.config.yaml"
 OUTPUT_NAME = "memtierd.output"
@@ -50,10 +50,6 @@ OUR_FILES = frozenset((*_NAMES, *(f"{name}.tmp" for name in _NAMES)))
 """All that is ever removed from a container's directory."""
 _OF_FILE_SYSTEMS = frozenset(("lost+found",))
 """What a new file system has at its root."""
-
-
-class RunDirError(MemtierError):
-    """A name, a file or a directory that is not safe to use, or that the file system refuses."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -99,15 +95,15 @@ class RunDirectory:
         """Open `path`, made if it is not there: a real directory of our user.
 
         Raises:
-            RunDirError: it is a symbolic link, no directory, or another user's.
+            RunDirError: it is a symbolic link, no directory, another user's, or a directory of the system.
         """
         self.path = path
         self.output_bytes_max = OUTPUT_BYTES_MAX
         """For one output file from now on; see `share_outputs`."""
         self._claimed = False
         try:
-            self.path = Path(os.path.abspath(path))  # engines in processes of their own may stand elsewhere
-            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self.path = checked_path(path)  # absolute: engines in processes of their own may stand elsewhere
+            make_parents(self.path)
             with contextlib.suppress(FileExistsError):
                 self.path.mkdir(mode=0o700)
             self._fd = os.open(self.path, DIRECTORY)
