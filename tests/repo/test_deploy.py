@@ -15,7 +15,6 @@ import tarfile
 import tomllib
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import kubernetes_validate  # type: ignore[import-untyped,unused-ignore]
 import pytest
@@ -25,16 +24,13 @@ from memtier_cli.nri_memtierd.classify import classify
 from memtier_cli.nri_memtierd.config import load, load_file
 from memtier_cli.nri_memtierd.launch.inprocess import check_template
 from memtier_engine.hostfs.privileges import MOVERS, PLUGIN, PLUGIN_NEEDS, TRACKERS, least
+from support.chart import CHART, KUBERNETES_VERSION, Object, check_objects, pod_of, render
 
 REPO = Path(__file__).resolve().parents[2]
 DEPLOY = REPO / "deploy"
-CHART = DEPLOY / "helm/nri-memtierd"
-KUBERNETES_VERSION = "1.34.0"
 REASONS = {need.capability.name.removeprefix("CAP_"): need.why for need in PLUGIN_NEEDS}
 CAPABILITIES = sorted(REASONS)
 IMAGE = "localhost/memtier/nri-memtierd:devel"
-
-Object = dict[str, Any]
 
 
 def script(name: str) -> ModuleType:
@@ -49,39 +45,6 @@ def script(name: str) -> ModuleType:
 
 manifests = script("manifests")
 build = script("build")
-
-
-def check_objects(objects: list[Object]) -> dict[str, Object]:
-    """Against the schemas of Kubernetes, no unknown field allowed; by kind."""
-    for each in objects:
-        kubernetes_validate.validate(each, KUBERNETES_VERSION, strict=True)
-    return {each["kind"]: each for each in objects}
-
-
-def pod_of(objects: dict[str, Object]) -> Object:
-    pod: Object = objects["DaemonSet"]["spec"]["template"]["spec"]
-    return pod
-
-
-def helm() -> str:
-    cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "memtier/tools/helm"
-    found = shutil.which("helm") or (str(cached) if cached.exists() else None)
-    if found is None:
-        pytest.skip("helm is not installed: deploy/get-helm builds it once, with Go")
-    return found
-
-
-def chart(*values: str, fails: bool = False) -> Any:
-    """The chart's objects with --set values; with `fails` the error text."""
-    command = [helm(), "template", "r", str(CHART), "--namespace", "kube-system", "--kube-version", KUBERNETES_VERSION]
-    for value in values:
-        command += ["--set-json", value]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if fails:
-        assert done.returncode != 0
-        return done.stderr
-    assert done.returncode == 0, done.stderr
-    return check_objects([each for each in yaml.safe_load_all(done.stdout) if each])
 
 
 def base() -> dict[str, Object]:
@@ -151,14 +114,6 @@ def test_the_seccomp_profile_has_the_form_of_runtimes_and_the_unit_file_says_the
     assert {name for line in unit for name in line.split()} == set(names)
 
 
-def test_the_chart_can_use_the_nodes_own_seccomp_profile() -> None:
-    (container,) = pod_of(chart('seccompLocalhostProfile="nri-memtierd.json"'))["containers"]
-    assert container["securityContext"]["seccompProfile"] == {
-        "type": "Localhost",
-        "localhostProfile": "nri-memtierd.json",
-    }
-
-
 def test_every_capability_has_its_reason_beside_it() -> None:
     """In the words of the engine's own table."""
     for path in (DEPLOY / "kubernetes/base/daemonset.yaml", CHART / "templates/daemonset.yaml"):
@@ -220,99 +175,7 @@ def test_the_chart_and_the_kustomization_are_the_same_by_default() -> None:
         objects["ConfigMap"]["data"]["config.yaml"] = load(objects["ConfigMap"]["data"]["config.yaml"], check_template)
         return objects
 
-    assert comparable(chart()) == comparable(base())
-
-
-def test_the_chart_takes_the_references_values() -> None:
-    objects = chart(
-        'image={"name": "x/y", "tag": "v1", "pullPolicy": "Always"}',
-        'resources={"cpu": "100m", "memory": "50Mi"}',
-        'nri={"plugin": {"index": 7}, "runtime": {"patchConfig": true, "config": '
-        '{"pluginRegistrationTimeout": "10s", "pluginRequestTimeout": "5s"}}}',
-        'initContainerImage={"name": "a/b", "tag": "c", "pullPolicy": "Always"}',
-        'tolerations=[{"operator": "Exists"}]',
-        'nodeSelector={"tier": "slow"}',
-        "podPriorityClassNodeCritical=false",
-        'outputDir="/var/lib/memtierd"',
-    )
-    pod = pod_of(objects)
-    (container,) = pod["containers"]
-    assert container["image"] == "x/y:v1"
-    assert container["command"][:3] == ["nri-memtierd", "--idx", "07"]
-    assert container["resources"]["requests"] == {"cpu": "100m", "memory": "50Mi"}
-    assert pod["tolerations"] == [{"operator": "Exists"}]
-    assert pod["nodeSelector"] == {"kubernetes.io/os": "linux", "tier": "slow"}
-    assert "priorityClassName" not in pod
-    assert "initContainers" not in pod
-    assert "/run-dir" in container["command"]
-    volume = next(each for each in pod["volumes"] if each["name"] == "run-dir")
-    assert volume["hostPath"] == {"path": "/var/lib/memtierd", "type": "DirectoryOrCreate"}
-
-
-def test_an_output_directory_below_tmp_is_made_by_the_program_itself() -> None:
-    """The kubelet would follow a link that somebody put there."""
-    pod = pod_of(chart('outputDir="/tmp/memtierd"'))
-    assert "/run-dir/memtierd" in pod["containers"][0]["command"]
-    volume = next(each for each in pod["volumes"] if each["name"] == "run-dir")
-    assert volume["hostPath"] == {"path": "/tmp", "type": "Directory"}
-
-
-def test_probes_look_where_the_chart_puts_the_run_directory() -> None:
-    (container,) = pod_of(chart('outputDir="/tmp/memtierd"'))["containers"]
-    directory = container["command"][container["command"].index("--run-dir") + 1]
-    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert container[probe]["exec"]["command"][-1] == directory
-
-
-def test_the_charts_own_values_reach_the_program() -> None:
-    objects = chart(
-        'classes=[{"name": "mine", "memtierdconfig": {"policy": {"name": "age", "config": {"pidwatcher": '
-        '{"name": "cgroups", "config": {"cgroups": ["$CGROUP2_ABS_PATH"]}}, "tracker": {"name": "auto"}}}}}]',
-        'config={"grace": "30s", "bandwidth": 200, "scancpu": "3%", "allowannotations": ["memory.high"]}',
-        'onUnknownClass="ignore"',
-        "adopt=false",
-        'engine="process"',
-        'logFormat="json"',
-        "verbosity=2",
-    )
-    words = pod_of(objects)["containers"][0]["command"]
-    for word in ("-vv", "--on-unknown-class=ignore", "--no-adopt", "--engine=process", "--log-format=json"):
-        assert word in words
-    config = load(objects["ConfigMap"]["data"]["config.yaml"], check_template)
-    assert config.scan_cpu_share == 0.03
-    assert (config.grace_s, config.bandwidth_mib_per_s, config.allow_annotations) == (30, 200, ("memory.high",))
-    assert config.classes[0].name == "mine"
-
-
-def test_privileged_is_there_as_a_fallback() -> None:
-    context = pod_of(chart("privileged=true"))["containers"][0]["securityContext"]
-    assert context == {"privileged": True, "readOnlyRootFilesystem": True}
-
-
-def test_fields_that_older_kubernetes_lacks_can_be_left_out() -> None:
-    context = pod_of(chart('appArmorProfile=""'))["containers"][0]["securityContext"]
-    assert "appArmorProfile" not in context
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        'image={"name": "", "pullPolicy": "Always"}',
-        'image={"name": "x", "pullPolicy": "Sometimes"}',
-        'nri={"plugin": {"index": 100}}',
-        'nri={"runtime": {"config": {"pluginRequestTimeout": "1s"}}}',
-        'onUnknownClass="maybe"',
-        'classes=[{"allowswap": true}]',
-        'classes=[{"name": "a", "allowSwap": true}]',
-        'config={"grace": "ten"}',
-        'config={"classes": []}',
-        'outputDir="relative"',
-        "verbosity=3",
-        "outputDirectory=1",
-    ],
-)
-def test_the_charts_schema_refuses_other_values(value: str) -> None:
-    assert "values don't meet the specifications of the schema" in chart(value, fails=True)
+    assert comparable(render()) == comparable(base())
 
 
 def test_the_unit_file_is_one_that_systemd_takes_and_grants_the_same_powers() -> None:

@@ -1,22 +1,98 @@
 {{- define "nri-memtierd.selector" -}}
 app.kubernetes.io/name: nri-memtierd
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "nri-memtierd.labels" -}}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
 {{ include "nri-memtierd.selector" . }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
+{{- end }}
+
+{{- /* Images. Name, tag and pull policy belong together: what is built here is nowhere but where you put it. */ -}}
+{{- define "nri-memtierd.ownName" }}localhost/memtier/nri-memtierd{{ end }}
+{{- define "nri-memtierd.imageName" -}}
+{{- (.Values.image | default dict).name | default (include "nri-memtierd.ownName" .) }}
+{{- end }}
+
+{{- define "nri-memtierd.isGoPlugin" -}}
+{{- if regexMatch "(^|/)containers/nri-plugins/nri-memtierd([:@].*)?$" (include "nri-memtierd.imageName" .) }}true{{ end }}
+{{- end }}
+
+{{- define "nri-memtierd.image" -}}
+{{- $name := include "nri-memtierd.imageName" . }}
+{{- $tag := (.Values.image | default dict).tag | default "" }}
+{{- if include "nri-memtierd.isGoPlugin" . }}
+{{- printf "%s:%s" (include "nri-memtierd.ownName" .) .Chart.AppVersion }}
+{{- else if regexMatch "(:[^/]*|@.*)$" $name }}
+{{- if $tag }}{{ fail (printf "image.tag is %q, but image.name %q has a tag or digest already: leave one of them out" $tag $name) }}{{ end }}
+{{- $name }}
+{{- else if $tag }}
+{{- printf "%s:%s" $name $tag }}
+{{- else if eq $name (include "nri-memtierd.ownName" .) }}
+{{- printf "%s:%s" $name .Chart.AppVersion }}
+{{- else }}
+{{- fail (printf "image.name is %q, but image.tag is not set: say which of that image's tags it is (what `make images` builds has the tag %s)" $name .Chart.AppVersion) }}
+{{- end }}
+{{- end }}
+
+{{- define "nri-memtierd.pullPolicy" -}}
+{{- if include "nri-memtierd.isGoPlugin" . }}IfNotPresent{{ else }}{{ (.Values.image | default dict).pullPolicy | default "" }}{{ end }}
+{{- end }}
+
+{{- /* The directory on the node that outputDir stands for. */ -}}
+{{- define "nri-memtierd.outputDir" -}}
+{{- with .Values.outputDir }}
+{{- if eq (base (clean .)) "nri-memtierd" }}{{ clean . }}{{ else }}{{ clean (printf "%s/nri-memtierd" .) }}{{ end }}
+{{- end }}
 {{- end }}
 
 {{- /* Directories where anyone can put a link: the program makes its own below them, so that no link is followed. */ -}}
-{{- define "nri-memtierd.outputBelow" -}}
-{{- if has (dir (clean .Values.outputDir)) (list "/tmp" "/var/tmp" "/dev/shm") }}{{ dir (clean .Values.outputDir) }}{{ end }}
+{{- define "nri-memtierd.publicDir" -}}
+{{- $path := include "nri-memtierd.outputDir" . }}
+{{- range list "/tmp" "/var/tmp" "/dev/shm" "/run/lock" "/var/lock" }}{{ if hasPrefix (printf "%s/" .) $path }}{{ . }}{{ end }}{{ end }}
 {{- end }}
 
 {{- define "nri-memtierd.runDir" -}}
 {{- if not .Values.outputDir }}/var/run/nri-memtierd
-{{- else if include "nri-memtierd.outputBelow" . }}/run-dir/{{ base (clean .Values.outputDir) }}
+{{- else if include "nri-memtierd.publicDir" . }}/run-dir{{ trimPrefix (include "nri-memtierd.publicDir" .) (include "nri-memtierd.outputDir" .) | replace "$(" "$$(" }}
 {{- else }}/run-dir
 {{- end }}
+{{- end }}
+
+{{- /* A number or a string as text; a large number without an exponent. */ -}}
+{{- define "nri-memtierd.quantity" -}}
+{{- if kindIs "string" . }}{{ . | quote }}{{ else }}{{ toJson . | quote }}{{ end }}
+{{- end }}
+
+{{- define "nri-memtierd.priorityClassName" -}}
+{{- if .Values.priorityClassName }}{{ .Values.priorityClassName }}{{ else if .Values.podPriorityClassNodeCritical }}system-node-critical{{ end }}
+{{- end }}
+
+{{- define "nri-memtierd.appArmorIsAField" -}}
+{{- if semverCompare ">=1.30.0-0" .Capabilities.KubeVersion.Version }}true{{ end }}
+{{- end }}
+
+{{- define "nri-memtierd.podAnnotations" -}}
+{{- $annotations := dict }}
+{{- if and .Values.appArmorProfile (not .Values.privileged) (not (include "nri-memtierd.appArmorIsAField" .)) }}
+{{- $profile := ternary "unconfined" "runtime/default" (eq .Values.appArmorProfile "Unconfined") }}
+{{- $_ := set $annotations "container.apparmor.security.beta.kubernetes.io/nri-memtierd" $profile }}
+{{- end }}
+{{- include "nri-memtierd.withoutNull" (merge (dict) (.Values.podAnnotations | default dict) $annotations) }}
+{{- end }}
+
+{{- define "nri-memtierd.index" -}}
+{{- $index := ((.Values.nri | default dict).plugin | default dict).index }}
+{{- printf "%02d" (int (ternary 90 $index (kindIs "invalid" $index))) }}
+{{- end }}
+
+{{- /* A mapping as YAML without the keys whose value is null: for Helm such a key is not there. Nothing, if none is left. */ -}}
+{{- define "nri-memtierd.withoutNull" -}}
+{{- $kept := dict }}
+{{- range $key, $value := . }}
+{{- if kindIs "map" $value }}{{ $_ := set $kept $key (include "nri-memtierd.withoutNull" $value | fromYaml) }}
+{{- else if not (kindIs "invalid" $value) }}{{ $_ := set $kept $key $value }}{{ end }}
+{{- end }}
+{{- if $kept }}{{ toYaml $kept }}{{ end }}
 {{- end }}
