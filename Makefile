@@ -13,7 +13,7 @@ SOURCES := packages tests tools
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 export UV_LINK_MODE := copy
 
-.PHONY: help setup fmt check test e2e soak demo bench bench-saving vm proto bpf images clean
+.PHONY: help setup fmt check test e2e soak demo bench bench-saving vm proto chart-readme bpf images clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -28,13 +28,14 @@ fmt: $(STAMP)  ## Format the code and sort the imports
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, generated code and BPF object fresh
+check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, generated code, chart README and BPF object fresh
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy packages/*/src tests tools
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/python tools/gen_proto.py --check
+	$(BIN)/python tools/gen_chart_readme.py --check
 	$(BIN)/python -m memtier_engine.trackers.bpf.build --check
 
 test: $(STAMP)  ## Run all tests that need no virtual machine
@@ -64,6 +65,9 @@ vm: $(STAMP)  ## Open a shell in the test VM
 
 proto: $(STAMP)  ## Generate the protobuf modules from proto/
 	$(BIN)/python tools/gen_proto.py
+
+chart-readme: $(STAMP)  ## Make the table of values in the Helm chart's README from values.yaml
+	$(BIN)/python tools/gen_chart_readme.py
 
 bpf: $(STAMP)  ## Compile the BPF object from its C source, if that changed (clang)
 	@$(BIN)/python -m memtier_engine.trackers.bpf.build --check 2>/dev/null && exit 0
