@@ -93,15 +93,15 @@ def test_what_the_references_values_set_is_set() -> None:
         ({"name": f"reg/x@sha256:{'0' * 64}"}, f"reg/x@sha256:{'0' * 64}", "IfNotPresent"),
         ({"name": GO_PLUGIN, "tag": "v0.14.0", "pullPolicy": "Always"}, f"{OWN}:devel", "IfNotPresent"),
         ({"name": f"mirror:5000/{GO_PLUGIN}:v0.14.0"}, f"{OWN}:devel", "IfNotPresent"),
-        ({"name": "reg/nri-memtierd", "tag": "v1", "pullPolicy": None}, "reg/nri-memtierd:v1", None),
+        ({"name": "reg/nri-memtierd", "tag": "v1", "pullPolicy": None}, "reg/nri-memtierd:v1", "IfNotPresent"),
     ],
 )
 def test_name_tag_and_pull_policy_of_the_image_belong_together(
-    image: dict[str, Any], reference: str, policy: str | None
+    image: dict[str, Any], reference: str, policy: str
 ) -> None:
     """The Go plugin's image is another program than the one whose flags the chart gives."""
     container = container_of(render({"image": image}))
-    assert (container["image"], container.get("imagePullPolicy")) == (reference, policy)
+    assert (container["image"], container["imagePullPolicy"]) == (reference, policy)
 
 
 def test_an_image_that_is_not_complete_or_twice_is_refused() -> None:
@@ -147,11 +147,31 @@ def test_how_pods_are_replaced_can_be_said_but_never_two_on_a_node() -> None:
 
 
 def test_resources_are_what_is_given_numbers_too() -> None:
-    given = {"cpu": 0.5, "memory": 1 << 33, "limits": {"cpu": 2, "memory": "1e9"}}
+    given = {"cpu": 0.5, "memory": 1 << 33, "limits": {"cpu": 2, "memory": "1e10"}}
     assert container_of(render({"resources": given}))["resources"] == {
         "requests": {"cpu": "0.5", "memory": "8589934592"},
-        "limits": {"cpu": "2", "memory": "1e9"},
+        "limits": {"cpu": "2", "memory": "1e10"},
     }
+
+
+@pytest.mark.parametrize(
+    ("request_", "limit", "rendered"),
+    [
+        ("1Gi", "512Mi", "1Gi"),
+        ("513Mi", "512Mi", "513Mi"),
+        ("512Mi", "512Mi", "512Mi"),
+        ("600M", "0.5Gi", "600M"),
+        ("1E", "1Ei", "1Ei"),
+        (1 << 33, "1e9", "8589934592"),
+        ("1500m", "2", "2"),
+        ("2500m", 2, "2500m"),
+    ],
+)
+def test_a_limit_is_never_less_than_what_is_requested(request_: str | int, limit: str | int, rendered: str) -> None:
+    """The reference has no limits: who asked for much there would get a DaemonSet that Kubernetes refuses."""
+    for what in ("cpu", "memory"):
+        found = container_of(render({"resources": {what: request_, "limits": {what: limit}}}))["resources"]
+        assert found["limits"][what] == rendered
 
 
 @pytest.mark.parametrize(

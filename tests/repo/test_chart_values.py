@@ -74,33 +74,31 @@ def test_the_schema_knows_the_keys_of_the_values_file_and_requires_none() -> Non
 
 
 @pytest.mark.parametrize("path", OPTIONAL, ids=NAMES)
-def test_null_takes_any_value_away_and_the_rest_is_valid(path: Path) -> None:
-    """Also null are the fields that would be: Kubernetes' schemas and ours see what is rendered."""
+def test_null_is_valid_for_any_value(path: Path) -> None:
+    """Kubernetes' schemas and the program's own checks see what is rendered."""
     objects = render(values_with(path, None))
     load(objects["ConfigMap"]["data"]["config.yaml"], check_template)
 
 
-def test_everything_can_be_null_at_once() -> None:
-    objects = render(dict.fromkeys(SCHEMA["properties"]))
-    pod, container = pod_of(objects), container_of(objects)
-    assert container["image"] == "localhost/memtier/nri-memtierd:devel"
-    assert "imagePullPolicy" not in container
-    assert "resources" not in container
-    assert container["command"] == [
-        *("nri-memtierd", "--idx", "90", "--config", "/etc/nri/memtierd/config.yaml"),
-        *("--run-dir", "/var/run/nri-memtierd", "--cgroups-dir", "/sys/fs/cgroup"),
-    ]
-    assert container["securityContext"] == {
-        "privileged": False,
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "runAsUser": 0,
-        "runAsGroup": 0,
-        "capabilities": {"drop": ["ALL"]},
-    }
-    assert pod["nodeSelector"] == {"kubernetes.io/os": "linux"}
-    assert not {"tolerations", "affinity", "priorityClassName", "imagePullSecrets"} & pod.keys()
+def test_null_everywhere_is_the_default_without_resources_and_classes() -> None:
+    """Also what `helm upgrade --reuse-values` gives, from a release that knew none of the values."""
+    objects, default = render(dict.fromkeys(SCHEMA["properties"])), render()
+    assert container_of(default).pop("resources")
+    assert objects["DaemonSet"] == default["DaemonSet"]
     assert load(objects["ConfigMap"]["data"]["config.yaml"], check_template).classes == ()
+
+
+def test_nothing_can_be_asked_for() -> None:
+    """By what is empty, where null is the default."""
+    container = container_of(
+        render(
+            {"capabilities": [], "appArmorProfile": "", "seccompProfile": "", "verbosity": 0},
+        )
+    )
+    context = container["securityContext"]
+    assert context["capabilities"] == {"drop": ["ALL"]}
+    assert not {"appArmorProfile", "seccompProfile"} & context.keys()
+    assert not {"-v", "-vv"}.intersection(container["command"])
 
 
 def test_null_takes_one_limit_away_or_all_of_them() -> None:

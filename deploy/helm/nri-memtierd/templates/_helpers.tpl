@@ -37,7 +37,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- end }}
 
 {{- define "nri-memtierd.pullPolicy" -}}
-{{- if include "nri-memtierd.isGoPlugin" . }}IfNotPresent{{ else }}{{ (.Values.image | default dict).pullPolicy | default "" }}{{ end }}
+{{- if include "nri-memtierd.isGoPlugin" . }}IfNotPresent{{ else }}{{ (.Values.image | default dict).pullPolicy | default "IfNotPresent" }}{{ end }}
 {{- end }}
 
 {{- /* The directory on the node that outputDir stands for. */ -}}
@@ -65,8 +65,42 @@ app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- if kindIs "string" . }}{{ . | quote }}{{ else }}{{ toJson . | quote }}{{ end }}
 {{- end }}
 
+{{- define "nri-memtierd.number" -}}
+{{- $text := ternary . (toJson .) (kindIs "string" .) }}
+{{- $digits := regexFind "^[0-9.]+([eE][-+]?[0-9]+)?" $text }}
+{{- $factors := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "Ei" 1152921504606846976 }}
+{{- mulf (float64 $digits) (get $factors (trimPrefix $digits $text)) }}
+{{- end }}
+
+{{- /* (limit, request): the limit, or the request where that is more, as values from a chart without limits may ask. */ -}}
+{{- define "nri-memtierd.limit" -}}
+{{- $limit := index . 0 }}
+{{- $request := index . 1 | default "0" }}
+{{- $more := gt (float64 (include "nri-memtierd.number" $request)) (float64 (include "nri-memtierd.number" $limit)) }}
+{{- include "nri-memtierd.quantity" (ternary $request $limit $more) }}
+{{- end }}
+
 {{- define "nri-memtierd.priorityClassName" -}}
-{{- if .Values.priorityClassName }}{{ .Values.priorityClassName }}{{ else if .Values.podPriorityClassNodeCritical }}system-node-critical{{ end }}
+{{- if .Values.priorityClassName }}{{ .Values.priorityClassName }}
+{{- else if ne (toString .Values.podPriorityClassNodeCritical) "false" }}system-node-critical{{ end }}
+{{- end }}
+
+{{- /* Values that were null, or that an older release does not have (`helm upgrade --reuse-values`): as in values.yaml. */ -}}
+{{- define "nri-memtierd.capabilities" -}}
+{{- $given := .Values.capabilities }}
+{{- toYaml (ternary (list "DAC_OVERRIDE" "SYS_ADMIN" "SYS_NICE" "SYS_PTRACE") $given (kindIs "invalid" $given)) }}
+{{- end }}
+
+{{- define "nri-memtierd.appArmorProfile" -}}
+{{- ternary "Unconfined" .Values.appArmorProfile (kindIs "invalid" .Values.appArmorProfile) }}
+{{- end }}
+
+{{- define "nri-memtierd.seccompProfile" -}}
+{{- ternary "RuntimeDefault" .Values.seccompProfile (kindIs "invalid" .Values.seccompProfile) }}
+{{- end }}
+
+{{- define "nri-memtierd.verbosity" -}}
+{{- ternary 1 .Values.verbosity (kindIs "invalid" .Values.verbosity) }}
 {{- end }}
 
 {{- define "nri-memtierd.appArmorIsAField" -}}
@@ -75,9 +109,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 
 {{- define "nri-memtierd.podAnnotations" -}}
 {{- $annotations := dict }}
-{{- if and .Values.appArmorProfile (not .Values.privileged) (not (include "nri-memtierd.appArmorIsAField" .)) }}
-{{- $profile := ternary "unconfined" "runtime/default" (eq .Values.appArmorProfile "Unconfined") }}
-{{- $_ := set $annotations "container.apparmor.security.beta.kubernetes.io/nri-memtierd" $profile }}
+{{- $profile := include "nri-memtierd.appArmorProfile" . }}
+{{- if and $profile (not .Values.privileged) (not (include "nri-memtierd.appArmorIsAField" .)) }}
+{{- $text := ternary "unconfined" "runtime/default" (eq $profile "Unconfined") }}
+{{- $_ := set $annotations "container.apparmor.security.beta.kubernetes.io/nri-memtierd" $text }}
 {{- end }}
 {{- include "nri-memtierd.withoutNull" (merge (dict) (.Values.podAnnotations | default dict) $annotations) }}
 {{- end }}
