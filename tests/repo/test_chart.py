@@ -155,6 +155,20 @@ def test_resources_are_what_is_given_numbers_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("small", "large", "factor"),
+    [
+        *(("m", "", 1000), ("", "k", 1000), ("k", "M", 1000), ("M", "G", 1000), ("G", "T", 1000), ("T", "P", 1000)),
+        *(("P", "E", 1000), ("", "Ki", 1024), ("Ki", "Mi", 1024), ("Mi", "Gi", 1024), ("Gi", "Ti", 1024)),
+        *(("Ti", "Pi", 1024), ("Pi", "Ei", 1024), ("e3", "e6", 1000)),
+    ],
+)
+def test_quantities_are_compared_by_what_they_mean(small: str, large: str, factor: int) -> None:
+    equal, more = f"{factor}{small}", f"{factor + 1}{small}"
+    given = {"cpu": equal, "memory": more, "limits": {"cpu": f"1{large}", "memory": f"1{large}"}}
+    assert container_of(render({"resources": given}))["resources"]["limits"] == {"cpu": f"1{large}", "memory": more}
+
+
+@pytest.mark.parametrize(
     ("request_", "limit", "rendered"),
     [
         ("1Gi", "512Mi", "1Gi"),
