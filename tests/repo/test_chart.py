@@ -137,7 +137,7 @@ def test_the_labels_that_select_the_pods_are_not_for_users(key: str) -> None:
 
 
 def test_how_pods_are_replaced_can_be_said_but_never_two_on_a_node() -> None:
-    """The second would not be ready before the first has ended, and that waits for the second."""
+    """The second ends at the start while the first runs, and Kubernetes would keep that until the second is ready."""
     for strategy in ({"type": "OnDelete"}, {"rollingUpdate": {"maxUnavailable": "25%", "maxSurge": 0}}):
         assert render({"updateStrategy": strategy})["DaemonSet"]["spec"]["updateStrategy"] == strategy
     assert "updateStrategy" not in render()["DaemonSet"]["spec"]
@@ -292,6 +292,7 @@ def test_the_output_directory_is_one_of_the_plugins_own_name(given: str, on_the_
         ("/tmp/nri-memtierd", "/tmp", "/run-dir/nri-memtierd"),
         ("/var/tmp/a/b", "/var/tmp", "/run-dir/a/b/nri-memtierd"),
         ("/dev/shm/a", "/dev/shm", "/run-dir/a/nri-memtierd"),
+        ("/var/run/lock/a", "/var/run/lock", "/run-dir/a/nri-memtierd"),
         ("/tmp/$(HOME)", "/tmp", "/run-dir/$$(HOME)/nri-memtierd"),
     ],
 )

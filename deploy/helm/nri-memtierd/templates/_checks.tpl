@@ -12,7 +12,7 @@
 {{- end }}
 {{- $surge := ((.Values.updateStrategy | default dict).rollingUpdate | default dict).maxSurge }}
 {{- if not (has (toString $surge) (list "0" "0%" "<nil>")) }}
-{{- fail (printf "updateStrategy.rollingUpdate.maxSurge is %v: a second plugin on a node waits for the first one to end, which would wait for the second: use maxUnavailable" $surge) }}
+{{- fail (printf "updateStrategy.rollingUpdate.maxSurge is %v: a second plugin on a node ends while the first one runs, which would wait for the second: use maxUnavailable" $surge) }}
 {{- end }}
 {{- if has ".." (splitList "/" (.Values.seccompLocalhostProfile | default "")) }}
 {{- fail (printf "seccompLocalhostProfile is %q: give a path below /var/lib/kubelet/seccomp without .." .Values.seccompLocalhostProfile) }}
@@ -36,7 +36,7 @@
 {{- fail (printf "outputDir is %q: give an absolute path of the node, like /var/log/nri-memtierd" .) }}
 {{- end }}
 {{- $path := clean . }}
-{{- $exact := list "/" "/dev/shm" "/home" "/media" "/mnt" "/opt" "/root" "/run" "/run/lock" "/run/memtier" "/run/nri" "/srv" "/tmp" "/var" "/var/cache" "/var/lib" "/var/lock" "/var/log" "/var/run" "/var/run/memtier" "/var/run/nri" "/var/spool" "/var/tmp" }}
+{{- $exact := list "/" "/dev/shm" "/home" "/media" "/mnt" "/opt" "/root" "/run" "/run/lock" "/run/memtier" "/run/nri" "/srv" "/tmp" "/var" "/var/cache" "/var/lib" "/var/lock" "/var/log" "/var/run" "/var/run/lock" "/var/run/memtier" "/var/run/nri" "/var/spool" "/var/tmp" }}
 {{- $why := ternary "is a directory of the system" "" (has $path $exact) }}
 {{- if not (or $why (hasPrefix "/dev/shm/" $path)) }}
 {{- range list "/bin" "/boot" "/dev" "/etc" "/lib" "/lib32" "/lib64" "/libx32" "/proc" "/sbin" "/sys" "/usr" }}

@@ -50,7 +50,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- /* Directories where anyone can put a link: the program makes its own below them, so that no link is followed. */ -}}
 {{- define "nri-memtierd.publicDir" -}}
 {{- $path := include "nri-memtierd.outputDir" . }}
-{{- range list "/tmp" "/var/tmp" "/dev/shm" "/run/lock" "/var/lock" }}{{ if hasPrefix (printf "%s/" .) $path }}{{ . }}{{ end }}{{ end }}
+{{- range list "/tmp" "/var/tmp" "/dev/shm" "/run/lock" "/var/lock" "/var/run/lock" }}{{ if hasPrefix (printf "%s/" .) $path }}{{ . }}{{ end }}{{ end }}
 {{- end }}
 
 {{- define "nri-memtierd.runDir" -}}

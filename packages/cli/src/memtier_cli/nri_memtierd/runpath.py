@@ -35,6 +35,7 @@ SYSTEM_DIRECTORIES = frozenset(
         "/var/lock",
         "/var/log",
         "/var/run",
+        "/var/run/lock",
         "/var/run/memtier",
         "/var/run/nri",
         "/var/spool",
