@@ -11,11 +11,12 @@ class Swap(Plugin):
 run(Swap())
 """
 
-from nri_core.aio.stub import Backoff, Outcome, Stub, run
+from nri_core.aio.stub import Backoff, Stub, run
 from nri_core.api.adjust import Adjustment, Device, Rlimit, Update
 from nri_core.api.events import EventMask, parse_events
 from nri_core.api.model import Container, ContainerState, Mount, Pod, Runtime
 from nri_core.api.resources import Resources
+from nri_core.driver import Driver, Outcome
 from nri_core.errors import (
     Code,
     ConfigurationRefused,
@@ -42,6 +43,7 @@ __all__ = [
     "Container",
     "ContainerState",
     "Device",
+    "Driver",
     "EventMask",
     "FailurePolicy",
     "LocalProtocolError",

@@ -8,17 +8,14 @@ import sys
 from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nri_core.api.adjust import Adjustment, Update
 from nri_core.api.events import HANDLERS, EventMask
 from nri_core.api.model import Container, Pod, Runtime
 from nri_core.api.resources import Resources
+from nri_core.driver import Driver
 from nri_core.errors import LocalProtocolError
 from nri_core.pb import nri_pb2
-
-if TYPE_CHECKING:
-    from nri_core.aio.stub import Stub
 
 Updates = Sequence[Update] | None
 Nothing = None | Awaitable[None]
@@ -81,8 +78,8 @@ class Plugin:
     to be connected (as root, with the host's processes and sockets) keeps this plugin out as well."""
     failure_policy: FailurePolicy | None = None
     """None: the runtime's own, which is to go on without a plugin that does not answer, and to drop it."""
-    stub: Stub | None = None
-    """The connection's driver while running: `await self.stub.update_containers([...])`, not in a handler."""
+    stub: Driver | None = None
+    """What runs it (a `Stub`): `await self.stub.update_containers([...])` while connected, not in a handler."""
 
     def configure(self, config: str, runtime: Runtime) -> Nothing:
         """Connected and registered. `config` is the administrator's text, for pre-launched plugins only."""

@@ -24,6 +24,7 @@ from nri_core.aio.rpc import ClientEndpoint, ServerEndpoint
 from nri_core.aio.transport import DEFAULT_SOCKET, Trunk, connect, inherited
 from nri_core.api.adjust import Update, update_from_message
 from nri_core.api.events import FROM_V0_10, pretty
+from nri_core.driver import SLICE_TIMEOUT_S, Outcome
 from nri_core.errors import (
     ConfigurationRefused,
     ConnectError,
@@ -51,21 +52,6 @@ NRI_VERSION = "v0.12.5"
 
 REGISTRATION_WAIT_S = 20.0
 """Longer than the runtime's own limit, 5 s: it takes plugins one at a time, and those before us count for us too."""
-
-SLICE_TIMEOUT_S = 30.0
-"""For the updates of one slice: nobody waits for them but us."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one slice of updates."""
-
-    applied: tuple[Update, ...]
-    """Confirmed by the runtime."""
-    failed: tuple[Update, ...]
-    """Not applied according to the runtime; with a TimeoutError nobody knows."""
-    error: Exception | None
-    """Why all of them failed; None: the runtime answered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
