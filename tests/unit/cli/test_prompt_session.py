@@ -15,10 +15,11 @@ from loguru import logger
 
 from memtier_cli.memtierd.prompt import session
 from memtier_cli.memtierd.prompt.commands import COMMANDS
+from memtier_cli.memtierd.prompt.errors import Fatal
 from memtier_cli.memtierd.prompt.lines import LINE_BYTES_MAX, StreamLines, TextLines
 from memtier_cli.memtierd.prompt.output import Output
 from memtier_cli.memtierd.prompt.session import run_line, run_session, run_words
-from memtier_cli.memtierd.prompt.state import Fatal, Prompt
+from memtier_cli.memtierd.prompt.state import Prompt
 from memtier_engine.hostfs.host import Host
 
 

@@ -38,7 +38,7 @@ def main() -> int:
     flags = read_flags(program, FLAGS)
     if isinstance(flags, int):
         return flags
-    from memtier_cli.memtierd.prompt.state import CommandError, Fatal
+    from memtier_cli.memtierd.prompt.errors import CommandError, Fatal
     from memtier_engine.errors import MemtierError
 
     try:

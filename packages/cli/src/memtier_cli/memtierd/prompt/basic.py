@@ -5,7 +5,8 @@ from __future__ import annotations
 from loguru import logger
 
 from memtier_cli.flags import Flag, Parsed
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Fatal, Prompt
+from memtier_cli.memtierd.prompt.errors import CommandError, Fatal
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 
 
 def _log(prompt: Prompt, flags: Parsed) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import yaml
 
 from memtier_cli.flags import Parsed
+from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_json
-from memtier_cli.memtierd.prompt.state import CommandError
 from memtier_engine.config.keys import COMPONENTS, Key, Kind
 from memtier_engine.config.reader import Place, Section, compose
 from memtier_engine.errors import ConfigError, MemtierError

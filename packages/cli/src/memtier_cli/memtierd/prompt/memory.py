@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from memtier_cli.flags import Flag, Parsed
-from memtier_cli.memtierd.prompt.ranges import range_lines
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt, Selection
+from memtier_cli.memtierd.prompt.errors import CommandError
+from memtier_cli.memtierd.prompt.ranges import Selection, range_lines
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.occupied import occupied

@@ -6,8 +6,9 @@ import time
 
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt.configs import decode_mover
+from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_json
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_SHIFT, SWAP_NODE, MoveTask, Spans
 from memtier_engine.mover.control import MoverControl, MoverStatus, MoverThread

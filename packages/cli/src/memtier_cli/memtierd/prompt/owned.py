@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memtier_cli.memtierd.prompt.state import CommandError
+from memtier_cli.memtierd.prompt.errors import CommandError
 
 if TYPE_CHECKING:
     from memtier_cli.memtierd.prompt.policy_part import PolicyPart

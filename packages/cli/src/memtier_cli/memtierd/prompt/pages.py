@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier_cli.flags import Flag, Parsed
-from memtier_cli.memtierd.prompt.ranges import RangeError, page_count, parse_ranges, range_lines, restrict
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt, Selection
+from memtier_cli.memtierd.prompt.errors import CommandError
+from memtier_cli.memtierd.prompt.ranges import RangeError, Selection, page_count, parse_ranges, range_lines, restrict
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import (
     PM_FILE,

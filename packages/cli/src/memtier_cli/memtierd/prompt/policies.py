@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.policy_dumps import dump
 from memtier_cli.memtierd.prompt.policy_part import PolicyPart
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.config.policies import POLICIES
 
 _NONE = "no policy, create one with -create NAME"

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from loguru import logger
 
-from memtier_cli.memtierd.prompt.state import CommandError, Prompt
+from memtier_cli.memtierd.prompt.errors import CommandError
+from memtier_cli.memtierd.prompt.state import Prompt
 from memtier_cli.memtierd.prompt.tracker_part import PolicyTracker, regions_of
 from memtier_cli.memtierd.prompt.watcher_part import PolicyWatcher
 from memtier_engine.config.files import Spec, parse_policy

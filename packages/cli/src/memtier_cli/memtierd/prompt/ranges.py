@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
-from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, Spans
+from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, ProcessId, Spans
 
 _HEX = "([0-9a-fA-F]+)"
 _RANGE = re.compile(rf"{_HEX}(?:-{_HEX}|\+(-?[0-9]+)([kMGT]?)(i?)B?)?")
@@ -17,6 +18,14 @@ _ADDRESS_MAX = (1 << 64) - 1
 
 class RangeError(Exception):
     """Text that is no address range."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Memory of one process that a command has selected."""
+
+    process: ProcessId
+    spans: Spans
 
 
 def parse_ranges(text: str) -> list[tuple[int, int]]:

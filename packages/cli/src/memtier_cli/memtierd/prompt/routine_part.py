@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from memtier_cli.memtierd.prompt.state import CommandError, Prompt
+from memtier_cli.memtierd.prompt.errors import CommandError
+from memtier_cli.memtierd.prompt.state import Prompt
 from memtier_engine.config.files import parse_routine
 from memtier_engine.config.routines import ROUTINES, RoutineSpec
 from memtier_engine.routines.base import RoutineThread

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.routine_part import RoutinePart
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.config.routines import ROUTINES
 
 _NONE = "no routines, create one with -create NAME"

@@ -9,9 +9,10 @@ from loguru import logger
 
 from memtier_cli.flags import HelpWanted, UsageError, parse, usage
 from memtier_cli.memtierd.prompt.commands import COMMANDS
+from memtier_cli.memtierd.prompt.errors import CommandError, Fatal
 from memtier_cli.memtierd.prompt.lines import Lines, LineTooLong
 from memtier_cli.memtierd.prompt.pipes import PipeFailed, shell_pipe
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Fatal, Prompt
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_cli.memtierd.prompt.words import QuotingError, split_pipe, split_words
 from memtier_engine.errors import MemtierError, ProcessGone
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt.output import Output
+from memtier_cli.memtierd.prompt.ranges import Selection
 from memtier_engine.hostfs.host import Host
-from memtier_engine.model import ProcessId, Spans
 from memtier_engine.mover.control import MoverControl, MoverThread
 from memtier_engine.stats.recorder import Statistics
 
@@ -20,14 +20,6 @@ if TYPE_CHECKING:  # the parts import this module
     from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher
 
 
-class CommandError(Exception):
-    """A command could not do what it was told; the message is its output, the session goes on."""
-
-
-class Fatal(Exception):
-    """`log -f`: write the message to the log and end the program with 1."""
-
-
 @dataclass(frozen=True, slots=True)
 class Command:
     """One command of the prompt."""
@@ -36,14 +28,6 @@ class Command:
     help: str
     run: Callable[[Prompt, Parsed], None]
     flags: tuple[Flag, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Memory of one process that a command has selected."""
-
-    process: ProcessId
-    spans: Spans
 
 
 @dataclass(eq=False)

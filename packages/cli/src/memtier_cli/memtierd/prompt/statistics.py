@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from memtier_cli.flags import Flag, Parsed
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_cli.memtierd.prompt.errors import CommandError
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import MoveOutcome
 from memtier_engine.stats.recorder import move_text

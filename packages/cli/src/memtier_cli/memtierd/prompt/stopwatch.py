@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from memtier_cli.flags import Flag, Parsed
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_cli.memtierd.prompt.errors import CommandError
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 
 
 def _time(prompt: Prompt, flags: Parsed) -> None:

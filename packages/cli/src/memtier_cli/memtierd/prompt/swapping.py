@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_list, share
 from memtier_cli.memtierd.prompt.moving import start as start_mover
 from memtier_cli.memtierd.prompt.ranges import RangeError, page_count, parse_ranges, range_lines, restrict
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id

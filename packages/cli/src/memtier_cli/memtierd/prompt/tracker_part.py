@@ -7,8 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.owned import PolicyOwned
-from memtier_cli.memtierd.prompt.state import CommandError, Prompt
+from memtier_cli.memtierd.prompt.state import Prompt
 from memtier_engine.config.files import parse_tracker
 from memtier_engine.config.parts import TRACKERS, TrackerSpec
 from memtier_engine.engine.loop import Engine, EngineConfig

@@ -8,8 +8,9 @@ import numpy as np
 
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.ranges import range_text
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_cli.memtierd.prompt.swapping import parse_pid
 from memtier_cli.memtierd.prompt.tracker_part import AnyTracker, OwnTracker
 from memtier_engine.config.parts import TRACKERS

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.owned import PolicyOwned
-from memtier_cli.memtierd.prompt.state import CommandError, Prompt
+from memtier_cli.memtierd.prompt.state import Prompt
 from memtier_engine.config.files import parse_target
 from memtier_engine.config.parts import TARGETS, TargetSpec
 from memtier_engine.model import ProcessId

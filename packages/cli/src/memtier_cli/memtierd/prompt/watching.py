@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_list
-from memtier_cli.memtierd.prompt.state import Command, CommandError, Prompt
+from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_cli.memtierd.prompt.tracker_part import OwnTracker
 from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher, OnPids, OwnWatcher
 from memtier_engine.config.parts import TARGETS
