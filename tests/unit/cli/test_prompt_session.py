@@ -140,7 +140,7 @@ def test_commands_of_a_configuration_file_have_no_pipes(prompt: Prompt, tmp_path
 
 
 def test_a_defect_in_a_command_does_not_end_the_session(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(prompt: Prompt, flags: object) -> None:
+    def fail(prompt: object, flags: object) -> None:
         raise RuntimeError("oops")
 
     broken = dict(COMMANDS) | {"nop": replace(COMMANDS["nop"], run=fail)}

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from loguru import logger
 
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.command import Command
 from memtier_cli.memtierd.prompt.errors import CommandError, Fatal
-from memtier_cli.memtierd.prompt.state import Command, Prompt
+from memtier_cli.memtierd.prompt.output import Output
 
 
-def _log(prompt: Prompt, flags: Parsed) -> None:
+class LogNeeds(Protocol):
+    """What `log` needs of a prompt."""
+
+    output: Output
+
+
+class QuitNeeds(Protocol):
+    """What `q` needs of a prompt."""
+
+    ended: bool
+
+
+def _log(prompt: LogNeeds, flags: Parsed) -> None:
     output = prompt.output
     if flags.boolean("copy"):
         output.to_stream = output.to_log = True
@@ -26,11 +41,11 @@ def _log(prompt: Prompt, flags: Parsed) -> None:
         raise Fatal(flags.text("f"))
 
 
-def _nop(prompt: Prompt, flags: Parsed) -> None:
+def _nop(prompt: object, flags: Parsed) -> None:
     """Nothing."""
 
 
-def _quit(prompt: Prompt, flags: Parsed) -> None:
+def _quit(prompt: QuitNeeds, flags: Parsed) -> None:
     prompt.ended = True
 
 

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from memtier_cli.flags import Parsed
-from memtier_cli.memtierd.prompt.basic import LOG, NOP, QUIT
-from memtier_cli.memtierd.prompt.memory import ARANGE
-from memtier_cli.memtierd.prompt.moving import MOVER
-from memtier_cli.memtierd.prompt.pages import PAGES
-from memtier_cli.memtierd.prompt.policies import POLICY
-from memtier_cli.memtierd.prompt.routines import ROUTINES_COMMAND
-from memtier_cli.memtierd.prompt.state import Command, Prompt
-from memtier_cli.memtierd.prompt.statistics import STATS
-from memtier_cli.memtierd.prompt.stopwatch import TIME
-from memtier_cli.memtierd.prompt.swapping import SWAP
-from memtier_cli.memtierd.prompt.tracking import TRACKER
-from memtier_cli.memtierd.prompt.watching import PIDWATCHER
+from memtier_cli.memtierd.prompt.basic import LOG, NOP, QUIT, LogNeeds, QuitNeeds
+from memtier_cli.memtierd.prompt.command import Command, Console
+from memtier_cli.memtierd.prompt.memory import ARANGE, ArangeNeeds
+from memtier_cli.memtierd.prompt.moving import MOVER, MoverNeeds
+from memtier_cli.memtierd.prompt.pages import PAGES, PagesNeeds
+from memtier_cli.memtierd.prompt.policies import POLICY, PolicyNeeds
+from memtier_cli.memtierd.prompt.routines import ROUTINES_COMMAND, RoutinesNeeds
+from memtier_cli.memtierd.prompt.statistics import STATS, StatsNeeds
+from memtier_cli.memtierd.prompt.stopwatch import TIME, TimeNeeds
+from memtier_cli.memtierd.prompt.swapping import SWAP, SwapNeeds
+from memtier_cli.memtierd.prompt.tracking import TRACKER, TrackerNeeds
+from memtier_cli.memtierd.prompt.watching import PIDWATCHER, PidwatcherNeeds
+
+
+class AllNeeds(
+    ArangeNeeds,
+    LogNeeds,
+    MoverNeeds,
+    PagesNeeds,
+    PidwatcherNeeds,
+    PolicyNeeds,
+    QuitNeeds,
+    RoutinesNeeds,
+    StatsNeeds,
+    SwapNeeds,
+    TimeNeeds,
+    TrackerNeeds,
+    Protocol,
+):
+    """What a prompt has that any command runs in."""
 
 
 def help_text() -> str:
@@ -32,11 +51,11 @@ def help_text() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _help(prompt: Prompt, flags: Parsed) -> None:
+def _help(prompt: Console, flags: Parsed) -> None:
     prompt.write(help_text())
 
 
-COMMANDS: Mapping[str, Command] = {
+COMMANDS: Mapping[str, Command[AllNeeds]] = {
     command.name: command
     for command in (
         ARANGE,

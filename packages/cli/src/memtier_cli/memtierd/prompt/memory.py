@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.command import Command, Console
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.ranges import Selection, range_lines
-from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.errors import MemtierError
+from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.model import Spans
 from memtier_engine.pages.regions import cut
 
 
-def _arange(prompt: Prompt, flags: Parsed) -> None:
+class ArangeNeeds(Console, Protocol):
+    """What `arange` needs of a prompt."""
+
+    host: Host
+    ranges: Selection | None
+
+
+def _arange(prompt: ArangeNeeds, flags: Parsed) -> None:
     pid = flags.integer("pid", -1)
     if pid != -1:
         try:

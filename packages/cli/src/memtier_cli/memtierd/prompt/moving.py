@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.command import Command, Console
 from memtier_cli.memtierd.prompt.configs import decode_mover
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_json
-from memtier_cli.memtierd.prompt.state import Command, Prompt
+from memtier_cli.memtierd.prompt.ranges import Selection
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_SHIFT, SWAP_NODE, MoveTask, Spans
 from memtier_engine.mover.control import MoverControl, MoverStatus, MoverThread
 from memtier_engine.mover.mover import BY_HAND
+from memtier_engine.stats.recorder import Statistics
 
 _SETTLE_S = 0.1
 _WAIT_S = 0.5
 
 
-def _mover(prompt: Prompt, flags: Parsed) -> None:
+class HasMover(Protocol):
+    """What moves memory for a prompt."""
+
+    statistics: Statistics
+
+    @property
+    def mover(self) -> MoverControl:
+        """The running policy's, or the prompt's own."""
+
+
+class MoverNeeds(Console, HasMover, Protocol):
+    """What `mover` needs of a prompt."""
+
+    pages: Selection | None
+
+
+def _mover(prompt: MoverNeeds, flags: Parsed) -> None:
     mover = prompt.mover
     if "config" in flags.texts:
         try:
@@ -60,7 +79,7 @@ def start(mover: MoverControl) -> None:
         mover.start()
 
 
-def _move_pages(prompt: Prompt, mover: MoverControl, node: int) -> None:
+def _move_pages(prompt: MoverNeeds, mover: MoverControl, node: int) -> None:
     if prompt.pages is None:
         raise CommandError("mover error: set pages before moving")
     start(mover)
@@ -68,7 +87,7 @@ def _move_pages(prompt: Prompt, mover: MoverControl, node: int) -> None:
     mover.add(MoveTask(prompt.pages.process, prompt.pages.spans, node, BY_HAND))
 
 
-def _wait(prompt: Prompt, mover: MoverControl) -> None:
+def _wait(console: Console, mover: MoverControl) -> None:
     time.sleep(_SETTLE_S)
     wanted = (MoverStatus.PAUSED, MoverStatus.ALL_DONE)
     status = mover.wait(wanted, _WAIT_S)
@@ -76,7 +95,7 @@ def _wait(prompt: Prompt, mover: MoverControl) -> None:
         status = mover.wait(wanted, _WAIT_S)
     if status is MoverStatus.NOT_RUNNING:
         raise CommandError("mover error: it is not running, use -start")
-    prompt.say(f"mover wait received: {status.value}")
+    console.say(f"mover wait received: {status.value}")
 
 
 def config_text(mover: MoverControl) -> str:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from memtier_cli.memtierd.prompt.errors import CommandError
+from memtier_engine.config.files import Spec
+from memtier_engine.stats.counts import AccessCounts
+from memtier_engine.stats.raw_events import RawEvents
 
-if TYPE_CHECKING:
-    from memtier_cli.memtierd.prompt.policy_part import PolicyPart
+
+class Policy(Protocol):
+    """The policy that they belong to, as far as they ask it."""
+
+    name: str
+    spec: Spec | None
+    counts: AccessCounts
+    raw: RawEvents
+
+    def pids(self) -> list[int]:
+        """The processes it follows now."""
 
 
 class PolicyOwned:
@@ -15,7 +27,7 @@ class PolicyOwned:
 
     kind = ""
 
-    def __init__(self, policy: PolicyPart) -> None:
+    def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.config_text: str | None = None
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.command import Command, Console
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.ranges import RangeError, Selection, page_count, parse_ranges, range_lines, restrict
-from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import (
     PM_FILE,
@@ -49,7 +50,14 @@ _ASKED_BYTES = 1 << 30
 _SHOWN_BITS = (PM_SOFT_DIRTY, PM_MMAP_EXCLUSIVE, PM_UFFD_WP, PM_FILE, PM_SWAP, PM_PRESENT)
 
 
-def _pages(prompt: Prompt, flags: Parsed) -> None:
+class PagesNeeds(Console, Protocol):
+    """What `pages` needs of a prompt."""
+
+    host: Host
+    pages: Selection | None
+
+
+def _pages(prompt: PagesNeeds, flags: Parsed) -> None:
     frame = next((name for name in ("pi", "si") if flags.integer(name, -1) != -1), None)
     if frame is not None:
         _idle_bit(prompt, flags.integer(frame, -1), set_it=frame == "si")
@@ -67,7 +75,7 @@ def _frames(number: int) -> U64:
     return np.array([number], np.uint64)
 
 
-def _idle_bit(prompt: Prompt, frame: int, *, set_it: bool) -> None:
+def _idle_bit(prompt: PagesNeeds, frame: int, *, set_it: bool) -> None:
     frames = _frames(frame)
     with IdleBitmap(prompt.host) as bitmap:
         if set_it:
@@ -77,14 +85,14 @@ def _idle_bit(prompt: Prompt, frame: int, *, set_it: bool) -> None:
     prompt.say(f"{frame} idle: {'true' if idle else 'false'}")
 
 
-def _frame_flags(prompt: Prompt, frame: int) -> None:
+def _frame_flags(prompt: PagesNeeds, frame: int) -> None:
     frames = _frames(frame)
     with KpageFlags(prompt.host) as table:
         word = int(table.read(frames)[0])
     prompt.say_all([f"{name:<13} {word >> bit & 1}" for bit, name in enumerate(FLAG_NAMES)])
 
 
-def _summary(prompt: Prompt) -> None:
+def _summary(prompt: PagesNeeds) -> None:
     if prompt.pages is None:
         raise CommandError("no pages selelected, try pages -pid PID")  # scripts look for it as it is spelt
     pid = prompt.pages.process.pid
@@ -110,7 +118,7 @@ def _asked(pages: Selection) -> Iterator[tuple[U64, NDArray[np.int32]]]:
         yield addresses, syscalls.move_pages(pages.process.pid, addresses, None)
 
 
-def _select(prompt: Prompt, flags: Parsed) -> None:
+def _select(prompt: PagesNeeds, flags: Parsed) -> None:
     pid = flags.integer("pid", -1)
     if pid == -1:
         raise CommandError("missing -pid=PID")
@@ -169,7 +177,7 @@ def _matching(host: Host, process: ProcessId, spans: Spans, wanted: Sequence[tup
         return runs_where(pagemap, spans, matches)
 
 
-def _pagemap(prompt: Prompt, process: ProcessId, spans: Spans, count: int) -> None:
+def _pagemap(prompt: PagesNeeds, process: ProcessId, spans: Spans, count: int) -> None:
     prompt.say("bits: softdirty, exclusive, uffd_wp, file, swap, present")
     left = max(0, count)
     with Pagemap(prompt.host, process.pid) as pagemap:

@@ -10,11 +10,20 @@ import contextlib
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
-from memtier_cli.memtierd.prompt.state import Prompt
+from memtier_cli.memtierd.prompt.output import Output
 
 _READ_BYTES = 1 << 16
+
+
+class Redirected(Protocol):
+    """Output that may go elsewhere for a while."""
+
+    output: Output
+    sink: Callable[[str], None] | None
+    """Takes it; None: `output` does."""
 
 
 class PipeFailed(Exception):
@@ -22,7 +31,7 @@ class PipeFailed(Exception):
 
 
 @contextlib.contextmanager
-def shell_pipe(prompt: Prompt, shell_command: str) -> Iterator[None]:
+def shell_pipe(prompt: Redirected, shell_command: str) -> Iterator[None]:
     """While the block lasts, the prompt's output goes to the standard input of `sh -c shell_command`.
 
     What the program prints, errors too, becomes the prompt's output; its exit status means nothing here. Waits

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.command import Command, Console, Machine
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.policy_dumps import dump
 from memtier_cli.memtierd.prompt.policy_part import PolicyPart
-from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.config.policies import POLICIES
 
 _NONE = "no policy, create one with -create NAME"
 
 
-def _policy(prompt: Prompt, flags: Parsed) -> None:
+class PolicyNeeds(Console, Machine, Protocol):
+    """What `policy` needs of a prompt."""
+
+    policy: PolicyPart | None
+
+    def attach(self, policy: PolicyPart) -> None:
+        """Make a policy the current one, with its tracker and its watcher."""
+
+
+def _policy(prompt: PolicyNeeds, flags: Parsed) -> None:
     if flags.boolean("ls"):
         prompt.say_all(sorted(POLICIES))
     policy = prompt.policy
@@ -33,7 +44,7 @@ def _policy(prompt: Prompt, flags: Parsed) -> None:
         policy.stop()
         prompt.say("policy stopped")
     if flags.boolean("dump"):
-        prompt.write(dump(prompt, policy, flags.rest) + "\n")
+        prompt.write(dump(prompt.host, policy, flags.rest) + "\n")
 
 
 POLICY = Command(

@@ -9,11 +9,11 @@ import numpy as np
 from memtier_cli.memtierd.prompt import configs
 from memtier_cli.memtierd.prompt.gotext import share
 from memtier_cli.memtierd.prompt.policy_part import PolicyPart
-from memtier_cli.memtierd.prompt.state import Prompt
 from memtier_cli.statactions import accessed_table, parse_times
 from memtier_engine.engine.loop import Engine
 from memtier_engine.engine.oom_facts import HostOomFacts
 from memtier_engine.errors import ConfigError, ProcessGone
+from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.locate import PageLocator
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, ProcessId
 from memtier_engine.policies.avoid_oom import AvoidOomPolicy
@@ -31,13 +31,13 @@ _HEAT_USAGE = "dump <forecast [PARAMS]|heatmap|heatgram [CLASSES]|numa>\n"
 _OOM_USAGE = "dump <config|nodes|status|balance|cands>\n"
 
 
-def dump(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
+def dump(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
     """The text, with a newline at its end unless it is empty. Raises CommandError: the policy does not run."""
     work = _DUMPS.get(policy.name)
-    return "" if work is None else work(prompt, policy, words)
+    return "" if work is None else work(host, policy, words)
 
 
-def _age(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
+def _age(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
     if not words:
         return _ACCESSED_USAGE
     if words[0] != "accessed":
@@ -66,7 +66,7 @@ def _age(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
         return head + accessed_table(engine, times_s, pids)
 
 
-def _heat(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
+def _heat(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
     what = words[0] if words else ""
     if what not in ("forecast", "heatmap", "heatgram", "numa"):
         return _HEAT_USAGE
@@ -84,7 +84,7 @@ def _heat(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
                     return f'invalid number of heat classes "{words[1]}", expected 1 to 1000\n'
                 classes = int(words[1])
             return heatgram_text(heat.heatmap, classes)
-        return _numa(prompt, engine, heat)
+        return _numa(host, engine, heat)
 
 
 def heatmap_text(heatmap: Heatmap) -> str:
@@ -124,9 +124,9 @@ def _most(heats: Heats) -> float:
     return float(heats.heat.max()) if len(heats) else 0.0
 
 
-def _numa(prompt: Prompt, engine: Engine, heat: HeatPolicy) -> str:
+def _numa(host: Host, engine: Engine, heat: HeatPolicy) -> str:
     """Where the tracked memory is now, by node and process, and what the policy may use."""
-    locator = PageLocator(prompt.host)
+    locator = PageLocator(host)
     by_process: dict[ProcessId, dict[int, int]] = {}
     for process, own in engine.pages.items():
         try:
@@ -158,7 +158,7 @@ def _forecaster(policy: PolicyPart) -> str:
     return f"HeatForecaster{name.capitalize()}{{config={shown}}}\n"
 
 
-def _avoid_oom(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
+def _avoid_oom(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
     match words[0] if words else None:
         case None:
             return _OOM_USAGE
@@ -168,7 +168,7 @@ def _avoid_oom(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
             return "".join(
                 f"Node {node.node}: avail {node.available_bytes / _GIB:.3f}G/{node.total_bytes / _GIB:.3f}G "
                 f"{share(node.available_bytes, node.total_bytes, 1)} %\n"
-                for node in HostOomFacts(prompt.host, ()).nodes()
+                for node in HostOomFacts(host, ()).nodes()
             )
         case "status":
             return "online\n" if policy.running else "offline\n"
@@ -188,7 +188,7 @@ def _avoid_oom(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
             return f"unknown argument, {_OOM_USAGE}"
 
 
-def _demote_idle(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> str:
+def _demote_idle(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
     if not policy.running:
         return "pids: 0, ranges: 0, pages: 0 (0.0 MiB)\n"
     with policy.held() as engine:
@@ -197,7 +197,7 @@ def _demote_idle(prompt: Prompt, policy: PolicyPart, words: Sequence[str]) -> st
         return f"pids: {len(engine.pages)}, ranges: {ranges}, pages: {pages} ({pages * PAGE_BYTES / _MIB:.1f} MiB)\n"
 
 
-_DUMPS: Mapping[str, Callable[[Prompt, PolicyPart, Sequence[str]], str]] = {
+_DUMPS: Mapping[str, Callable[[Host, PolicyPart, Sequence[str]], str]] = {
     "age": _age,
     "auto": _age,
     "avoid-oom": _avoid_oom,

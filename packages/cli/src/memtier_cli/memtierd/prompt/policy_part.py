@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from loguru import logger
 
+from memtier_cli.memtierd.prompt.command import Machine
 from memtier_cli.memtierd.prompt.errors import CommandError
-from memtier_cli.memtierd.prompt.state import Prompt
 from memtier_cli.memtierd.prompt.tracker_part import PolicyTracker, regions_of
 from memtier_cli.memtierd.prompt.watcher_part import PolicyWatcher
 from memtier_engine.config.files import Spec, parse_policy
@@ -26,7 +26,7 @@ class PolicyPart:
 
     def __init__(
         self,
-        prompt: Prompt,
+        machine: Machine,
         name: str,
         *,
         spec: Spec | None = None,
@@ -37,7 +37,7 @@ class PolicyPart:
         """Not started.
 
         Args:
-            prompt: whose host and statistics it uses.
+            machine: whose host and statistics it uses.
             name: of the policy.
             spec: its configuration, decoded; None: not configured yet.
             text: its configuration as it was given.
@@ -51,7 +51,7 @@ class PolicyPart:
         self.name = name
         self.spec = spec
         self.config_text = text
-        self._prompt = prompt
+        self._machine = machine
         self._on_failure = on_failure
         self._asked = asked
         self._thread: EngineThread | None = None
@@ -81,10 +81,10 @@ class PolicyPart:
                 raise CommandError("start failed: not configured, use -config")
             self.spec = parse_policy("stub", "")
         self._renew_counts()
-        observers = (self._prompt.statistics, self.counts, self.raw) if self._asked else ()
-        engine = self.spec.build(self._prompt.host, observers=observers, events=True)
+        observers = (self._machine.statistics, self.counts, self.raw) if self._asked else ()
+        engine = self.spec.build(self._machine.host, observers=observers, events=True)
         logger.info("tracker {}, policy {}", engine.tracker.name, engine.policy.name)
-        if self.spec.swaps and not read_swaps(self._prompt.host):
+        if self.spec.swaps and not read_swaps(self._machine.host):
             logger.warning("there is no swap: nothing can be paged out until some is turned on (swapon)")
         self._thread = EngineThread(engine, on_report=_log_report, on_failure=self._on_failure)
         self._thread.start()

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from memtier_cli.memtierd.prompt.errors import CommandError
-from memtier_cli.memtierd.prompt.state import Prompt
+from memtier_cli.memtierd.prompt.output import Output
 from memtier_engine.config.files import parse_routine
 from memtier_engine.config.routines import ROUTINES, RoutineSpec
 from memtier_engine.routines.base import RoutineThread
+from memtier_engine.stats.recorder import Statistics
+
+
+class Owner(Protocol):
+    """The prompt that a routine belongs to, as far as the routine asks it."""
+
+    output: Output
+    statistics: Statistics
+    trusted: bool
+    """Whether whoever gives the commands may run programs."""
+
+    def run_words_apart(self, words: Sequence[str], *, trusted: bool) -> int:
+        """Run a command in a fresh prompt that has the current policy. Returns its status."""
+        ...
+
+    def run_line_apart(self, line: str, *, trusted: bool) -> int:
+        """The same for a line, pipe and all."""
+        ...
 
 
 class RoutinePart:
     """One routine. Its commands may run programs only if it was told so when it was configured."""
 
-    def __init__(self, prompt: Prompt, name: str, *, spec: RoutineSpec | None = None, text: str | None = None) -> None:
+    def __init__(self, owner: Owner, name: str, *, spec: RoutineSpec | None = None, text: str | None = None) -> None:
         """Not started.
 
         Args:
-            prompt: whose statistics, output and (current) policy it uses.
+            owner: whose statistics, output and (current) policy it uses.
             name: of the routine.
             spec: its configuration, decoded; None: not configured yet.
             text: its configuration as it was given.
@@ -30,7 +49,7 @@ class RoutinePart:
         self.name = name
         self.spec = spec or (RoutineSpec("stub") if name == "stub" else None)
         self.config_text = text
-        self._owner = prompt
+        self._owner = owner
         self._thread: RoutineThread | None = None
 
     def configure(self, text: str, file: str | None = None) -> None:
@@ -74,29 +93,12 @@ class RoutinePart:
         """Stop. Safe to call twice."""
         self.stop()
 
-    def _prompt(self) -> Prompt:
-        """A fresh one, as each command of a routine has; what it creates lasts as long as the command."""
-        owner = self._owner
-        trusted = self.spec is not None and self.spec.programs_allowed
-        prompt = Prompt(owner.output, owner.host, owner.statistics, trusted=trusted, lender=owner)
-        if owner.policy is not None:
-            prompt.attach(owner.policy)
-        return prompt
+    @property
+    def _trusted(self) -> bool:
+        return self.spec is not None and self.spec.programs_allowed
 
     def _run_words(self, words: Sequence[str]) -> int:
-        from memtier_cli.memtierd.prompt.session import run_words
-
-        prompt = self._prompt()
-        try:
-            return run_words(prompt, words)
-        finally:
-            prompt.close()
+        return self._owner.run_words_apart(words, trusted=self._trusted)
 
     def _run_line(self, line: str) -> int:
-        from memtier_cli.memtierd.prompt.session import run_line
-
-        prompt = self._prompt()
-        try:
-            return run_line(prompt, line)
-        finally:
-            prompt.close()
+        return self._owner.run_line_apart(line, trusted=self._trusted)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.command import Command, Console
 from memtier_cli.memtierd.prompt.errors import CommandError
-from memtier_cli.memtierd.prompt.routine_part import RoutinePart
-from memtier_cli.memtierd.prompt.state import Command, Prompt
+from memtier_cli.memtierd.prompt.routine_part import Owner, RoutinePart
 from memtier_engine.config.routines import ROUTINES
 
 _NONE = "no routines, create one with -create NAME"
 
 
-def _routines(prompt: Prompt, flags: Parsed) -> None:
+class RoutinesNeeds(Console, Owner, Protocol):
+    """What `routines` needs of a prompt."""
+
+    routines: list[RoutinePart]
+    routine_index: int
+
+
+def _routines(prompt: RoutinesNeeds, flags: Parsed) -> None:
     if flags.boolean("ls"):
         prompt.say_all(sorted(ROUTINES))
     if "create" in flags.texts:

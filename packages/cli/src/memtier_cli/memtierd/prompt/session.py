@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Protocol
 
 from loguru import logger
 
 from memtier_cli.flags import HelpWanted, UsageError, parse, usage
-from memtier_cli.memtierd.prompt.commands import COMMANDS
+from memtier_cli.memtierd.prompt.command import Command
+from memtier_cli.memtierd.prompt.commands import COMMANDS, AllNeeds
 from memtier_cli.memtierd.prompt.errors import CommandError, Fatal
 from memtier_cli.memtierd.prompt.lines import Lines, LineTooLong
-from memtier_cli.memtierd.prompt.pipes import PipeFailed, shell_pipe
-from memtier_cli.memtierd.prompt.state import Command, Prompt
+from memtier_cli.memtierd.prompt.pipes import PipeFailed, Redirected, shell_pipe
 from memtier_cli.memtierd.prompt.words import QuotingError, split_pipe, split_words
 from memtier_engine.errors import MemtierError, ProcessGone
 
@@ -21,7 +22,11 @@ OK, UNKNOWN_COMMAND, NO_PIPE, NO_PIPE_PROCESS, BAD_QUOTING = range(5)
 """Statuses of a line. A command that failed has OK all the same, as in the reference."""
 
 
-def run_session(prompt: Prompt, lines: Lines, *, echo: bool = False) -> None:
+class Prompted(AllNeeds, Redirected, Protocol):
+    """A prompt: what commands need, and output that a pipe can take."""
+
+
+def run_session(prompt: Prompted, lines: Lines, *, echo: bool = False) -> None:
     """Run lines until they end or one says `q`.
 
     Args:
@@ -48,7 +53,7 @@ def run_session(prompt: Prompt, lines: Lines, *, echo: bool = False) -> None:
     prompt.say("quit.")
 
 
-def run_line(prompt: Prompt, line: str) -> int:
+def run_line(prompt: Prompted, line: str) -> int:
     """Run a line, with its pipe. Returns its status."""
     command, shell = split_pipe(line)
     try:
@@ -69,7 +74,7 @@ def run_line(prompt: Prompt, line: str) -> int:
         return NO_PIPE_PROCESS
 
 
-def run_words(prompt: Prompt, words: Sequence[str]) -> int:
+def run_words(prompt: Prompted, words: Sequence[str]) -> int:
     """Run a command given as words. Returns its status."""
     if not words:
         return OK
@@ -81,7 +86,7 @@ def run_words(prompt: Prompt, words: Sequence[str]) -> int:
     return OK
 
 
-def _run(prompt: Prompt, command: Command, arguments: Sequence[str]) -> None:
+def _run(prompt: Prompted, command: Command[AllNeeds], arguments: Sequence[str]) -> None:
     try:
         command.run(prompt, parse(command.flags, arguments))
     except HelpWanted:

@@ -1,33 +1,22 @@
-"""What a prompt knows: the machine, the statistics, and what its commands have selected and created."""
+"""A prompt: the machine, the statistics, and what its commands have selected and created."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt.output import Output
+from memtier_cli.memtierd.prompt.policy_part import PolicyPart
 from memtier_cli.memtierd.prompt.ranges import Selection
+from memtier_cli.memtierd.prompt.routine_part import RoutinePart
+from memtier_cli.memtierd.prompt.session import run_line, run_words
+from memtier_cli.memtierd.prompt.tracker_part import AnyTracker
+from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher
 from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.control import MoverControl, MoverThread
 from memtier_engine.stats.recorder import Statistics
-
-if TYPE_CHECKING:  # the parts import this module
-    from memtier_cli.memtierd.prompt.policy_part import PolicyPart
-    from memtier_cli.memtierd.prompt.routine_part import RoutinePart
-    from memtier_cli.memtierd.prompt.tracker_part import AnyTracker
-    from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One command of the prompt."""
-
-    name: str
-    help: str
-    run: Callable[[Prompt, Parsed], None]
-    flags: tuple[Flag, ...] = ()
 
 
 @dataclass(eq=False)
@@ -103,6 +92,27 @@ class Prompt:
         self.policy = policy
         self.tracker = policy.tracker
         self.watcher = policy.watcher
+
+    def run_words_apart(self, words: Sequence[str], *, trusted: bool) -> int:
+        """See `Owner.run_words_apart`."""
+        with self._apart(trusted) as prompt:
+            return run_words(prompt, words)
+
+    def run_line_apart(self, line: str, *, trusted: bool) -> int:
+        """See `Owner.run_line_apart`."""
+        with self._apart(trusted) as prompt:
+            return run_line(prompt, line)
+
+    @contextmanager
+    def _apart(self, trusted: bool) -> Iterator[Prompt]:
+        """A fresh one, as each command of a routine has; what it creates lasts as long as the command."""
+        prompt = Prompt(self.output, self.host, self.statistics, trusted=trusted, lender=self)
+        if self.policy is not None:
+            prompt.attach(self.policy)
+        try:
+            yield prompt
+        finally:
+            prompt.close()
 
     def _keep(self, *parts: Any) -> None:
         """Remember parts that are replaced, to stop them in the end."""

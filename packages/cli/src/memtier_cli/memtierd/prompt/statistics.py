@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.command import Command, Console
 from memtier_cli.memtierd.prompt.errors import CommandError
-from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import MoveOutcome
-from memtier_engine.stats.recorder import move_text
+from memtier_engine.stats.recorder import Statistics, move_text
 from memtier_engine.stats.tables import TABLES, tables_text
 
 _NO_MOVE = (
@@ -17,7 +19,13 @@ _NO_MOVE = (
 _USAGE = "Usage: dump moves <start|new|stop>"
 
 
-def _stats(prompt: Prompt, flags: Parsed) -> None:
+class StatsNeeds(Console, Protocol):
+    """What `stats` needs of a prompt."""
+
+    statistics: Statistics
+
+
+def _stats(prompt: StatsNeeds, flags: Parsed) -> None:
     latest = flags.integer("lm", -1)
     with_errors = flags.integer("le", -1)
     if latest != -1:
@@ -35,7 +43,7 @@ def _stats(prompt: Prompt, flags: Parsed) -> None:
         raise CommandError(failure.message) from None
 
 
-def _latest(prompt: Prompt, pid: int, *, with_errors: bool) -> str:
+def _latest(prompt: StatsNeeds, pid: int, *, with_errors: bool) -> str:
     with prompt.statistics.locked():
         counts = prompt.statistics.moves.get(pid)
         if counts is None:
@@ -44,7 +52,7 @@ def _latest(prompt: Prompt, pid: int, *, with_errors: bool) -> str:
     return _NO_MOVE if found is None else move_text(found)
 
 
-def _dump(prompt: Prompt, words: list[str]) -> list[str]:
+def _dump(prompt: StatsNeeds, words: list[str]) -> list[str]:
     if len(words) < 2 or words[0] != "moves":
         return [_USAGE]
     if words[1] == "start":

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.command import Command, Console
 from memtier_cli.memtierd.prompt.errors import CommandError
-from memtier_cli.memtierd.prompt.state import Command, Prompt
 
 
-def _time(prompt: Prompt, flags: Parsed) -> None:
+class TimeNeeds(Console, Protocol):
+    """What `time` needs of a prompt."""
+
+    stopwatches: dict[str, float]
+
+
+def _time(prompt: TimeNeeds, flags: Parsed) -> None:
     if flags.boolean("now"):
         prompt.say(f"{time.time():.6f}")
     for name in _names(flags, "start"):
@@ -32,7 +39,7 @@ def _names(flags: Parsed, flag: str) -> list[str]:
     return [name for name in flags.text(flag).split(",") if name]
 
 
-def _elapsed(prompt: Prompt, name: str) -> str | None:
+def _elapsed(prompt: TimeNeeds, name: str) -> str | None:
     started_s = prompt.stopwatches.get(name)
     return None if started_s is None else f"{time.time() - started_s:.6f}"
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
+from typing import Protocol
 
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.command import Command, Console, Machine
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_list, share
+from memtier_cli.memtierd.prompt.moving import HasMover
 from memtier_cli.memtierd.prompt.moving import start as start_mover
 from memtier_cli.memtierd.prompt.ranges import RangeError, page_count, parse_ranges, range_lines, restrict
-from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
@@ -28,7 +30,11 @@ _OUT_BYTES = 256 << 20
 _READ_BYTES = 64 * PAGE_BYTES
 
 
-def _swap(prompt: Prompt, flags: Parsed) -> None:
+class SwapNeeds(Console, Machine, HasMover, Protocol):
+    """What `swap` needs of a prompt."""
+
+
+def _swap(prompt: SwapNeeds, flags: Parsed) -> None:
     pids = _pids(prompt, flags)
     if not pids:
         raise CommandError("missing pids, add -pid=PID, -pids=PID,PID or -pid-cgroups=PATH")
@@ -49,7 +55,7 @@ def _swap(prompt: Prompt, flags: Parsed) -> None:
             _status(prompt, process, spans, flags.boolean("status"), flags.boolean("vaddrs"))
 
 
-def _pids(prompt: Prompt, flags: Parsed) -> list[int]:
+def _pids(prompt: SwapNeeds, flags: Parsed) -> list[int]:
     """Target pids in the order cgroups, -pid, -pids."""
     pids: list[int] = []
     if flags.text("pid-cgroups"):
@@ -68,7 +74,7 @@ def parse_pid(text: str) -> int:
     return int(text)
 
 
-def _cgroup_pids(prompt: Prompt, patterns: list[str]) -> list[int]:
+def _cgroup_pids(prompt: SwapNeeds, patterns: list[str]) -> list[int]:
     roots = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern)) if Path(path).is_dir()]
     if not roots:
         raise CommandError("could not find any matching cgroups")
@@ -81,7 +87,7 @@ def _cgroup_pids(prompt: Prompt, patterns: list[str]) -> list[int]:
     return list(found)
 
 
-def _swap_out(prompt: Prompt, process: ProcessId, spans: Spans, *, by_mover: bool) -> None:
+def _swap_out(prompt: SwapNeeds, process: ProcessId, spans: Spans, *, by_mover: bool) -> None:
     if by_mover:
         mover = prompt.mover
         start_mover(mover)
@@ -127,7 +133,7 @@ def _swap_in(host: Host, process: ProcessId, spans: Spans) -> None:
         os.close(fd)
 
 
-def _status(prompt: Prompt, process: ProcessId, spans: Spans, summary: bool, addresses: bool) -> None:
+def _status(prompt: SwapNeeds, process: ProcessId, spans: Spans, summary: bool, addresses: bool) -> None:
     runs = _swapped_runs(prompt.host, process, spans)
     if summary:
         prompt.say(status_text(process.pid, page_count(runs), page_count(spans)))

@@ -7,9 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from memtier_cli.memtierd.prompt.command import Machine
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.owned import PolicyOwned
-from memtier_cli.memtierd.prompt.state import Prompt
 from memtier_engine.config.files import parse_tracker
 from memtier_engine.config.parts import TRACKERS, TrackerSpec
 from memtier_engine.engine.loop import Engine, EngineConfig
@@ -84,19 +84,19 @@ class AnyTracker(Protocol):
 class OwnTracker:
     """A tracker made by a command."""
 
-    def __init__(self, prompt: Prompt, name: str) -> None:
+    def __init__(self, machine: Machine, name: str) -> None:
         """Raises CommandError for a name that is none; MemtierError: it does not work here."""
         if name not in TRACKERS:
             raise CommandError(f'creating tracker failed: invalid tracker name "{name}"')
-        why = why_not(name, prompt.host) if name in ONE_BY_ONE else None
+        why = why_not(name, machine.host) if name in ONE_BY_ONE else None
         if why is not None:
             hint = f" ({why[1]})" if why[1] else ""
             raise CommandError(f"creating tracker failed: {why[0]}{hint}")
         self.name = name
         self.config_text: str | None = None
-        self.target = ChosenTarget(prompt.host)
+        self.target = ChosenTarget(machine.host)
         self._spec = TrackerSpec(name, _SCAN_INTERVAL_MS)
-        self._prompt = prompt
+        self._machine = machine
         self._thread: EngineThread | None = None
         self._counts = AccessCounts(self._spec.regions())
         self._raw = RawEvents(self._spec.regions())
@@ -122,7 +122,7 @@ class OwnTracker:
         self._run()
 
     def _run(self) -> None:
-        host, statistics = self._prompt.host, self._prompt.statistics
+        host, statistics = self._machine.host, self._machine.statistics
         config = EngineConfig(
             tracker=self.name,
             scan_interval_ms=self._spec.scan_interval_ms or _SCAN_INTERVAL_MS,
@@ -142,7 +142,7 @@ class OwnTracker:
     def _build(self) -> Tracker:
         if self.name == "multi" and not self._spec.parts:
             raise CommandError("start failed: multi has no trackers yet, use -config")
-        return self._spec.build(self._prompt.host)
+        return self._spec.build(self._machine.host)
 
     def stop(self) -> None:
         """See `AnyTracker.stop`."""
@@ -164,7 +164,7 @@ class OwnTracker:
             options = self._spec.options if isinstance(self._spec.options, FinderConfig) else FinderConfig()
             return {
                 process: _constant(spans, options.report_accesses)
-                for process, spans in found_now(self._prompt.host, options, self.target).items()
+                for process, spans in found_now(self._machine.host, options, self.target).items()
             }
         return self._counts.tables()
 
@@ -180,7 +180,7 @@ class OwnTracker:
     def finders(self) -> list[tuple[int, Mapping[ProcessId, Spans]]]:
         """See `AnyTracker.finders`."""
         return [
-            (index, found_now(self._prompt.host, FinderConfig(), self.target))
+            (index, found_now(self._machine.host, FinderConfig(), self.target))
             for index, part in enumerate(self._spec.parts or (self._spec,))
             if part.name == "finder"
         ]

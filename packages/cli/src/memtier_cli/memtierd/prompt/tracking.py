@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.command import Command, Console, Machine
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.ranges import range_text
-from memtier_cli.memtierd.prompt.state import Command, Prompt
 from memtier_cli.memtierd.prompt.swapping import parse_pid
 from memtier_cli.memtierd.prompt.tracker_part import AnyTracker, OwnTracker
 from memtier_engine.config.parts import TRACKERS
@@ -22,7 +23,13 @@ _NONE = "no tracker, create one with -create NAME [-config CONFIG]"
 _RAW_USAGE = "Usage: dump raw <start|new|stop>"
 
 
-def _tracker(prompt: Prompt, flags: Parsed) -> None:
+class TrackerNeeds(Console, Machine, Protocol):
+    """What `tracker` needs of a prompt."""
+
+    tracker: AnyTracker | None
+
+
+def _tracker(prompt: TrackerNeeds, flags: Parsed) -> None:
     if flags.boolean("ls"):
         prompt.say_all(sorted(TRACKERS))
     if "create" in flags.texts:
@@ -60,7 +67,7 @@ def _tracker(prompt: Prompt, flags: Parsed) -> None:
         prompt.write(_dump(tracker, flags.rest) + "\n")
 
 
-def _create(prompt: Prompt, name: str) -> None:
+def _create(prompt: TrackerNeeds, name: str) -> None:
     tracker = OwnTracker(prompt, name)
     if isinstance(prompt.tracker, OwnTracker):
         prompt.tracker.close()
@@ -68,7 +75,7 @@ def _create(prompt: Prompt, name: str) -> None:
     prompt.say("tracker created")
 
 
-def _configure(prompt: Prompt, tracker: AnyTracker, text: str, file: str | None) -> None:
+def _configure(prompt: Console, tracker: AnyTracker, text: str, file: str | None) -> None:
     try:
         tracker.configure(text, file)
     except MemtierError as failure:
@@ -76,7 +83,7 @@ def _configure(prompt: Prompt, tracker: AnyTracker, text: str, file: str | None)
     prompt.say("tracker configured successfully" + ("" if file is None else f' from "{file}"'))
 
 
-def _counters(prompt: Prompt, tracker: AnyTracker) -> None:
+def _counters(prompt: Console, tracker: AnyTracker) -> None:
     if tracker.name == "stub":
         raise CommandError("cannot get tracker counters")
     lines = counter_lines(tracker.tables())

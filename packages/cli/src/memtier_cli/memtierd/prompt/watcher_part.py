@@ -8,9 +8,9 @@ from typing import Protocol
 
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.owned import PolicyOwned
-from memtier_cli.memtierd.prompt.state import Prompt
 from memtier_engine.config.files import parse_target
 from memtier_engine.config.parts import TARGETS, TargetSpec
+from memtier_engine.hostfs.host import Host
 from memtier_engine.model import ProcessId
 from memtier_engine.targets.base import Target
 from memtier_engine.targets.events import EventsTarget
@@ -55,13 +55,13 @@ class AnyWatcher(Protocol):
 class OwnWatcher:
     """A watcher made by a command."""
 
-    def __init__(self, prompt: Prompt, name: str) -> None:
+    def __init__(self, host: Host, name: str) -> None:
         """Raises CommandError for a name that is none."""
         if name not in TARGETS:
             raise CommandError(f'creating pidwatcher failed: invalid pidwatcher name "{name}"')
         self.name = name
         self.config_text: str | None = None
-        self._prompt = prompt
+        self._host = host
         self._spec: TargetSpec | None = TargetSpec(name) if name in ("proc", "stub") else None
         self._target: Target | None = None
         self._events: EventsTarget | None = None
@@ -122,7 +122,7 @@ class OwnWatcher:
         if self._spec is None:
             raise CommandError(f"pidwatcher error: {self.name} is not configured, use -config")
         if self._target is None:
-            self._target = self._spec.build(self._prompt.host)
+            self._target = self._spec.build(self._host)
         return self._target
 
     def _tell(self, added: frozenset[ProcessId], removed: frozenset[ProcessId]) -> None:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.command import Command, Console
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_list
-from memtier_cli.memtierd.prompt.state import Command, Prompt
-from memtier_cli.memtierd.prompt.tracker_part import OwnTracker
+from memtier_cli.memtierd.prompt.output import Output
+from memtier_cli.memtierd.prompt.tracker_part import AnyTracker, OwnTracker
 from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher, OnPids, OwnWatcher
 from memtier_engine.config.parts import TARGETS
 from memtier_engine.errors import MemtierError
+from memtier_engine.hostfs.host import Host
 
 _NONE = "no pidwatcher, create one with -create NAME [-config CONFIG]"
 
 
-def _pidwatcher(prompt: Prompt, flags: Parsed) -> None:
+class PidwatcherNeeds(Console, Protocol):
+    """What `pidwatcher` needs of a prompt."""
+
+    host: Host
+    output: Output
+    tracker: AnyTracker | None
+    watcher: AnyWatcher | None
+
+
+def _pidwatcher(prompt: PidwatcherNeeds, flags: Parsed) -> None:
     if flags.boolean("ls"):
         prompt.say_all(sorted(TARGETS))
     if "create" in flags.texts:
@@ -53,15 +66,15 @@ def _working(work: object, what: str) -> None:
         raise CommandError(f"pidwatcher {what} error: {failure}") from None
 
 
-def _create(prompt: Prompt, name: str) -> None:
-    watcher = OwnWatcher(prompt, name)
+def _create(prompt: PidwatcherNeeds, name: str) -> None:
+    watcher = OwnWatcher(prompt.host, name)
     if isinstance(prompt.watcher, OwnWatcher):
         prompt.watcher.close()
     prompt.watcher = watcher
     prompt.say("pidwatcher created")
 
 
-def _configure(prompt: Prompt, watcher: AnyWatcher, text: str, file: str | None) -> None:
+def _configure(prompt: Console, watcher: AnyWatcher, text: str, file: str | None) -> None:
     try:
         watcher.configure(text, file)
     except MemtierError as failure:
@@ -69,7 +82,7 @@ def _configure(prompt: Prompt, watcher: AnyWatcher, text: str, file: str | None)
     prompt.say("pidwatcher configured successfully" + ("" if file is None else f' from "{file}"'))
 
 
-def _log_listener(prompt: Prompt) -> OnPids:
+def _log_listener(prompt: PidwatcherNeeds) -> OnPids:
     def tell(added: list[int], removed: list[int]) -> None:
         # Not through a pipe that may be open: this comes at any time.
         for what, pids in (("AddPids", added), ("RemovePids", removed)):
@@ -79,7 +92,7 @@ def _log_listener(prompt: Prompt) -> OnPids:
     return tell
 
 
-def _tracker_listener(prompt: Prompt) -> OnPids:
+def _tracker_listener(prompt: PidwatcherNeeds) -> OnPids:
     def tell(added: list[int], removed: list[int]) -> None:
         tracker = prompt.tracker
         if isinstance(tracker, OwnTracker):

@@ -1,0 +1,46 @@
+"""What a command is, and what most of them need of the prompt that runs them.
+
+Each command's module says in a protocol of its own what it needs; none knows the prompt itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from memtier_cli.flags import Flag, Parsed
+from memtier_engine.hostfs.host import Host
+from memtier_engine.stats.recorder import Statistics
+
+Needs_contra = TypeVar("Needs_contra", contravariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Command(Generic[Needs_contra]):
+    """One command of the prompt, for prompts that have what it needs."""
+
+    name: str
+    help: str
+    run: Callable[[Needs_contra, Parsed], None]
+    flags: tuple[Flag, ...] = ()
+
+
+class Console(Protocol):
+    """Takes a command's output."""
+
+    def write(self, text: str) -> None:
+        """Output as it is."""
+
+    def say(self, line: str) -> None:
+        """A line of output."""
+
+    def say_all(self, lines: Sequence[str]) -> None:
+        """Lines of output in one piece."""
+
+
+class Machine(Protocol):
+    """What is worked on, and where it is counted."""
+
+    host: Host
+    statistics: Statistics
