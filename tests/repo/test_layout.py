@@ -107,10 +107,11 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     assert (first, second) == ("make demo", "make test")
 
 
-def test_ci_runs_the_readme_s_test_command_and_the_vm_tests() -> None:
-    script = (ROOT / ".ci/run").read_text()
-    assert "make test" in script
-    assert script.index("make test") < script.index("make e2e")
+def test_ci_runs_the_checks_the_readme_s_test_command_and_the_vm_tests() -> None:
+    """In this order: the closing line of the last test run is the last line."""
+    script = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in script if line.startswith("make ")] == ["make check", "make test", "make e2e"]
+    assert script[-1] == "make e2e"
 
 
 def test_python_versions_agree_in_all_packages() -> None:
