@@ -242,7 +242,10 @@ def test_many_classes_cost_what_they_differ_in() -> None:
         assert len(load(text, check_template).classes) == 1000
         return time.process_time() - began_s
 
-    alike, different = cpu_s(lambda number: 1000), cpu_s(lambda number: 1000 + number)
+    # The least of several: what else the machine does only adds to it, and the first one also imports.
+    alike, different = (
+        min(cpu_s(template) for _ in range(4)) for template in (lambda number: 1000, lambda number: 1000 + number)
+    )
     assert alike < different / 2
 
 
