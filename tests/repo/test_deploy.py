@@ -23,6 +23,7 @@ import yaml
 from memtier_cli.nri_memtierd.classify import classify
 from memtier_cli.nri_memtierd.config import load, load_file
 from memtier_cli.nri_memtierd.launch.inprocess import check_template
+from memtier_engine.errors import ConfigError
 from memtier_engine.hostfs.privileges import MOVERS, PLUGIN, PLUGIN_NEEDS, TRACKERS, least
 from support.chart import CHART, KUBERNETES_VERSION, Object, check_objects, pod_of, render
 
@@ -176,6 +177,27 @@ def test_the_chart_and_the_kustomization_are_the_same_by_default() -> None:
         return objects
 
     assert comparable(render()) == comparable(base())
+
+
+@pytest.mark.parametrize(
+    ("key", "texts"),
+    [
+        ("grace", ["0", "500ms", "1m30s", "1.5h", ".5s", "2d", "10us"]),
+        ("bandwidth", ["200", "1.5", "200MiB/s", "0.5 GiB/s", "100MB/s", "512KiB/s"]),
+        ("scancpu", ["5%", "2.5 %", "5"]),
+    ],
+)
+def test_the_charts_schema_and_the_program_take_the_same_values(key: str, texts: list[str]) -> None:
+    schema = json.loads((DEPLOY / "helm/nri-memtierd/values.schema.json").read_text())
+    written = schema["properties"]["config"]["properties"][key]
+    pattern = next(one["pattern"] for one in written.get("oneOf", [written]) if "pattern" in one)
+    for text in texts:
+        assert re.search(pattern, text), text
+        load(f"{key}: '{text}'\n", check_template)
+    for text in ("ten", "5 apples", "-1s", "-1%", "1x", ""):
+        assert not re.search(pattern, text), text
+        with pytest.raises(ConfigError):
+            load(f"{key}: '{text}'\n", check_template)
 
 
 def test_the_unit_file_is_one_that_systemd_takes_and_grants_the_same_powers() -> None:

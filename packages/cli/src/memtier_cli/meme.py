@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.front import read_flags
+from memtier_engine.errors import ConfigError
+from memtier_engine.units import Durations, Sizes
 
 FLAGS = (
     Flag("bc", "number of byte arrays", "int", "1"),
@@ -48,8 +50,17 @@ FLAGS = (
     Flag("version", "print the version and exit"),
 )
 _libc = ctypes.CDLL(None, use_errno=True)
-_SIZES = {"": 1, "k": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_TIMES_NS = {"": 1, "ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_SIZES = Sizes(
+    hint="write an integer and k, M or G, such as 64M",
+    prefixes="kMG",
+    any_case=False,
+    i=False,
+    b=False,
+    signed=True,
+    whole=True,
+    blanks=False,
+)
+_TIMES = Durations(hint="write an integer and ns, us, ms, s, m or h, such as 20s", bare="ns", days=False, whole=True)
 
 
 def say(text: str) -> None:
@@ -64,18 +75,18 @@ class BadValue(Exception):
 
 def size_bytes(text: str) -> int:
     """`64M` to bytes. Raises BadValue."""
-    found = re.fullmatch(r"(-?[0-9]+)([kMG]?)", text)
-    if not found:
-        raise BadValue(f"invalid size {text!r}: write an integer and k, M or G, such as 64M")
-    return int(found[1]) * _SIZES[found[2]]
+    try:
+        return _SIZES.to_bytes(text)
+    except ConfigError as failure:
+        raise BadValue(f"invalid size {text!r}: {failure.hint}") from None
 
 
 def time_ns(text: str) -> int:
     """`20s` to nanoseconds. Raises BadValue."""
-    found = re.fullmatch(r"([0-9]+)(ns|us|ms|s|m|h|)", text)
-    if not found:
-        raise BadValue(f"invalid time {text!r}: write an integer and ns, us, ms, s, m or h, such as 20s")
-    return int(found[1]) * _TIMES_NS[found[2]]
+    try:
+        return _TIMES.nanoseconds(text)
+    except ConfigError as failure:
+        raise BadValue(f"invalid time {text!r}: {failure.hint}") from None
 
 
 def changes(text: str) -> list[tuple[int, int]]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
-
 import click
 
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_MIB = {"KiB/s": 1 / 1024, "MiB/s": 1.0, "GiB/s": 1024.0, "kB/s": 1e3 / (1 << 20), "MB/s": 1e6 / (1 << 20)}
+from memtier_engine.errors import ConfigError
+from memtier_engine.units import Durations, Rates
+
+_DURATIONS = Durations(above_zero=True)
+_RATES = Rates(hint="write it like 50MiB/s, or none")
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.2 on
-    """`500ms`, `10s`, `5m`, `1h`: seconds as a float."""
+    """`500ms`, `10s`, `5m`, `1h30m`: seconds as a float."""
 
     name = "duration"
 
@@ -19,10 +20,10 @@ class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
         """Seconds, more than 0."""
         if isinstance(value, float):
             return value
-        found = re.fullmatch(r"([0-9]*\.?[0-9]+)(ms|s|m|h|d)", str(value).strip())
-        if not found or float(found[1]) == 0:
-            self.fail(f"{value!r} is not a duration above 0; write it like 500ms, 10s, 5m or 1h", param, ctx)
-        return float(found[1]) * _SECONDS[found[2]]
+        try:
+            return _DURATIONS.seconds(str(value))
+        except ConfigError as failure:
+            self.fail(f"{failure.message}; {failure.hint}", param, ctx)
 
 
 class Bandwidth(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -36,7 +37,7 @@ class Bandwidth(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             return value
         if str(value).strip() == "none":
             return None
-        found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?(KiB/s|MiB/s|GiB/s|kB/s|MB/s)", str(value).strip())
-        if not found or float(found[1]) == 0:
-            self.fail(f"{value!r} is not a bandwidth above 0; write it like 50MiB/s, or none", param, ctx)
-        return float(found[1]) * _MIB[found[2]]
+        try:
+            return _RATES.mib_per_s(str(value))
+        except ConfigError as failure:
+            self.fail(f"{failure.message}; {failure.hint}", param, ctx)

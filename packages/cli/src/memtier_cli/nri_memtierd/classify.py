@@ -7,22 +7,20 @@ one: it hides what the pod or the class says, and sets nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from memtier_cli.nri_memtierd.config import MEMORY_KEYS, PluginConfig, WorkloadClass
-from memtier_engine.errors import MemtierError
+from memtier_engine.errors import ConfigError, MemtierError
+from memtier_engine.units import Sizes
 
 SUFFIX = ".memtierd.nri.io"
 CLASS_KEY = "class"
 SWAP_MAX = "memory.swap.max"
 OnUnknownClass = Literal["fail", "ignore"]
 
-_AMOUNT = re.compile(r"([0-9]{1,20})(?:([kKmMgGtT])i?)?")
-_SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-_LARGEST_BYTES = (1 << 63) - 1
+_AMOUNTS = Sizes(hint="use max, or bytes such as 268435456 or 256M", b=False, whole=True, blanks=False)
 
 
 class ContainerRefused(MemtierError):
@@ -77,17 +75,16 @@ def read_annotations(annotations: Mapping[str, str], container: str) -> Annotati
 def memory_value(text: str) -> str | None:
     """`max` or a number of bytes as decimal text, from what a person wrote; None if it is neither.
 
-    Suffixes K, M, G, T (also Ki, Mi, ...) are powers of 1024, as the kernel reads them. They are resolved
+    Suffixes K, M, G, T, P, E (also Ki, Mi, ...) are powers of 1024, as the kernel reads them. They are resolved
     here because runtimes with the systemd cgroup driver accept only `max` and decimal bytes.
     """
     text = text.strip()
     if text == "max":
         return text
-    found = _AMOUNT.fullmatch(text)
-    if found is None:
+    try:
+        return str(_AMOUNTS.to_bytes(text))
+    except ConfigError:
         return None
-    amount = int(found[1]) << _SHIFTS[(found[2] or "").lower()]
-    return str(amount) if amount <= _LARGEST_BYTES else None
 
 
 def classify(
@@ -132,7 +129,7 @@ def classify(
         if value is None:
             raise ContainerRefused(
                 f"annotation {found.names[key]!r} has value {text[:40]!r}",
-                hint="use max, or bytes such as 268435456 or 256M",
+                hint=_AMOUNTS.hint,
             )
         unified[key] = value
     return Decision(chosen, unified, tuple(remarks))

@@ -20,6 +20,7 @@ import yaml
 
 from memtier_engine.config.nodes import TextError, only_document
 from memtier_engine.errors import ConfigError
+from memtier_engine.units import Durations, Percents, Rates
 
 CGROUP_VARIABLE = "$CGROUP2_ABS_PATH"
 STATS_VARIABLE = "$MEMTIERD_SWAP_STATS_PATH"
@@ -49,8 +50,9 @@ CheckTemplate = Callable[[str], None]
 _TOP_KEYS = ("classes", "allowannotations", "grace", "bandwidth", "scancpu")
 _CLASS_KEYS = ("name", "allowswap", "memtierdconfig", "namespaces")
 _NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_GRACE = Durations()
+_BANDWIDTH = Rates(hint="use MiB/s above 0, like 200 or 200MiB/s", bare="MiB/s")
+_SCAN_CPU = Percents(hint="use percent of one core above 0, like 5%", bare=True, above_zero=True)
 _LIKE_VARIABLE = re.compile(r"\$(?:CGROUP|MEMTIERD)[A-Z0-9_]*")
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.:/@+~\\=-]*[A-Za-z0-9_./@+~\\=-]")
 """Nothing that has a meaning in YAML at such a place, and no blank."""
@@ -256,12 +258,16 @@ class _Reader:
                 if "allowannotations" in entries
                 else config.allow_annotations
             ),
-            grace_s=self._duration(entries["grace"], "grace") if "grace" in entries else config.grace_s,
+            grace_s=self._value(entries["grace"], "grace", _GRACE.seconds) if "grace" in entries else config.grace_s,
             bandwidth_mib_per_s=(
-                self._bandwidth(entries["bandwidth"], "bandwidth") if "bandwidth" in entries else None
+                self._value(entries["bandwidth"], "bandwidth", _BANDWIDTH.mib_per_s)
+                if "bandwidth" in entries and not _is_null(entries["bandwidth"])
+                else None
             ),
             scan_cpu_share=(
-                self._percent(entries["scancpu"], "scancpu") / 100 if "scancpu" in entries else config.scan_cpu_share
+                self._value(entries["scancpu"], "scancpu", _SCAN_CPU.percent) / 100
+                if "scancpu" in entries
+                else config.scan_cpu_share
             ),
         )
 
@@ -345,30 +351,12 @@ class _Reader:
             names.append(name)
         return tuple(dict.fromkeys(names))
 
-    def _duration(self, node: yaml.Node, path: str) -> float:
-        text = self._text(node, path).strip()
-        parts = _DURATION_PART.findall(text)
-        if "".join(number + unit for number, unit in parts) != text or not parts:
-            if text == "0":
-                return 0.0
-            raise self._error(node, path, f"value {text!r}", "write it like 500ms, 10s, 5m or 1m30s")
-        return sum(float(number) * _SECONDS[unit] for number, unit in parts)
-
-    def _bandwidth(self, node: yaml.Node, path: str) -> float | None:
-        if _is_null(node):
-            return None
-        text = self._text(node, path).strip()
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(?: ?MiB/s)?", text)
-        if found is None or float(found[1]) <= 0:
-            raise self._error(node, path, f"value {text!r}", "use MiB/s above 0, like 200 or 200MiB/s")
-        return float(found[1])
-
-    def _percent(self, node: yaml.Node, path: str) -> float:
-        text = self._text(node, path).strip()
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?%?", text)
-        if found is None or float(found[1]) <= 0:
-            raise self._error(node, path, f"value {text!r}", "use percent of one core above 0, like 5%")
-        return float(found[1])
+    def _value(self, node: yaml.Node, path: str, parse: Callable[[str], float]) -> float:
+        text = self._text(node, path)
+        try:
+            return parse(text)
+        except ConfigError as failure:
+            raise self._error(node, path, f"value {text.strip()!r}", failure.hint or "") from None
 
     def _mapping(self, node: yaml.Node, path: str, known: tuple[str, ...]) -> dict[str, yaml.Node]:
         if not isinstance(node, yaml.MappingNode):

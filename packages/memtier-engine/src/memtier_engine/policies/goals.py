@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from memtier_engine.errors import ConfigError
-from memtier_engine.units import parse_size
+from memtier_engine.units import Percents, parse_size
 
 KINDS = ("psi", "refaults", "free", "save")
-_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*(/\s*min)?\s*")
+_PERCENTS = {
+    "psi": Percents(hint="write it like 0.1%"),
+    "refaults": Percents(hint="write it like 0.2%/min", per_minute=True),
+    "save": Percents(hint="write it like 30%"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,5 @@ def parse_goal(kind: str, text: str) -> Goal:
     """
     if kind == "free":
         return Goal(kind, float(parse_size(text, key_path="goal.free")))
-    found = _PERCENT.fullmatch(text)
-    if kind in KINDS and (found is None or (found[2] and kind != "refaults")):
-        example = {"psi": "0.1%", "refaults": "0.2%/min", "save": "30%"}[kind]
-        raise ConfigError(f"{text!r} is no such goal", key_path=f"goal.{kind}", hint=f"write it like {example}")
-    return Goal(kind, float(found[1]) if found else 0.0)
+    percents = _PERCENTS.get(kind)
+    return Goal(kind, 0.0 if percents is None else percents.percent(text, key_path=f"goal.{kind}"))

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, ProcessId, Spans
+from memtier_engine.units import Sizes
 
 _HEX = "([0-9a-fA-F]+)"
-_RANGE = re.compile(rf"{_HEX}(?:-{_HEX}|\+(-?[0-9]+)([kMGT]?)(i?)B?)?")
-_SCALE = {"": 1, "k": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_RANGE = re.compile(rf"{_HEX}(?:-{_HEX}|\+(.+))?", re.DOTALL)
+_LENGTHS = Sizes(prefixes="kMGT", any_case=False, signed=True, whole=True, blanks=False, most_bytes=(1 << 64) - 1)
 _ADDRESS_MAX = (1 << 64) - 1
 
 
@@ -41,15 +43,14 @@ def parse_ranges(text: str) -> list[tuple[int, int]]:
 
 def _parse_range(text: str) -> tuple[int, int]:
     found = _RANGE.fullmatch(text)
-    if found is None or (found[3] is not None and found[5] and not found[4]):
+    try:
+        length = PAGE_BYTES if found is None or found[3] is None else _LENGTHS.to_bytes(found[3])
+    except ConfigError:
+        found = None
+    if found is None:
         raise RangeError(f'invalid address range "{text}", expected START, START-END or START+SIZE')
-    start = end = int(found[1], 16)
-    if found[2] is not None:
-        end = int(found[2], 16)
-    elif found[3] is not None:
-        end = start + int(found[3]) * _SCALE[found[4]]
-    else:
-        end = start + PAGE_BYTES
+    start = int(found[1], 16)
+    end = start + length if found[2] is None else int(found[2], 16)
     start, end = min(start, end), max(start, end)
     if not 0 <= start <= end <= _ADDRESS_MAX:
         raise RangeError(f'address range "{text}" reaches beyond the address space')
