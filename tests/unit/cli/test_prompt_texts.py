@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memtier_cli.accessed import parse_times
 from memtier_cli.memtierd.prompt import configs
 from memtier_cli.memtierd.prompt.moving import task_text
 from memtier_cli.memtierd.prompt.output import Output
@@ -18,7 +19,6 @@ from memtier_cli.memtierd.prompt.session import run_line
 from memtier_cli.memtierd.prompt.state import Prompt
 from memtier_cli.memtierd.prompt.swapping import status_text
 from memtier_cli.memtierd.prompt.tracking import counter_lines, counter_text, heat_lines, regions_text
-from memtier_cli.statactions import parse_times
 from memtier_engine.errors import ConfigError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans

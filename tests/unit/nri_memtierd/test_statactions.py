@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from memtier_cli.statactions import StatActions, accessed_table, check_routines, parse_times
+from memtier_cli.accessed import StatActions, accessed_table, check_routines, parse_times
 from memtier_engine.config.files import parse
 from memtier_engine.config.routines import RoutineSpec
 from memtier_engine.engine.loop import Engine

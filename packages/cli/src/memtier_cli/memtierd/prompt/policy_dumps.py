@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from memtier_cli.accessed import accessed_table, parse_times
 from memtier_cli.memtierd.prompt import configs
 from memtier_cli.memtierd.prompt.gotext import share
 from memtier_cli.memtierd.prompt.policy_part import PolicyPart
-from memtier_cli.statactions import accessed_table, parse_times
 from memtier_engine.engine.loop import Engine
 from memtier_engine.engine.oom_facts import HostOomFacts
 from memtier_engine.errors import ConfigError, ProcessGone

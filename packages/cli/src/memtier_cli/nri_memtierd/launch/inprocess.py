@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from loguru import logger
 
+from memtier_cli.accessed import StatActions, check_routines
 from memtier_cli.nri_memtierd.config import PluginConfig
 from memtier_cli.nri_memtierd.container_cgroup import ContainerCgroup
 from memtier_cli.nri_memtierd.launch.base import Job
 from memtier_cli.nri_memtierd.rundir import ContainerDirectory, RunDirectory
-from memtier_cli.statactions import StatActions, check_routines
 from memtier_engine.config.files import Spec, parse
 from memtier_engine.engine.asleep import TimedTarget
 from memtier_engine.engine.loop import Engine, StepReport
