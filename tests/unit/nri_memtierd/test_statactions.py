@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
 import pytest
 
-from memtier_cli.accessed import StatActions, accessed_table, check_routines, parse_times
+from memtier_cli.accessed import AccessedDump, accessed_table, parse_times
+from memtier_cli.nri_memtierd.launch.routines import EngineRoutines, check_routines
 from memtier_engine.config.files import parse
 from memtier_engine.config.routines import RoutineSpec
-from memtier_engine.engine.loop import Engine
+from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import ProcessId
 from memtier_engine.pages.ages import PAGED_OUT, AgeClock
+from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.routines.statactions import StatActionsConfig
 
 GIB_PAGES = 1 << 18
@@ -86,7 +90,7 @@ def dump_routine(times: str) -> RoutineSpec:
 def test_a_command_runs_after_each_interval_and_missed_ones_are_left_out() -> None:
     written: list[str] = []
     spec = dump_routine("0,0")
-    routine = StatActions([spec], written.append, now_s=0.0)
+    routine = EngineRoutines([spec], written.append, now_s=0.0)
     ran = []
     for now_s in (0, 59, 60, 100, 121, 500, 520, 560):
         before = len(written)
@@ -94,6 +98,63 @@ def test_a_command_runs_after_each_interval_and_missed_ones_are_left_out() -> No
         if len(written) > before:
             ran.append(now_s)
     assert ran == [60, 121, 500, 560]
+
+
+def test_routines_go_at_once_when_nobody_has_them() -> None:
+    """Not when the garbage collector comes: they keep the engine's files."""
+    gc.disable()
+    try:
+        routine = EngineRoutines([dump_routine("0,0")], lambda text: None, now_s=0.0)
+        gone = weakref.ref(routine)
+        routine.run_due(engine(p1=Pages()), 60)
+        del routine
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_timestamps_are_written_around_each_table() -> None:
+    config = StatActionsConfig(
+        interval_ms=60_000,
+        interval_command=("policy", "-dump", "accessed", "0,0"),
+        interval_command_runner="memtier",
+        timestamp="after duration.s s\n",
+        timestamp_after="done\n",
+    )
+    written: list[str] = []
+    routine = EngineRoutines([RoutineSpec("stub"), RoutineSpec("statactions", config)], written.append, now_s=0.0)
+    routine.run_due(engine(p1=Pages()), 60)
+    assert written == ["after 60 s\n", accessed_table(engine(p1=Pages()), (0, 0)), "done\n"]
+
+
+def test_without_times_the_limits_are_those_of_the_policy_and_are_said() -> None:
+    """As `policy -dump accessed` does at the prompt."""
+    made = engine(p1=Pages(a0=1), p2=Pages(a0=1))
+    made.config = cast(EngineConfig, SimpleNamespace(policy=AgePolicyConfig(idle_duration_ms=30_000)))
+    config = StatActionsConfig(
+        interval_ms=1, interval_command=("policy", "-dump", "accessed"), interval_command_runner="memtier"
+    )
+    written: list[str] = []
+    EngineRoutines([RoutineSpec("statactions", config)], written.append, now_s=0.0).run_due(made, 1)
+    assert written == [
+        "using limits from configuration: active 0 ms, idle 30000 ms, swapout 0 ms\n"
+        + accessed_table(made, (0, 0, 30, 0, 0))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["0"], 'too few TIMESPECs in "0", expected two or more'),
+        (["0,5d"], "invalid TIMESPEC \"0,5d\": '5d' is no duration"),
+        (["0,1", "1,x"], 'invalid pid: "x"'),
+        (["0,1", "9" * 5000], f'invalid pid: "{"9" * 5000}"'),
+    ],
+)
+def test_what_a_dump_cannot_show_is_told_in_the_references_words(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        AccessedDump.of(words)
+    assert caught.value.message == message
 
 
 CONFIG = """

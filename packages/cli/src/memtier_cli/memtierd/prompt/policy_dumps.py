@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from memtier_cli.accessed import accessed_table, parse_times
+from memtier_cli.accessed import USAGE, AccessedDump
 from memtier_cli.memtierd.prompt import configs
 from memtier_cli.memtierd.prompt.gotext import share
 from memtier_cli.memtierd.prompt.policy_part import PolicyPart
@@ -22,11 +22,6 @@ from memtier_engine.policies.heatmap import Heatmap, Heats
 
 _GIB = 1 << 30
 _MIB = 1 << 20
-_ACCESSED_USAGE = (
-    "Usage: dump accessed [TIMES [PIDS]]\n"
-    "TIMES: two or more of FLOAT[ns|us|ms|s|m|h], separated by commas; 0 is no limit\n"
-    "PIDS: process ids, separated by commas\n"
-)
 _HEAT_USAGE = "dump <forecast [PARAMS]|heatmap|heatgram [CLASSES]|numa>\n"
 _OOM_USAGE = "dump <config|nodes|status|balance|cands>\n"
 
@@ -39,31 +34,15 @@ def dump(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
 
 def _age(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
     if not words:
-        return _ACCESSED_USAGE
+        return USAGE
     if words[0] != "accessed":
-        return f'unknown dump "{words[0]}"\n{_ACCESSED_USAGE}'
-    pids: list[int] | None = None
-    if len(words) > 2:
-        pids = []
-        for text in words[2].split(","):
-            if not text.strip().isdecimal():
-                return f'invalid pid: "{text}"\n'
-            pids.append(int(text))
+        return f'unknown dump "{words[0]}"\n{USAGE}'
+    try:
+        wanted = AccessedDump.of(words[1:])
+    except ConfigError as failure:
+        return f"{failure.message}\n"
     with policy.held() as engine:
-        head = ""
-        if len(words) > 1:
-            try:
-                times_s = parse_times(words[1])
-            except ConfigError as failure:
-                if "," not in words[1]:
-                    return f'too few TIMESPECs in "{words[1]}", expected two or more\n'
-                return f'invalid TIMESPEC "{words[1]}": {failure.message}\n'
-        else:
-            own = engine.config.policy
-            limits = [value or 0 for value in (own.active_duration_ms, own.idle_duration_ms, own.swap_out_ms)]
-            head = "using limits from configuration: active {} ms, idle {} ms, swapout {} ms\n".format(*limits)
-            times_s = (0.0, *(value / 1000 for value in limits), 0.0)
-        return head + accessed_table(engine, times_s, pids)
+        return wanted.text(engine)
 
 
 def _heat(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from loguru import logger
 
-from memtier_cli.accessed import StatActions, check_routines
 from memtier_cli.nri_memtierd.config import PluginConfig
 from memtier_cli.nri_memtierd.container_cgroup import ContainerCgroup
 from memtier_cli.nri_memtierd.launch.base import Job
+from memtier_cli.nri_memtierd.launch.routines import EngineRoutines, check_routines
 from memtier_cli.nri_memtierd.rundir import ContainerDirectory, RunDirectory
 from memtier_engine.config.files import Spec, parse
 from memtier_engine.engine.asleep import TimedTarget
@@ -112,7 +112,7 @@ class InProcessEngine:
         self._lock = threading.Lock()
         self._debug_output = debug_output
         self._failure: str | None = None
-        self._actions: StatActions | None = StatActions(spec.routines, self._write, now_s=engine.clock.now_s())
+        self._routines: EngineRoutines | None = EngineRoutines(spec.routines, self._write, now_s=engine.clock.now_s())
         self._write(f"INFO: tracker {engine.tracker.name}, policy {engine.policy.name}, {job.cgroup.path}\n")
         runner.add(
             engine,
@@ -131,7 +131,7 @@ class InProcessEngine:
         """Take it out; a step that goes on now ends by itself and writes nothing any more."""
         taken = self._lock.acquire(timeout=LOCK_S)  # held while it is written to a disk that may hang
         try:
-            self._files = self._actions = None  # the latter refers to us: a cycle would wait for the garbage collector
+            self._files = self._routines = None  # the latter refers to us: a cycle would wait for the garbage collector
         finally:
             if taken:
                 self._lock.release()
@@ -161,8 +161,8 @@ class InProcessEngine:
                 f" {report.refault_bytes_total >> 10} KiB came back,"
                 f" {report.scan_seconds * 1000:.0f} ms\n"
             )
-        if (actions := self._actions) is not None:
-            actions.run_due(self._engine, report.time_s)
+        if (routines := self._routines) is not None:
+            routines.run_due(self._engine, report.time_s)
 
     def _stuck(self, where: str) -> None:
         # Without a line in its output: what the step waits for may be that file.
