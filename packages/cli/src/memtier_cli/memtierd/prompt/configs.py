@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import yaml
 
-from memtier_cli.flags import Parsed
+from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.command import Console
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_json
 from memtier_engine.config.keys import COMPONENTS, Key, Kind
@@ -41,26 +43,68 @@ def read_config_file(path: str) -> str:
         raise CommandError(f'reading file "{path}" failed: no UTF-8 text') from None
 
 
-class Part(Protocol):
-    """What commands configure and start."""
+class Configurable(Protocol):
+    """What commands configure."""
 
     def configure(self, text: str, file: str | None = None) -> None:
         """Take a configuration. Raises MemtierError."""
+
+
+class Part(Configurable, Protocol):
+    """What commands configure and start."""
 
     def start(self) -> None:
         """Begin to work. Raises MemtierError."""
 
 
-def configure_as_told(part: Part, flags: Parsed) -> None:
+T = TypeVar("T")
+
+
+def part_flags(several: str, one: str) -> tuple[Flag, ...]:
+    """The flags of every command that works with parts that are listed, created and configured by name."""
+    return (
+        Flag("ls", f"list the {several} that can be created"),
+        Flag("create", f"create {one} of this name", "string"),
+        Flag("config", "configure it with this text", "string"),
+        Flag("config-file", "configure it with the text of a file", "string"),
+        Flag("config-dump", "print its configuration"),
+    )
+
+
+def there(part: T | None, flags: Parsed, otherwise: str) -> T | None:
+    """The part to work with. None: there is none, and `-ls` needs none. Raises CommandError `otherwise`."""
+    if part is None and not flags.boolean("ls"):
+        raise CommandError(otherwise)
+    return part
+
+
+def configure_as_told(part: Configurable, flags: Parsed) -> None:
     """Do what `-config-file` and `-config` say. Raises CommandError."""
     try:
-        if "config-file" in flags.texts:
-            path = flags.text("config-file")
-            part.configure(read_config_file(path), path)
-        if "config" in flags.texts:
-            part.configure(flags.text("config"))
+        for text, file in _given(flags, ("config-file", "config")):
+            part.configure(text, file)
     except MemtierError as failure:
         raise CommandError(f"config failed: {failure}") from None
+
+
+def configure_and_say(
+    console: Console, kind: str, part: Configurable, flags: Parsed, order: Sequence[str] = ("config-file", "config")
+) -> None:
+    """The same for parts whose commands say that it is done. Raises CommandError."""
+    for text, file in _given(flags, order):
+        try:
+            part.configure(text, file)
+        except MemtierError as failure:
+            raise CommandError(f"{kind} configuration error: {failure}") from None
+        console.say(f"{kind} configured successfully" + ("" if file is None else f' from "{file}"'))
+
+
+def _given(flags: Parsed, order: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(text, the file it is from) of the configurations that are given."""
+    for flag in order:
+        if flag in flags.texts:
+            text = flags.text(flag)
+            yield (read_config_file(text), text) if flag == "config-file" else (text, None)
 
 
 def start_as_told(part: Part, flags: Parsed) -> None:

@@ -7,7 +7,6 @@ from typing import Protocol
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt import configs
 from memtier_cli.memtierd.prompt.command import Command, Console, Machine
-from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.policy_dumps import dump
 from memtier_cli.memtierd.prompt.policy_part import PolicyPart
 from memtier_engine.config.policies import POLICIES
@@ -31,10 +30,9 @@ def _policy(prompt: PolicyNeeds, flags: Parsed) -> None:
     if "create" in flags.texts:
         policy = PolicyPart(prompt, flags.text("create"))
         prompt.say("policy created")
+    policy = configs.there(policy, flags, _NONE)
     if policy is None:
-        if flags.boolean("ls"):
-            return
-        raise CommandError(_NONE)
+        return
     configs.configure_as_told(policy, flags)
     prompt.attach(policy)
     configs.start_as_told(policy, flags)
@@ -52,12 +50,8 @@ POLICY = Command(
     "create, configure, start and look into the policy",
     _policy,
     (
-        Flag("ls", "list the policies that can be created"),
-        Flag("create", "create the policy of this name", "string"),
-        Flag("config", "configure it with this text", "string"),
-        Flag("config-file", "configure it with the text of a file", "string"),
+        *configs.part_flags("policies", "the policy"),
         Flag("start", "start it"),
-        Flag("config-dump", "print its configuration"),
         Flag("stop", "stop it"),
         Flag("dump", "print its state; what follows says what (age: accessed [TIMES [PIDS]])"),
     ),

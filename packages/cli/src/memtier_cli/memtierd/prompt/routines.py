@@ -28,10 +28,8 @@ def _routines(prompt: RoutinesNeeds, flags: Parsed) -> None:
         prompt.routines.append(RoutinePart(prompt, flags.text("create")))
         prompt.routine_index = len(prompt.routines) - 1
         prompt.say(f"routine {prompt.routine_index} created, started using it")
-    if not prompt.routines:
-        if flags.boolean("ls"):
-            return
-        raise CommandError(_NONE)
+    if not configs.there(prompt.routines or None, flags, _NONE):
+        return
     if "use" in flags.texts:
         wanted, last = flags.integer("use", 0), len(prompt.routines) - 1
         if not 0 <= wanted <= last:
@@ -54,13 +52,9 @@ ROUTINES_COMMAND = Command(
     "run commands at intervals or by pageouts",
     _routines,
     (
-        Flag("ls", "list the routines that can be created"),
-        Flag("create", "create a routine of this name", "string"),
+        *configs.part_flags("routines", "a routine"),
         Flag("use", "work with the routine of this number", "int", "0"),
-        Flag("config", "configure it with this text", "string"),
-        Flag("config-file", "configure it with the text of a file", "string"),
         Flag("start", "start it"),
-        Flag("config-dump", "print its configuration"),
         Flag("stop", "stop it"),
         Flag("dump", "print its state"),
     ),

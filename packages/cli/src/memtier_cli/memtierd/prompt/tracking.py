@@ -34,16 +34,10 @@ def _tracker(prompt: TrackerNeeds, flags: Parsed) -> None:
         prompt.say_all(sorted(TRACKERS))
     if "create" in flags.texts:
         _create(prompt, flags.text("create"))
-    if prompt.tracker is None:
-        if flags.boolean("ls"):
-            return
-        raise CommandError(_NONE)
-    tracker = prompt.tracker
-    if "config-file" in flags.texts:
-        path = flags.text("config-file")
-        _configure(prompt, tracker, configs.read_config_file(path), path)
-    if "config" in flags.texts:
-        _configure(prompt, tracker, flags.text("config"), None)
+    tracker = configs.there(prompt.tracker, flags, _NONE)
+    if tracker is None:
+        return
+    configs.configure_and_say(prompt, "tracker", tracker, flags)
     if flags.boolean("stop"):
         tracker.stop()
     if "start" in flags.texts:
@@ -73,14 +67,6 @@ def _create(prompt: TrackerNeeds, name: str) -> None:
         prompt.tracker.close()
     prompt.tracker = tracker
     prompt.say("tracker created")
-
-
-def _configure(prompt: Console, tracker: AnyTracker, text: str, file: str | None) -> None:
-    try:
-        tracker.configure(text, file)
-    except MemtierError as failure:
-        raise CommandError(f"tracker configuration error: {failure}") from None
-    prompt.say("tracker configured successfully" + ("" if file is None else f' from "{file}"'))
 
 
 def _counters(prompt: Console, tracker: AnyTracker) -> None:
@@ -169,11 +155,7 @@ TRACKER = Command(
     "see which memory of processes is touched",
     _tracker,
     (
-        Flag("ls", "list the trackers that can be created"),
-        Flag("create", "create the tracker of this name", "string"),
-        Flag("config", "configure it with this text", "string"),
-        Flag("config-file", "configure it with the text of a file", "string"),
-        Flag("config-dump", "print its configuration"),
+        *configs.part_flags("trackers", "the tracker"),
         Flag("start", "track these pids, separated by commas, and no others", "string"),
         Flag("stop", "stop tracking; counters stay"),
         Flag("counters", "print what was counted, the least accessed first"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from memtier_cli.flags import Flag, Parsed
@@ -33,16 +34,10 @@ def _pidwatcher(prompt: PidwatcherNeeds, flags: Parsed) -> None:
         prompt.say_all(sorted(TARGETS))
     if "create" in flags.texts:
         _create(prompt, flags.text("create"))
-    if prompt.watcher is None:
-        if flags.boolean("ls"):
-            return
-        raise CommandError(_NONE)
-    watcher = prompt.watcher
-    if "config" in flags.texts:
-        _configure(prompt, watcher, flags.text("config"), None)
-    if "config-file" in flags.texts:
-        path = flags.text("config-file")
-        _configure(prompt, watcher, configs.read_config_file(path), path)
+    watcher = configs.there(prompt.watcher, flags, _NONE)
+    if watcher is None:
+        return
+    configs.configure_and_say(prompt, "pidwatcher", watcher, flags, ("config", "config-file"))
     if flags.boolean("config-dump"):
         prompt.say(configs.dump("pidwatcher", watcher.name, watcher.config_text))
     listener = _LISTENERS.get(flags.text("listener"))
@@ -58,8 +53,7 @@ def _pidwatcher(prompt: PidwatcherNeeds, flags: Parsed) -> None:
         prompt.write(f"{watcher.dump()}\n\n")
 
 
-def _working(work: object, what: str) -> None:
-    assert callable(work)
+def _working(work: Callable[[], None], what: str) -> None:
     try:
         work()
     except MemtierError as failure:
@@ -72,14 +66,6 @@ def _create(prompt: PidwatcherNeeds, name: str) -> None:
         prompt.watcher.close()
     prompt.watcher = watcher
     prompt.say("pidwatcher created")
-
-
-def _configure(prompt: Console, watcher: AnyWatcher, text: str, file: str | None) -> None:
-    try:
-        watcher.configure(text, file)
-    except MemtierError as failure:
-        raise CommandError(f"pidwatcher configuration error: {failure}") from None
-    prompt.say("pidwatcher configured successfully" + ("" if file is None else f' from "{file}"'))
 
 
 def _log_listener(prompt: PidwatcherNeeds) -> OnPids:
@@ -109,11 +95,7 @@ PIDWATCHER = Command(
     "follow processes as they come and go",
     _pidwatcher,
     (
-        Flag("ls", "list the watchers that can be created"),
-        Flag("create", "create the watcher of this name", "string"),
-        Flag("config", "configure it with this text", "string"),
-        Flag("config-file", "configure it with the text of a file", "string"),
-        Flag("config-dump", "print its configuration"),
+        *configs.part_flags("watchers", "the watcher"),
         Flag("listener", "who is told: log (print it here) or tracker (track them)", "string"),
         Flag("start", "tell the listener now, and whenever processes come or go"),
         Flag("stop", "tell it no more"),
