@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypedDict
 
 from memtier_engine.config.keys import NODE_MAX
 from memtier_engine.config.parts import (
@@ -175,16 +176,26 @@ def _age(block: Section) -> PolicySpec:
     return PolicySpec("age", policy, decode_tracker(section), decode_target(section), _mover(section))
 
 
+class _GoalValues(TypedDict):
+    goal: Goal
+    interval_ms: int
+    window_ms: int
+    idle_least_s: float
+
+
+def _goal_values(section: Section) -> _GoalValues:
+    return {
+        "goal": _goal(section),
+        "interval_ms": section.integer("intervalms"),
+        "window_ms": section.integer("windowms"),
+        "idle_least_s": section.integer("idleleastms") / 1000,
+    }
+
+
 def _auto(block: Section) -> PolicySpec:
     section = required_config(block, "policy.auto")
-    least_ms = section.integer("idleleastms")
     try:
-        policy = AutoPolicyConfig(
-            goal=_goal(section),
-            interval_ms=section.integer("intervalms"),
-            window_ms=section.integer("windowms"),
-            idle_least_s=least_ms / 1000,
-        )
+        policy = AutoPolicyConfig(**_goal_values(section))
     except ConfigError as failure:
         raise section.located(failure) from None
     tracker = decode_tracker(section, TrackerSpec("auto", 5000))
@@ -193,15 +204,8 @@ def _auto(block: Section) -> PolicySpec:
 
 def _reclaim(block: Section) -> PolicySpec:
     section = required_config(block, "policy.reclaim")
-    least_ms = section.integer("idleleastms")
     try:
-        policy = ReclaimPolicyConfig(
-            goal=_goal(section),
-            interval_ms=section.integer("intervalms"),
-            window_ms=section.integer("windowms"),
-            idle_least_s=least_ms / 1000,
-            ages=section.text("ages"),
-        )
+        policy = ReclaimPolicyConfig(**_goal_values(section), ages=section.text("ages"))
     except ConfigError as failure:
         raise section.located(failure) from None
     target = TargetSpec("cgroups", cgroups=cgroup_names(section))

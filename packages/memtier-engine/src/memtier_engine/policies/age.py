@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
 from memtier_engine.pages.ages import AGE_MAX, AgeClock, ProcessPages
-from memtier_engine.policies.base import BasePolicy
+from memtier_engine.policies.base import BasePolicy, check_interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +27,7 @@ class AgePolicyConfig:
     active_numas: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.interval_ms <= 0:
-            raise ConfigError(f"value {self.interval_ms}", key_path="intervalms", hint="use 1 or more; default 5000")
+        check_interval(self.interval_ms)
         for key, value in (
             ("swapoutms", self.swap_out_ms),
             ("idledurationms", self.idle_duration_ms),
@@ -46,15 +45,11 @@ class AgePolicy(BasePolicy):
     def __init__(self, config: AgePolicyConfig, *, scan_interval_ms: int | None = None) -> None:
         """`scan_interval_ms`: how often pages are looked at; None: once per decision."""
         self.config = config
+        self._interval_ms = config.interval_ms
         self._scan_interval_ms = scan_interval_ms or config.interval_ms
         self.needs_streaks = config.active_duration_ms is not None and bool(config.active_numas)
         demotes = config.idle_duration_ms is not None and bool(config.idle_numas)
         self.needs_places = self.needs_streaks or demotes
-
-    @property
-    def interval_ms(self) -> int | None:
-        """As configured."""
-        return self.config.interval_ms
 
     def decide(
         self, pages: Mapping[ProcessId, ProcessPages], clock: AgeClock, budget_bytes: int | None

@@ -34,7 +34,7 @@ from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId, Why
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.pages.gaps import BIN_S
 from memtier_engine.policies.base import BasePolicy
-from memtier_engine.policies.goals import Goal
+from memtier_engine.policies.goals import Goal, GoalConfig
 from memtier_engine.policies.touches import I64, Window, by_bin, coming_of_age, from_above, hazard_of, measured_from
 
 HISTORY_WINDOWS = 20
@@ -72,26 +72,10 @@ class Gauges(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AutoPolicyConfig:
-    """A goal, and how to work for it."""
+class AutoPolicyConfig(GoalConfig):
+    """`window_ms`: between new thresholds."""
 
     goal: Goal = field(default_factory=lambda: Goal("refaults", 0.2))
-    interval_ms: int = 5000
-    """Time between decisions."""
-    window_ms: int = 60_000
-    """Time between new thresholds."""
-    idle_least_s: float = 30.0
-    """Nothing younger goes out, whatever the goal."""
-
-    def __post_init__(self) -> None:
-        if self.interval_ms <= 0:
-            raise ConfigError(f"value {self.interval_ms}", key_path="intervalms", hint="use 1 or more; default 5000")
-        if self.window_ms < self.interval_ms:
-            raise ConfigError(
-                f"value {self.window_ms}", key_path="windowms", hint=f"use intervalms ({self.interval_ms}) or more"
-            )
-        if self.idle_least_s <= 0:
-            raise ConfigError(f"value {self.idle_least_s}", key_path="idleleast", hint="use more than 0 s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +111,7 @@ class AutoPolicy(BasePolicy):
         if gauges is None and config.goal.kind in ("psi", "free"):
             raise ConfigError(f"goal {config.goal.kind} without gauges", hint="give the policy `gauges`")
         self.config = config
+        self._interval_ms = config.interval_ms
         self.state = AutoState()
         self._gaps = gaps
         self._gauges = gauges
@@ -135,11 +120,6 @@ class AutoPolicy(BasePolicy):
         self._window_begin_s: float | None = None
         self._last_s: float | None = None
         self._psi_limit_percent = PSI_START_PERCENT
-
-    @property
-    def interval_ms(self) -> int | None:
-        """As configured."""
-        return self.config.interval_ms
 
     def decide(
         self, pages: Mapping[ProcessId, ProcessPages], clock: AgeClock, budget_bytes: int | None

@@ -15,7 +15,7 @@ import numpy as np
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, MoveTask, ProcessId, Spans
 from memtier_engine.pages.ages import AgeClock, ProcessPages
-from memtier_engine.policies.base import BasePolicy
+from memtier_engine.policies.base import BasePolicy, check_interval
 from memtier_engine.units import parse_share
 
 PROCESS_BYTES_MIN = 16 << 20
@@ -36,8 +36,7 @@ class AvoidOomPolicyConfig:
     """Available memory of each node at which moving stops."""
 
     def __post_init__(self) -> None:
-        if self.interval_ms <= 0:
-            raise ConfigError(f"value {self.interval_ms}", key_path="intervalms", hint="use 1 or more; default 5000")
+        check_interval(self.interval_ms)
         gib = 1 << 30
         start = parse_share(self.start_freeing_memory, gib, key_path="startfreeingmemory")
         stop = parse_share(self.stop_freeing_memory, gib, key_path="stopfreeingmemory")
@@ -108,6 +107,7 @@ class AvoidOomPolicy(BasePolicy):
     ) -> None:
         """`on_event`: told of each decision, by the reference's event names."""
         self.config = config
+        self._interval_ms = config.interval_ms
         self.status = ""
         """What the last decision found, in the reference's words; "" before the first."""
         self.evaluated: tuple[Candidate, ...] = ()
@@ -115,11 +115,6 @@ class AvoidOomPolicy(BasePolicy):
         self._freeing: frozenset[frozenset[int]] = frozenset()
         self._facts = facts
         self._on_event = on_event or (lambda name: None)
-
-    @property
-    def interval_ms(self) -> int | None:
-        """As configured."""
-        return self.config.interval_ms
 
     def decide(
         self, pages: Mapping[ProcessId, ProcessPages], clock: AgeClock, budget_bytes: int | None

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from memtier_engine.errors import ConfigError
 from memtier_engine.model import MoveTask, PageChunk, ProcessId, Spans
 from memtier_engine.pages.ages import AgeClock, ProcessPages
 from memtier_engine.pages.regions import RegionCounters
@@ -51,17 +52,24 @@ class Policy(Protocol):
         """Give back what it was given to own. Safe to call twice."""
 
 
+def check_interval(interval_ms: int, default_ms: int = 5000) -> None:
+    """Raise ConfigError for an interval between decisions that is none."""
+    if interval_ms <= 0:
+        raise ConfigError(f"value {interval_ms}", key_path="intervalms", hint=f"use 1 or more; default {default_ms}")
+
+
 class BasePolicy:
     """What most policies have in common: inherit it and write `decide`."""
 
     name = "unnamed"
     needs_streaks = False
     needs_places = False
+    _interval_ms: int | None = None
 
     @property
     def interval_ms(self) -> int | None:
         """See `Policy.interval_ms`."""
-        return None
+        return self._interval_ms
 
     def begin(self, process: ProcessId, spans: Spans) -> None:
         """See `Policy.begin`."""
@@ -80,11 +88,6 @@ class RegionPolicy(BasePolicy):
         """`regions`: how memory is cut and counted; None: 512 pages, without a cap."""
         self.regions = regions or RegionCounters()
         self._interval_ms = interval_ms
-
-    @property
-    def interval_ms(self) -> int | None:
-        """As configured."""
-        return self._interval_ms
 
     def begin(self, process: ProcessId, spans: Spans) -> None:
         """See `Policy.begin`."""

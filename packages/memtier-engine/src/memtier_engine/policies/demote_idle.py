@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
 from memtier_engine.pages.ages import AgeClock, ProcessPages
-from memtier_engine.policies.base import BasePolicy
+from memtier_engine.policies.base import BasePolicy, check_interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +21,7 @@ class DemoteIdlePolicyConfig:
     """The first is the destination (`idlenumas`)."""
 
     def __post_init__(self) -> None:
-        if self.interval_ms <= 0:
-            raise ConfigError(f"value {self.interval_ms}", key_path="intervalms", hint="use 1 or more; default 5000")
+        check_interval(self.interval_ms)
         if not self.idle_numas or min(self.idle_numas) < SWAP_NODE:
             raise ConfigError(
                 f"value {list(self.idle_numas)}", key_path="idlenumas", hint="a list of nodes, or [-1] for swap"
@@ -37,11 +36,7 @@ class DemoteIdlePolicy(BasePolicy):
 
     def __init__(self, config: DemoteIdlePolicyConfig) -> None:
         self.config = config
-
-    @property
-    def interval_ms(self) -> int | None:
-        """As configured."""
-        return self.config.interval_ms
+        self._interval_ms = config.interval_ms
 
     def decide(
         self, pages: Mapping[ProcessId, ProcessPages], clock: AgeClock, budget_bytes: int | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memtier_engine.errors import ConfigError
+from memtier_engine.policies.base import check_interval
 from memtier_engine.units import Percents, parse_size
 
 KINDS = ("psi", "refaults", "free", "save")
@@ -43,6 +44,28 @@ class Goal:
         if self.kind == "free":
             return f"free: {self.value / (1 << 30):.3g}GiB"
         return f"{self.kind}: {self.value:g}%{'/min' if self.kind == 'refaults' else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoalConfig:
+    """A goal, and how to work for it."""
+
+    goal: Goal
+    interval_ms: int = 5000
+    """Time between decisions."""
+    window_ms: int = 60_000
+    """Time for which what was decided is watched before more is made of it."""
+    idle_least_s: float = 30.0
+    """Nothing younger goes out, whatever the goal."""
+
+    def __post_init__(self) -> None:
+        check_interval(self.interval_ms)
+        if self.window_ms < self.interval_ms:
+            raise ConfigError(
+                f"value {self.window_ms}", key_path="windowms", hint=f"use intervalms ({self.interval_ms}) or more"
+            )
+        if self.idle_least_s <= 0:
+            raise ConfigError(f"value {self.idle_least_s}", key_path="idleleastms", hint="use more than 0")
 
 
 def parse_goal(kind: str, text: str) -> Goal:

@@ -14,7 +14,7 @@ from memtier_engine.errors import ConfigError, MemtierError, ProcessGone
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId
 from memtier_engine.pages.ages import AgeClock, ProcessPages
 from memtier_engine.pages.regions import RegionCounters
-from memtier_engine.policies.base import Locator, RegionPolicy
+from memtier_engine.policies.base import Locator, RegionPolicy, check_interval
 from memtier_engine.policies.heat_placement import Placement, ProcessMap
 from memtier_engine.policies.heatmap import NS_PER_S, Heatmap, HeatmapConfig, Heats
 
@@ -44,8 +44,7 @@ class HeatPolicyConfig:
     """The most that tracked processes may have on a node (`numasize`); absent: no limit."""
 
     def __post_init__(self) -> None:
-        if self.interval_ms <= 0:
-            raise ConfigError(f"value {self.interval_ms}", key_path="intervalms", hint="use 1 or more; default 10000")
+        check_interval(self.interval_ms, 10_000)
         last = self.heatmap.heat_classes - 1
         for number, nodes in self.heat_numas.items():
             key = f"heatnumas.{number}"

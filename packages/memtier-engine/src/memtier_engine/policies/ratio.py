@@ -15,7 +15,7 @@ from memtier_engine.errors import ConfigError, ProcessGone
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId, Spans
 from memtier_engine.pages.ages import AgeClock, ProcessPages
 from memtier_engine.pages.regions import RegionCounters
-from memtier_engine.policies.base import Locator, RegionPolicy
+from memtier_engine.policies.base import Locator, RegionPolicy, check_interval
 from memtier_engine.policies.pagemask import flagged_in, flagged_spans, inside, page_indexes
 
 
@@ -31,8 +31,7 @@ class RatioPolicyConfig:
     """The first is the target (`ratiotargets`)."""
 
     def __post_init__(self) -> None:
-        if self.interval_ms <= 0:
-            raise ConfigError(f"value {self.interval_ms}", key_path="intervalms", hint="use 1 or more; default 5000")
+        check_interval(self.interval_ms)
         if not 0 < self.ratio <= 1:
             raise ConfigError(f"value {self.ratio}", key_path="ratio", hint="use more than 0, up to 1")
         if not self.ratio_targets or min(self.ratio_targets) < SWAP_NODE:

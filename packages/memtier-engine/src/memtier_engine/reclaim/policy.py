@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES
-from memtier_engine.policies.goals import Goal
+from memtier_engine.policies.goals import Goal, GoalConfig
 
 SAFE_STALL_PERCENT = 0.5
 SAFE_REFAULTS_PERCENT = 2.0
@@ -36,28 +36,15 @@ AGES = ("auto", "mglru", "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReclaimPolicyConfig:
-    """A goal, and how to work for it."""
+class ReclaimPolicyConfig(GoalConfig):
+    """`window_ms`: between judgements of what the decisions did. `idle_least_s`: needs ages."""
 
     goal: Goal = field(default_factory=lambda: Goal("psi", 0.1))
-    interval_ms: int = 5000
-    """Time between decisions."""
-    window_ms: int = 60_000
-    """Time between judgements of what the decisions did."""
-    idle_least_s: float = 30.0
-    """Nothing younger is asked for, whatever the goal. Needs ages."""
     ages: str = "auto"
     """`mglru`: by the kernel's generations, or not at all. `none`: by feedback alone. `auto`: what works."""
 
     def __post_init__(self) -> None:
-        if self.interval_ms <= 0:
-            raise ConfigError(f"value {self.interval_ms}", key_path="intervalms", hint="use 1 or more; default 5000")
-        if self.window_ms < self.interval_ms:
-            raise ConfigError(
-                f"value {self.window_ms}", key_path="windowms", hint=f"use intervalms ({self.interval_ms}) or more"
-            )
-        if self.idle_least_s <= 0:
-            raise ConfigError(f"value {self.idle_least_s}", key_path="idleleastms", hint="use more than 0")
+        GoalConfig.__post_init__(self)
         if self.ages not in AGES:
             raise ConfigError(f"value {self.ages!r}", key_path="ages", hint=f"use one of: {', '.join(AGES)}")
 
