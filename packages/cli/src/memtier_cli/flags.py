@@ -34,10 +34,35 @@ class Flag:
     """Shown in the usage; text with its quotes."""
 
 
-_INT = re.compile(r"[-+]?(0[xX][0-9a-fA-F_]+|0[oO]?[0-7_]+|0[bB][01_]+|0|[1-9][0-9_]*)")
-
+_INTEGER = re.compile(r"[-+]?(0[xX][0-9a-fA-F_]+|0[oO]?[0-7_]+|0[bB][01_]+|0|[1-9][0-9_]*)")
+_OCTAL = re.compile(r"([-+]?)0(_?[0-7][0-7_]*)")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-_NUMBERS = {"int": _INT, "uint": re.compile(r"(?!-)" + _INT.pattern), "float": _FLOAT}
+_RANGES = {"int": (-(1 << 63), (1 << 63) - 1), "uint": (0, (1 << 64) - 1)}
+_CHARACTERS_MOST = 100
+
+
+def _integer(text: str) -> int:
+    """0x10, 0o10 and 010, 0b1, 1_000: as Go's strconv.ParseInt reads integers. Raises ValueError."""
+    if not _INTEGER.fullmatch(text) or len(text) > _CHARACTERS_MOST:
+        raise ValueError
+    octal = _OCTAL.fullmatch(text)
+    return int(f"{octal[1]}0o{octal[2]}" if octal else text, 0)
+
+
+def _complaint(kind: str, text: str) -> str | None:
+    """What is wrong with the value of a flag of this kind, in Go's words."""
+    if kind == "float":
+        return None if _FLOAT.fullmatch(text) else "parse error"
+    if kind not in _RANGES:
+        return None
+    least, most = _RANGES[kind]
+    try:
+        value = _integer(text)
+    except ValueError:
+        return "parse error"
+    if kind == "uint" and text.startswith("-"):
+        return "parse error"
+    return None if least <= value <= most else "value out of range"
 
 
 @dataclass(slots=True)
@@ -53,13 +78,9 @@ class Parsed:
         return self.texts.get(flag, default)
 
     def integer(self, flag: str, default: int) -> int:
-        """The value of an "int" or "uint" flag, written as Go writes integers: 0x10, 0o10 and 010, 0b1, 1_000."""
+        """The value of an "int" or "uint" flag."""
         text = self.texts.get(flag)
-        if text is None:
-            return default
-        plain = text.replace("_", "").lower()
-        octal = re.fullmatch(r"([-+]?)0([0-7]+)", plain)
-        return int(f"{octal[1]}0o{octal[2]}" if octal else plain, 0)
+        return default if text is None else _integer(text)
 
     def number(self, flag: str, default: float) -> float:
         """The value of a "float" flag."""
@@ -109,9 +130,9 @@ def parse(flags: Sequence[Flag], words: Sequence[str]) -> Parsed:
                 if not left:
                     raise UsageError(f"flag needs an argument: -{name}")
                 value = left.pop(0)
-            number = _NUMBERS.get(flag.value_name)
-            if number is not None and not number.fullmatch(value):
-                raise UsageError(f'invalid value "{value}" for flag -{name}: parse error')
+            complaint = _complaint(flag.value_name, value)
+            if complaint is not None:
+                raise UsageError(f'invalid value "{value}" for flag -{name}: {complaint}')
             parsed.texts[name] = value
     parsed.rest = left
     return parsed
