@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES
-from memtier_engine.stats.recorder import Statistics, error_text
+from memtier_engine.stats.recorder import AdviceCounts, MoveCounts, Statistics, error_text
 
 _GIB = 1 << 30
 
@@ -32,16 +32,19 @@ def _events(statistics: Statistics, csv: bool) -> list[str]:
     return lines
 
 
+def _calls(pid: int, own: AdviceCounts | MoveCounts, csv: bool) -> str:
+    """The columns that both tables of system calls begin with."""
+    counts = (pid, own.calls, own.requested_pages, own.moved_pages)
+    return "{},{},{},{},".format(*counts) if csv else "{:8d} {:8d} {:10d} {:10d} ".format(*counts)
+
+
 def _process_madvise(statistics: Statistics, csv: bool) -> list[str]:
     header = "     pid    calls req[pages]  ok[pages]    ok[G] PAGEOUT[G]"
     lines = ["table: process_madvise syscalls", "pid,calls,req[pages],ok[pages],ok[G],PAGEOUT[G]" if csv else header]
     for pid, own in sorted(statistics.advice.items()):
         done_gib, out_gib = _gib(own.moved_pages), _gib(own.paged_out_pages)
-        counts = (pid, own.calls, own.requested_pages, own.moved_pages)
-        if csv:
-            lines.append(",".join(map(str, counts)) + f",{done_gib:8.6f},{out_gib:.6f}")
-        else:
-            lines.append("{:8d} {:8d} {:10d} {:10d}".format(*counts) + f" {done_gib:8.3f} {out_gib:.3f}")
+        end = f"{done_gib:8.6f},{out_gib:.6f}" if csv else f"{done_gib:8.3f} {out_gib:.3f}"
+        lines.append(_calls(pid, own, csv) + end)
     return lines
 
 
@@ -51,11 +54,8 @@ def _move_pages(statistics: Statistics, csv: bool) -> list[str]:
     lines = ["table: move_pages syscalls", csv_header if csv else header]
     for pid, own in sorted(statistics.moves.items()):
         by_node = ";".join(f"{node}:{_gib(pages):.3f}" for node, pages in sorted(own.moved_by_node.items()))
-        counts = (pid, own.calls, own.requested_pages, own.moved_pages)
-        if csv:
-            lines.append(",".join(map(str, counts)) + f",{_gib(own.moved_pages):.6f},{by_node}")
-        else:
-            lines.append("{:8d} {:8d} {:10d} {:10d}".format(*counts) + f" {_gib(own.moved_pages):8.3f} {by_node}")
+        end = f"{_gib(own.moved_pages):.6f},{by_node}" if csv else f"{_gib(own.moved_pages):8.3f} {by_node}"
+        lines.append(_calls(pid, own, csv) + end)
     return lines
 
 
