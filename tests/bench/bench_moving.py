@@ -1,0 +1,246 @@
+"""What paging out costs beside the kernel's own work: the mover alone, an engine with a policy, and the rates reached.
+
+The kernel's own work is the call that pages out. All else of the moving thread's time is ours: the looks at each page
+before and after that call, which are mostly the kernel's too, and the deciding and keeping account, in user mode.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from bench.measure import ratio_line
+from memtier_engine.abi import syscalls
+from memtier_engine.engine.loop import Engine
+from memtier_engine.engine.settings import EngineConfig, swap_config
+from memtier_engine.guards.config import GuardsConfig
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.maps import process_id
+from memtier_engine.hostfs.pagemap import Pagemap
+from memtier_engine.model import U64, MoveTask, Spans
+from memtier_engine.mover.mover import Mover, MoverConfig
+from memtier_engine.targets.pids import PidsTarget
+from memtier_engine.trackers.registry import why_not
+from support.swap import temporary_zram_swap
+
+MIB, GIB = 1 << 20, 1 << 30
+USER_S_PER_GIB = 0.15
+SHARE_OF_KERNEL = 0.1
+RATES_MIB_PER_S = (10, 50, 200, 1000)
+PACED_MIB_PER_S = 100
+_MAPPED_SPLITS = ("thp_split_page", "thp_swpout_fallback")
+
+_HOLDER = """
+import ctypes, mmap, os, sys
+size, huge = int(sys.argv[1]), sys.argv[2] == "huge"
+area = mmap.mmap(-1, size + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+at = ctypes.addressof(ctypes.c_char.from_buffer(area))
+first = -at % (2 << 20)
+block = b"".join(os.urandom(2048) + bytes(2048) for _ in range(256))
+for offset in range(first, first + size, len(block)):
+    area[offset:offset + len(block)] = block
+print(at + first, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def half_random(size_bytes: int, pages: str) -> Iterator[tuple[int, Spans]]:
+    """(pid, where) of a process whose pages, "4k" or "huge", compress to about a half."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(size_bytes), pages],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        start = int(process.stdout.readline())
+        yield process.pid, Spans(np.array([start], np.uint64), np.array([start + size_bytes], np.uint64))
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+
+
+@dataclass(slots=True)
+class Spent:
+    """CPU time of one thread in seconds, and what it brought."""
+
+    cpu_s: float = 0.0
+    call_s: float = 0.0
+    """Of it, in the call that pages out."""
+    calls: int = 0
+    user_s: float = 0.0
+    """As ticks of the kernel's clock found it: some percent of the whole off."""
+    elapsed_s: float = 0.0
+    out_bytes: int = 0
+    splits: int = 0
+    """Huge pages that were split."""
+    scans_s: float = field(default=0.0)
+    """Of `cpu_s`, in scans and decisions."""
+
+    def per_gib(self, seconds: float) -> float:
+        return seconds * GIB / max(1, self.out_bytes)
+
+    @property
+    def ours_s(self) -> float:
+        """Per GiB, of moving: all but the call."""
+        return self.per_gib(self.cpu_s - self.scans_s - self.call_s)
+
+    @property
+    def kernel_s(self) -> float:
+        return self.per_gib(self.call_s)
+
+    @property
+    def mib_per_s(self) -> float:
+        return self.out_bytes / self.elapsed_s / MIB
+
+
+def _splits() -> int:
+    fields = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return sum(int(fields.get(name, 0)) for name in _MAPPED_SPLITS)
+
+
+@contextmanager
+def _timed_calls(spent: Spent) -> Iterator[None]:
+    original = syscalls.process_madvise
+
+    def timed(pidfd: int, starts: U64, lengths: U64, advice: int) -> int:
+        began_s = time.thread_time()
+        try:
+            return original(pidfd, starts, lengths, advice)
+        finally:
+            spent.call_s += time.thread_time() - began_s
+            spent.calls += 1
+
+    syscalls.process_madvise = timed
+    try:
+        yield
+    finally:
+        syscalls.process_madvise = original
+
+
+def measured(work: Callable[[Spent], None], pid: int, spans: Spans) -> Spent:
+    """Have `work` page out in a thread of its own, whose times begin at 0."""
+    spent = Spent()
+    failures: list[BaseException] = []
+
+    def thread() -> None:
+        try:
+            splits, began_s = _splits(), time.monotonic()
+            work(spent)
+            spent.elapsed_s, spent.cpu_s = time.monotonic() - began_s, time.thread_time()
+            spent.user_s = resource.getrusage(resource.RUSAGE_THREAD).ru_utime
+            spent.splits = _splits() - splits
+        except BaseException as failure:  # shown where it was asked for
+            failures.append(failure)
+
+    with _timed_calls(spent):
+        worker = threading.Thread(target=thread)
+        worker.start()
+        worker.join()
+    if failures:
+        raise failures[0]
+    with Pagemap(Host(), pid) as pagemap:
+        spent.out_bytes = pagemap.swapped_bytes(spans.starts, spans.ends)
+    return spent
+
+
+def by_mover(size: int, pages: str, mib_per_s: float | None, most_s: float = 60.0) -> Spent:
+    """A task by nobody's decision, under this limit."""
+    with half_random(size, pages) as (pid, spans):
+
+        def work(spent: Spent) -> None:
+            began_s = time.monotonic()
+            mover = Mover(MoverConfig(bandwidth_mib_per_s=mib_per_s), Host(), now_s=began_s)
+            mover.add(MoveTask(process_id(Host(), pid), spans))
+            while mover.has_work and (now_s := time.monotonic()) < began_s + most_s:
+                mover.pump(now_s)
+                time.sleep(mover.wait_s() or 0.0)
+            mover.close()
+
+        return measured(work, pid, spans)
+
+
+def by_engine(size: int, pages: str, mib_per_s: float | None, most_s: float = 60.0) -> Spent:
+    """Policy `age` with tracker `bpf`, until nine tenths are out: what moves as the engine's loop does."""
+    config = EngineConfig(
+        tracker="bpf",
+        scan_interval_ms=500,
+        mover=MoverConfig(bandwidth_mib_per_s=mib_per_s),
+        guards=GuardsConfig(start_grace_s=0.0),
+    )
+    with half_random(size, pages) as (pid, spans):
+
+        def work(spent: Spent) -> None:
+            engine = Engine(PidsTarget(Host(), [pid]), swap_config(replace(config), 1.0))
+            began_s, moved = time.monotonic(), 0
+            try:
+                while moved < 0.9 * size and (now_s := time.monotonic()) < began_s + most_s:
+                    began_cpu_s = time.thread_time()
+                    report, due_s = engine.advance(now_s)
+                    if report is not None:
+                        moved = report.moved_bytes_total
+                        spent.scans_s += time.thread_time() - began_cpu_s
+                    time.sleep(max(0.0, due_s - time.monotonic()))
+            finally:
+                engine.close()
+
+        return measured(work, pid, spans)
+
+
+def cost_lines(name: str, spent: Spent, pages: str) -> bool:
+    """Print what was spent; True if it is within the limits."""
+    in_all = f", with scans {spent.per_gib(spent.cpu_s - spent.call_s):.3f}" if spent.scans_s else ""
+    held = ratio_line(
+        f"{name}: CPU beside the kernel's per GiB",
+        f"{spent.ours_s:.3f} s{in_all} (user by ticks {spent.per_gib(spent.user_s):.3f}), {spent.mib_per_s:.0f} MiB/s in "
+        f"{spent.calls} calls of {spent.per_gib(spent.call_s):.2f} s per GiB",
+        spent.ours_s / USER_S_PER_GIB,
+        1.0,
+    )
+    held &= ratio_line(f"{name}: against the kernel's own", "", spent.ours_s / spent.kernel_s, SHARE_OF_KERNEL)
+    if pages == "huge":
+        held &= ratio_line(f"{name}: huge pages split", str(spent.splits), float(spent.splits), 0.0)
+    return held
+
+
+def run() -> bool:
+    """Print all lines; True if all limits hold."""
+    held = True
+    fastest = 0.0
+    for pages in ("4k", "huge"):
+        for limit in (PACED_MIB_PER_S, None):
+            with temporary_zram_swap(2 * GIB, calm=False):
+                spent = by_mover(512 * MIB, pages, limit)
+            fastest = max(fastest, spent.mib_per_s) if pages == "4k" else fastest
+            held &= cost_lines(f"mover, {pages} pages, {limit or 'no'} MiB/s", spent, pages)
+    why = why_not("bpf", Host())
+    if why is not None:
+        print(f"tracker bpf does not work here: {why[0]}: {why[1]}")
+        held = False
+    else:
+        for pages in ("4k", "huge"):
+            with temporary_zram_swap(2 * GIB):
+                spent = by_engine(512 * MIB, pages, PACED_MIB_PER_S)
+            held &= cost_lines(f"policy age, tracker bpf, {pages} pages, {PACED_MIB_PER_S} MiB/s", spent, pages)
+    for mib_per_s in RATES_MIB_PER_S:
+        with temporary_zram_swap(2 * GIB, calm=False):
+            spent = by_mover(min(5 * mib_per_s, 1024) * MIB, "4k", mib_per_s)
+        expected = min(float(mib_per_s), fastest)
+        off = max(0.0, 1 - spent.mib_per_s / expected, spent.mib_per_s / mib_per_s - 1)
+        name = f"reached at {mib_per_s} MiB/s, where the kernel can do {fastest:.0f}: distance"
+        held &= ratio_line(name, f"{spent.mib_per_s:.1f} MiB/s", off, 0.05)
+    return held
