@@ -93,61 +93,120 @@ def page_out(
         KernelCallError: EPERM and whatever else no retry can mend.
     """
     refusals = refusals or Refusals()
-    addresses = addresses_of(spans)
-    words = read_words(handle.pagemap, spans)
-    reasons = edge.reasons_before(words, refused=edge.inside(addresses, refusals.spans))
-    if (reasons == Why.SHARED).any():
-        # Not exclusive, as what is shared: memory that was read and never written.
-        zero = runs_of(handle.pagemap, spans, PAGE_IS_PFNZERO)
-        reasons[edge.inside(addresses, zero)] = Why.ABSENT
-    if keep_huge:
-        huge = runs_of(handle.pagemap, edge.partly_asked(spans), PAGE_IS_HUGE)
-        reasons[(reasons == GOES) & edge.inside(addresses, huge)] = Why.HUGE
+    batch = _Batch.of(handle.pagemap, spans, refusals)
+    if keep_huge and len(partly := edge.partly_asked(spans)):
+        batch.keep_huge(runs_of(handle.pagemap, partly, PAGE_IS_HUGE))
     result = BatchResult()
     if limit_bytes is not None:
-        found = runs_of(handle.pagemap, spans, PAGE_IS_HUGE) if probe else None
-        end = edge.cut_batch(addresses, reasons == GOES, limit_bytes, found).pages
-        addresses, reasons = addresses[:end], reasons[:end]
-        result.tried_bytes = end * PAGE_BYTES
-    asked = reasons == GOES
-    if look is not None and asked.any():
-        touched = look(handle.process, pages_as_spans(addresses[asked]))
+        batch.cut(limit_bytes, runs_of(handle.pagemap, spans, PAGE_IS_HUGE) if probe else None)
+        result.tried_bytes = len(batch.reasons) * PAGE_BYTES
+    going = batch.going
+    if look is not None and len(going):
+        touched = look(handle.process, going)
         if touched is not None:
             result.looked = True
-            reasons[np.flatnonzero(asked)[touched]] = Why.TOUCHED
-            result.touched_share = float(np.count_nonzero(touched)) / len(touched)
-            asked = reasons == GOES
+            pages = np.count_nonzero(touched)
+            result.touched_share = float(pages) / len(touched)
+            if pages:
+                batch.reasons[np.flatnonzero(batch.reasons == GOES)[touched]] = Why.TOUCHED
+                going = batch.going
     done = True
-    result.asked_bytes = int(np.count_nonzero(asked)) * PAGE_BYTES
-    if asked.any():
-        going = pages_as_spans(addresses[asked])
+    result.asked_bytes = going.total_bytes
+    if len(going):
         began_s = time.monotonic()
         try:
             done = _advise(handle, going, refusals)
         except ProcessGone:
             if handle.why_not_by_pidfd() is None:
                 raise
-            reasons[asked] = Why.HEADLESS
-            result.kept = edge.kept_by_reason(addresses, reasons)
-            result.stuck = going
+            batch.reasons[batch.reasons == GOES] = Why.HEADLESS
+            result.kept, result.stuck = batch.kept, going
             return result
         result.call_s = time.monotonic() - began_s
-        after = read_words(handle.pagemap, going)
-        here = addresses[asked]
-        stayed = edge.reasons_after(np.ones(len(here), np.bool_), after, edge.inside(here, refusals.spans))
-        result.moved_bytes = int(np.count_nonzero(stayed == GOES)) * PAGE_BYTES
-        reasons[asked] = stayed
-    result.kept = edge.kept_by_reason(addresses, reasons)
-    result.stuck = pages_as_spans(addresses[(reasons != GOES) & (reasons != Why.ABSENT)])
-    if not done:
-        result.busy = pages_as_spans(addresses[reasons == Why.BUSY])
+        result.moved_bytes = batch.went(going, read_words(handle.pagemap, going), refusals) * PAGE_BYTES
+    if batch.reasons.any():
+        result.kept = batch.kept
+        result.stuck = batch.where((batch.reasons != GOES) & (batch.reasons != Why.ABSENT))
+        if not done:
+            result.busy = batch.where(batch.reasons == Why.BUSY)
     return result
+
+
+class _Batch:
+    """Pages, and why each stays. Their addresses are only written out where some do: mostly one run goes as a whole."""
+
+    def __init__(self, spans: Spans, reasons: U8) -> None:
+        self.spans = spans
+        self.reasons = reasons
+        self._of_pages: U64 | None = None
+
+    @classmethod
+    def of(cls, pagemap: Pagemap, spans: Spans, refusals: Refusals) -> _Batch:
+        """By what the kernel says now."""
+        words, refused = read_words(pagemap, spans), refusals.spans
+        if not len(refused) and edge.all_go(words):
+            return cls(spans, np.full(len(words), GOES, np.uint8))
+        batch = cls(spans, np.zeros(0, np.uint8))
+        batch.reasons = edge.reasons_before(words, refused=edge.inside(batch._addresses, refused))
+        if (batch.reasons == Why.SHARED).any():
+            # Not exclusive, as what is shared: memory that was read and never written.
+            zero = runs_of(pagemap, spans, PAGE_IS_PFNZERO)
+            batch.reasons[edge.inside(batch._addresses, zero)] = Why.ABSENT
+        return batch
+
+    @property
+    def _addresses(self) -> U64:
+        """uint64[n]: the pages."""
+        if self._of_pages is None:
+            self._of_pages = addresses_of(self.spans)
+        return self._of_pages
+
+    def keep_huge(self, huge: Spans) -> None:
+        """Those of `huge` that would go stay."""
+        if len(huge):
+            self.reasons[(self.reasons == GOES) & edge.inside(self._addresses, huge)] = Why.HUGE
+
+    def cut(self, limit_bytes: int, huge: Spans | None) -> None:
+        """See `edge.cut_batch`."""
+        if len(self.spans) == 1 and not self.reasons.any():
+            start, end = int(self.spans.starts[0]), int(self.spans.ends[0])
+            end = edge.cut_whole(start, end, limit_bytes, huge)
+            self.spans, self._of_pages = Spans(self.spans.starts, np.array([end], np.uint64)), None
+            self.reasons = self.reasons[: (end - start) >> PAGE_SHIFT]
+            return
+        pages = edge.cut_batch(self._addresses, self.reasons == GOES, limit_bytes, huge).pages
+        self._of_pages, self.reasons = self._addresses[:pages], self.reasons[:pages]
+        self.spans = pages_as_spans(self._of_pages)
+
+    @property
+    def going(self) -> Spans:
+        """What goes."""
+        if len(self.spans) == 1 and not self.reasons.any():
+            return self.spans
+        return self.where(self.reasons == GOES)
+
+    def where(self, chosen: Bools) -> Spans:
+        """The pages chosen, bool[n]."""
+        return pages_as_spans(self._addresses[chosen])
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """What stays."""
+        return edge.kept_by_reason(self._addresses, self.reasons)
+
+    def went(self, going: Spans, words: U64, refusals: Refusals) -> int:
+        """`going` was asked for, and these are its words now. Returns how many of its pages are out."""
+        out = int(np.count_nonzero(edge.is_out(words)))
+        if out < len(words):
+            refused = edge.inside(addresses_of(going), refusals.spans)
+            self.reasons[self.reasons == GOES] = edge.reasons_after(np.ones(len(words), np.bool_), words, refused)
+        return out
 
 
 def read_words(pagemap: Pagemap, spans: Spans) -> U64:
     """uint64[pages of `spans`]: their words of pagemap, in few calls."""
-    if not len(spans):
-        return np.zeros(0, np.uint64)
+    if len(spans) < 2:
+        return pagemap.read(int(spans.starts[0]), int(spans.ends[0])) if len(spans) else np.zeros(0, np.uint64)
     parts = []
     for group in _groups(spans):
         start, end = int(group.starts[0]), int(group.ends[-1])
@@ -169,8 +228,8 @@ def runs_of(pagemap: Pagemap, spans: Spans, category: int) -> Spans:
 
 def _groups(spans: Spans) -> list[Spans]:
     """Neighbours a few pages apart together."""
-    if not len(spans):
-        return []
+    if len(spans) < 2:
+        return [spans] if len(spans) else []
     breaks = np.flatnonzero(spans.starts[1:] - spans.ends[:-1] > np.uint64(_MERGE_GAP_BYTES)) + 1
     firsts, lasts = [0, *breaks.tolist()], [*breaks.tolist(), len(spans)]
     return [Spans(spans.starts[a:b], spans.ends[a:b]) for a, b in zip(firsts, lasts, strict=True)]

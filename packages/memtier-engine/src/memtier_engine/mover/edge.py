@@ -21,6 +21,8 @@ GOES = 0
 """In an array of reasons: none to stay."""
 HUGE_BYTES = 2 << 20
 """One entry of a page table's second level maps so much (x86_64, and aarch64 with pages of 4 KiB)."""
+_TELLING = np.uint64(PM_PRESENT | PM_MMAP_EXCLUSIVE | PM_FILE)
+_OURS_ALONE = np.uint64(PM_PRESENT | PM_MMAP_EXCLUSIVE)
 _SWAP_TYPE = 0x1F
 _SWAP_TYPES_LEAST = 23
 """Swap areas have numbers below this. Those above are given to entries that are not in swap: under migration,
@@ -39,6 +41,11 @@ def is_out(words: U64) -> Bools:
         (words & np.uint64(_SWAP_TYPE)) < np.uint64(_SWAP_TYPES_LEAST)
     )
     return found
+
+
+def all_go(words: U64) -> bool:
+    """Whether no page has a reason to stay that its word tells of. Mostly so, and found in one pass."""
+    return bool(((words & _TELLING) == _OURS_ALONE).all())
 
 
 def reasons_before(words: U64, *, refused: Bools | None = None, zero: Bools | None = None) -> U8:
@@ -116,6 +123,19 @@ def cut_batch(addresses: U64, goes: Bools, limit_bytes: int, huge: Spans | None 
     if last - first == HUGE_BYTES // PAGE_BYTES and goes[first:last].all():
         end = last
     return Cut(end, bool(total[-1] > total[end - 1]))
+
+
+def cut_whole(start: int, end: int, limit_bytes: int, huge: Spans | None = None) -> int:
+    """What `cut_batch` says of one span of which all pages go: where, as an address, the batch ends."""
+    at = start + max(1, limit_bytes // PAGE_BYTES) * PAGE_BYTES
+    if at >= end:
+        return end
+    block = (at - PAGE_BYTES) // HUGE_BYTES * HUGE_BYTES
+    if block < start or block + HUGE_BYTES > end:
+        return at
+    if huge is not None and not inside(np.array([block], np.uint64), huge).any():
+        return at
+    return block + HUGE_BYTES
 
 
 def partly_asked(spans: Spans) -> Spans:

@@ -105,6 +105,10 @@ class Effects:
         for the kernel takes the idle memory of whoever is in it."""
         self._kinds: list[SwapKind] = []
         self._at_once, self._zswap = True, False
+        self._zrams: list[str] = []
+        """Where each zram device that is swap tells what it holds."""
+        self._is_told = True
+        """Whether all swap that is RAM tells what it holds."""
         self._looked_s: float | None = None
         self._now_s = 0.0
         self._places: dict[Path | None, _Place] = {}
@@ -134,6 +138,9 @@ class Effects:
             self._kinds, self._zswap = read_swap_kinds(self._host), zswap_is_on(self._host)
             self._at_once = frees_at_once(self._kinds, self._zswap)
             self._cpus = {node: node_cpus(self._host, node) for node in memory_nodes(self._host)}
+            zrams = [kind.device for kind in self._kinds if kind.kind is Swap.ZRAM]
+            self._zrams = [str(self._host.path("sys/block", device, "mm_stat")) for device in zrams]
+            self._is_told = all(kind.kind is not Swap.MEMORY for kind in self._kinds)
         self._stored_before = self._stored()
         if not self._at_once:
             self._place(files)
@@ -263,17 +270,24 @@ class Effects:
 
     def _stored(self) -> int | None:
         """What all pages in swap take in RAM: 0 on a disk."""
+        if not self._is_told:
+            return None
         try:
             total = meminfo(self._host)["Zswap"] if self._zswap else 0
-            for kind in self._kinds:
-                if kind.kind is Swap.ZRAM:
-                    text = self._host.read_text(self._host.path("sys/block", kind.device, "mm_stat"))
-                    total += int(text.split()[1])  # compr_data_size; Documentation/admin-guide/blockdev/zram.rst
-                elif kind.kind is Swap.MEMORY:
-                    return None
-        except (KernelCallError, KeyError, ValueError, IndexError):
+            for path in self._zrams:
+                total += int(_read(path).split()[1])  # compr_data_size; Documentation/admin-guide/blockdev/zram.rst
+        except (KernelCallError, OSError, KeyError, ValueError, IndexError):
             return None
         return total
+
+
+def _read(path: str) -> bytes:
+    """A file of one line. Twice for each batch: a fifth of what `Host.read_text` takes."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
 
 
 def memory_cgroup(host: Host, files: ProcessFiles) -> Path | None:

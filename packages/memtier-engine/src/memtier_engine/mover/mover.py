@@ -54,9 +54,9 @@ SAMPLE_PAGES = 256
 """Of the rest, so many are looked at to be sure of that."""
 BACK_SHARE = 0.25
 """The same if this part of the batch before is back in RAM."""
-GATHER_BYTES, GATHER_S = 4 * MIB, 0.04
-"""Allowance is gathered until it is so much, or for so long: a batch costs 0.2 ms of our own beside the kernel's time,
-which is a tenth on top for 2 MiB to zram and a thirtieth for 8."""
+GATHER_BYTES, GATHER_S = BATCH_BYTES_MAX, 0.08
+"""Allowance is gathered until it is so much, or for so long, if a call for it is short enough: a batch costs 0.1 ms of
+our own beside the kernel's time, several times that where other programs have used the CPU and its caches meanwhile."""
 BREATH_S = 0.005
 """The least pause between two calls."""
 RETRIES_MAX = 5
@@ -147,7 +147,7 @@ class Mover:
             config.bandwidth_mib_per_s,
             least_bytes=PAGE_BYTES,
             now_s=now_s,
-            interval_s=config.interval_ms / 1000,
+            interval_s=max(config.interval_ms / 1000, GATHER_S),
         )
         self.paused = False
         """While it is set nothing is moved and everything stays pending."""
@@ -204,7 +204,7 @@ class Mover:
             config.bandwidth_mib_per_s,
             least_bytes=PAGE_BYTES,
             now_s=now_s,
-            interval_s=config.interval_ms / 1000,
+            interval_s=max(config.interval_ms / 1000, GATHER_S),
         )
 
     def allowed_bytes(self, now_s: float) -> int | None:
@@ -469,6 +469,11 @@ def take_whole(spans: Spans, budget_bytes: int, most: int = IOVECS_MAX) -> tuple
 
 def take(spans: Spans, budget_bytes: int, most: int = IOVECS_MAX) -> tuple[Spans, Spans]:
     """(first part, rest): at least a page, at most `budget_bytes` in at most `most` spans."""
+    cut_at = max(PAGE_BYTES, budget_bytes // PAGE_BYTES * PAGE_BYTES) + int(spans.starts[0]) if len(spans) else 0
+    if len(spans) and cut_at < int(spans.ends[0]):  # as it mostly is: a part of the first one
+        cut = np.array([cut_at], np.uint64)
+        starts = cut if len(spans) == 1 else np.concatenate((cut, spans.starts[1:]))
+        return Spans(spans.starts[:1], cut), Spans(starts, spans.ends)
     lengths = spans.ends - spans.starts
     total = np.cumsum(lengths[:most])
     budget = np.uint64(max(PAGE_BYTES, budget_bytes // PAGE_BYTES * PAGE_BYTES))
