@@ -53,7 +53,7 @@ from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.pages.governor import governed, withheld_bytes
 from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.pages.space import AddressSpace, Probe, Spaces
-from memtier_engine.pages.spaceledger import SwapInsSeen, idle_of
+from memtier_engine.pages.spaceledger import SwapInsSeen, idle_alike
 from memtier_engine.policies.age import AgePolicy
 from memtier_engine.policies.base import Policy
 from memtier_engine.stats.observer import Observer, event_prefix
@@ -481,7 +481,7 @@ class Engine:
             gone = went(outcome.spans, outcome.kept)
             if outcome.moved_bytes:
                 self.guards.stored(outcome.moved_bytes, outcome.stored_bytes, now_s)
-                idle_s = idle_of(own, gone, self.age_clock.idle_s())
+                idle_s = idle_alike(own, gone, self.age_clock.idle_s())
                 self.refaults.paged_out(space.process, gone, outcome.stuck, idle_s, now_s, trial=space.probe.trial)
                 if self._swap_ins is not None:
                     self._swap_ins.paged_out(outcome.process)

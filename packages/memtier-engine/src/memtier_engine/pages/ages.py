@@ -335,7 +335,25 @@ class ProcessPages:
             for first, last in self._index_runs(spans):
                 self.places[first:last] = max(0, node + 1)
 
+    def age_alike(self, spans: Spans) -> int | None:
+        """The age that all pages of `spans` have; None: not all have the same, or not all are mapped."""
+        found: int | None = None
+        pages = 0
+        for first, last in self._index_runs(spans):
+            age = int(self.ages[first])
+            if found not in (None, age) or (self.ages[first:last] != age).any():
+                return None
+            found, pages = age, pages + last - first
+        return found if pages << PAGE_SHIFT == spans.total_bytes else None
+
     def _index_runs(self, spans: Spans) -> Iterator[tuple[int, int]]:
+        if len(spans) == 1 and len(self.spans):  # mostly, and then mostly within one mapping
+            start, end = int(spans.starts[0]), int(spans.ends[0])
+            row = int(np.searchsorted(self.spans.starts, np.uint64(start), side="right")) - 1
+            if row >= 0 and end <= int(self.spans.ends[row]):
+                first = int(self.offsets[row]) + (start - int(self.spans.starts[row]) >> PAGE_SHIFT)
+                yield first, first + (end - start >> PAGE_SHIFT)
+                return
         own = np.concatenate(([0], np.cumsum(spans.pages)))
         for _, target, length in _overlaps(spans, own, self.spans, self.offsets):
             yield target, target + length

@@ -71,15 +71,20 @@ class PageSet:
                 if not add:
                     continue
                 stored = self._blocks[block] = bytearray(_BLOCK_BYTES)
-            bits = np.frombuffer(stored, np.uint8)  # shares the bytearray's memory, which is writable
-            mask = np.zeros(_BLOCK_PAGES, np.bool_)
-            mask[(pages[first:last] & np.uint64(_BLOCK_PAGES - 1)).astype(np.int64)] = True
+            numbers = (pages[first:last] & np.uint64(_BLOCK_PAGES - 1)).astype(np.int64)
+            low, high = int(numbers.min()) >> 3, (int(numbers.max()) >> 3) + 1  # bytes
+            # Shares the bytearray's memory, which is writable.
+            bits = np.frombuffer(stored, np.uint8)[low:high]
+            mask = np.zeros(high - low << 3, np.bool_)
+            mask[numbers - (low << 3)] = True
             packed = np.packbits(mask, bitorder="little")
             np.copyto(bits, bits | packed if add else bits & ~packed)
 
 
 def page_numbers_of(spans: Spans) -> U64:
     """uint64[pages]: the number of every page of `spans`, ascending."""
+    if len(spans) == 1:
+        return np.arange(int(spans.starts[0]) >> PAGE_SHIFT, int(spans.ends[0]) >> PAGE_SHIFT, dtype=np.uint64)
     lengths = spans.pages
     before = np.cumsum(lengths) - lengths
     index = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(before, lengths)

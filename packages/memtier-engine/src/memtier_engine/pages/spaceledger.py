@@ -76,6 +76,14 @@ class _Generation:
     begin_s: float
     parts: dict[tuple[int, bool], _Part] = field(default_factory=dict)  # by doublings of idle time, and `trial`
 
+    def add(self, doubling: int, trial: bool, pages: U64, idle_page_s: float, now_s: float) -> None:
+        """These pages went out at `now_s`; `idle_page_s`: the sum of how long each had been idle."""
+        part = self.parts.setdefault((doubling, trial), _Part(trial))
+        part.pages.add(pages)
+        part.moved += len(pages)
+        part.idle_page_s += idle_page_s
+        part.out_page_s += len(pages) * now_s
+
 
 class SpaceLedger:
     """Keeps account of the decisions about one address space."""
@@ -144,19 +152,17 @@ class SpaceLedger:
             generation = _Generation(now_s)
             self._generations.append(generation)
         pages = page_numbers_of(moved)
-        idle = np.broadcast_to(np.nan_to_num(np.asarray(idle_s, np.float64)), pages.shape)
-        if len(stuck):
-            went = ~within(pages, stuck)
-            pages, idle = pages[went], idle[went]
-        doublings = np.log2(np.maximum(idle, 1.0)).astype(np.int64)
-        for doubling in np.unique(doublings).tolist():
-            of_part = doublings == doubling
-            part = generation.parts.setdefault((doubling, trial), _Part(trial))
-            part.pages.add(pages[of_part])
-            count = int(np.count_nonzero(of_part))
-            part.moved += count
-            part.idle_page_s += float(idle[of_part].sum())
-            part.out_page_s += count * now_s
+        went = ~within(pages, stuck) if len(stuck) else None
+        pages = pages if went is None else pages[went]
+        if np.ndim(idle_s):
+            idle = np.nan_to_num(idle_s if went is None else np.asarray(idle_s)[went])
+            doublings = np.log2(np.maximum(idle, 1.0)).astype(np.int64)
+            for doubling in np.unique(doublings).tolist():
+                of_part = doublings == doubling
+                generation.add(doubling, trial, pages[of_part], float(idle[of_part].sum()), now_s)
+        elif len(pages):
+            same_s = float(np.nan_to_num(idle_s))
+            generation.add(int(np.log2(max(same_s, 1.0))), trial, pages, same_s * len(pages), now_s)
         if self.governor is not None and len(pages) and not trial:
             self.governor.went_out(len(pages), now_s)
 
@@ -320,6 +326,16 @@ def _wanted(pages: U64, regions: U64, other_waits: int) -> Bools:
     if others and other_waits * PAGES_PER_FAULT >= others:
         return np.ones(len(pages), np.bool_)
     return known
+
+
+def idle_alike(own: ProcessPages, spans: Spans, idle_s: F64) -> float | F64:
+    """As `idle_of`; one number where all pages have been idle for as long, as those that go out together mostly have.
+
+    `idle_s`: see `AgeClock.idle_s`.
+    """
+    age = own.age_alike(spans)
+    alike_s = np.nan if age is None or age > AGE_MAX else float(idle_s[age])
+    return alike_s if np.isfinite(alike_s) else idle_of(own, spans, idle_s)
 
 
 def idle_of(own: ProcessPages, spans: Spans, idle_s: F64) -> F64:

@@ -33,6 +33,12 @@ def cut(spans: Spans, most_pages: int = CHUNK_PAGES, most_blocks: int | None = N
     """
     if not len(spans):
         return
+    if len(spans) == 1:  # what the mover asks about: small, and in one piece
+        start, end = int(spans.starts[0]), int(spans.ends[0])
+        blocks_in = (end - 1 >> BLOCK_SHIFT) + 1 - (start >> BLOCK_SHIFT)
+        if start < end <= start + (most_pages << PAGE_SHIFT) and (most_blocks is None or blocks_in <= most_blocks):
+            yield spans
+            return
     offsets = offsets_of(spans)
     blocks = None if most_blocks is None else _Blocks(spans)
     at, total = 0, int(offsets[-1])

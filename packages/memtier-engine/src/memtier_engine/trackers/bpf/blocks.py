@@ -38,21 +38,26 @@ class Layout(NamedTuple):
 
 def laid_out(pieces: Spans) -> Layout:
     """The blocks of `pieces` (at least one), each once however many pieces lie in it."""
+    if len(pieces) == 1:
+        start, end = int(pieces.starts[0]), int(pieces.ends[0])
+        begin = start & -paging.BLOCK_BYTES
+        within = start - begin >> PAGE_SHIFT
+        addresses = np.arange(begin, end, paging.BLOCK_BYTES, dtype=np.uint64)
+        return Layout(pieces, addresses, slice(within, within + (end - start >> PAGE_SHIFT)))
     first = pieces.starts >> _BLOCK_SHIFT
     counts = (((pieces.ends - np.uint64(1)) >> _BLOCK_SHIFT) - first).astype(np.int64) + 1
     before = np.cumsum(counts) - counts
     blocks = np.repeat(first, counts) + (np.arange(int(counts.sum())) - np.repeat(before, counts)).astype(np.uint64)
     fresh = np.concatenate(([True], blocks[1:] != blocks[:-1]))
     rows = np.cumsum(fresh) - 1
-    within = ((pieces.starts & np.uint64(paging.BLOCK_BYTES - 1)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-    places = rows[before] * paging.BLOCK_PAGES + within
+    inside = ((pieces.starts & np.uint64(paging.BLOCK_BYTES - 1)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    places = rows[before] * paging.BLOCK_PAGES + inside
     offsets = offsets_of(pieces)
-    addresses = blocks[fresh] << _BLOCK_SHIFT
     shifts = places - offsets[:-1]
     total = int(offsets[-1])
     if (shifts == shifts[0]).all():
-        return Layout(pieces, addresses, slice(int(places[0]), int(places[0]) + total))
-    return Layout(pieces, addresses, np.repeat(shifts, np.diff(offsets)) + np.arange(total))
+        return Layout(pieces, blocks[fresh] << _BLOCK_SHIFT, slice(int(places[0]), int(places[0]) + total))
+    return Layout(pieces, blocks[fresh] << _BLOCK_SHIFT, np.repeat(shifts, np.diff(offsets)) + np.arange(total))
 
 
 def runs_of(layout: Layout, wanted: Bools, huge: Bools | None = None) -> tuple[Spans, Bools | None]:
