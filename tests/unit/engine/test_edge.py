@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtier_engine.abi import syscalls
@@ -19,7 +19,7 @@ from memtier_engine.model import PAGE_BYTES, U64, Bools, Kept, Spans, Why
 from memtier_engine.mover import backends, edge
 from memtier_engine.mover.backends import BatchResult, ProcessHandle, page_out
 from memtier_engine.mover.edge import GOES, HUGE_BYTES
-from memtier_engine.mover.mover import take_whole
+from memtier_engine.mover.mover import take, take_whole
 from memtier_engine.mover.refusals import KEPT_S, Refusals
 from support.fakes import BASE, PROCESS, pages_of, spans
 
@@ -86,6 +86,22 @@ def test_a_probe_is_cut_to_the_page_unless_there_is_a_huge_page() -> None:
     assert edge.cut_batch(addresses, goes, 64 * PAGE_BYTES, spans((BLOCK, 2 * BLOCK))).pages == 64
 
 
+@given(st.integers(0, 2 * BLOCK), st.integers(1, 4 * BLOCK), st.integers(0, 5 * BLOCK), st.none() | st.integers(0, 5))
+def test_one_run_that_goes_as_a_whole_is_cut_where_its_pages_would_be(
+    first: int, count: int, limit: int, huge_block: int | None
+) -> None:
+    addresses = pages(*range(first, first + count))
+    huge = None if huge_block is None else spans((huge_block * BLOCK, (huge_block + 1) * BLOCK))
+    cut = edge.cut_batch(addresses, np.ones(count, np.bool_), limit * PAGE_BYTES, huge)
+    start, end = int(addresses[0]), int(addresses[-1]) + PAGE_BYTES
+    assert edge.cut_whole(start, end, limit * PAGE_BYTES, huge) == start + cut.pages * PAGE_BYTES
+
+
+@given(st.lists(st.sampled_from([OURS, PM_PRESENT, OURS | PM_FILE, 0, PM_SWAP, OURS | 1 << 55]), min_size=1))
+def test_all_go_if_none_has_a_reason_to_stay(each: list[int]) -> None:
+    assert edge.all_go(words(*each)) == (edge.reasons_before(words(*each)) == GOES).all()
+
+
 def test_what_stays_costs_nothing_of_a_batch() -> None:
     goes = np.zeros(1000, np.bool_)
     goes[900:] = True
@@ -128,6 +144,21 @@ def test_spans_without_others_are_the_pages_that_are_only_in_them(
     left = edge.without(_of_shape(one), _of_shape(other))
     assert _numbers(left) == _numbers(_of_shape(one)) - _numbers(_of_shape(other))
     assert (left.starts < left.ends).all()
+
+
+@given(_SHAPES, st.integers(0, 60), st.integers(1, 12))
+def test_a_task_is_cut_after_so_many_pages_or_spans(shape: list[tuple[int, int]], budget: int, most: int) -> None:
+    whole = _of_shape(shape)
+    first, rest = take(whole, budget * PAGE_BYTES, most)
+    assert sorted(_numbers(first) | _numbers(rest)) == sorted(_numbers(whole))
+    assert not _numbers(first) & _numbers(rest)
+    assert max(_numbers(first), default=-1) < min(_numbers(rest), default=1 << 20)
+    assert (first.starts < first.ends).all()
+    assert (rest.starts < rest.ends).all()
+    assert len(first) <= most
+    if len(rest) and len(first) < most:
+        assert len(_numbers(first)) == max(1, budget)
+    assert len(_numbers(first)) <= max(1, budget)
 
 
 @given(_SHAPES, st.integers(1, 20))
@@ -261,6 +292,45 @@ def test_what_was_touched_since_the_decision_stays(kernel: Kernel) -> None:
     assert kept(result) == {Why.TOUCHED: [(0, 4)]}
     assert kernel.out == {4, 5, 6, 7}
     assert (result.tried_bytes, result.touched_share) == (8 * PAGE_BYTES, 0.5)
+
+
+@settings(deadline=None)
+@given(
+    stays=st.sets(st.integers(0, 29)),
+    locked=st.sets(st.integers(0, 2)),
+    touched=st.none() | st.sets(st.integers(0, 29)),
+    limit=st.none() | st.integers(1, 40),
+    shape=st.sampled_from([[(0, 30)], [(3, 27)], [(0, 10), (10, 20)], [(1, 4), (8, 30)]]),
+)
+def test_whatever_stays_the_rest_goes(
+    stays: set[int], locked: set[int], touched: set[int] | None, limit: int | None, shape: list[tuple[int, int]]
+) -> None:
+    """One run that goes as a whole is handled apart from all others: the outcome is that of each page by itself."""
+    kernel = Kernel(mappings=[(0, 10), (10, 20), (20, 30)], locked=locked)
+    kernel.out = set(stays)
+
+    def look(process: object, where: Spans) -> Bools | None:
+        return None if touched is None else np.isin(sorted(_numbers(where)), sorted(touched))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(syscalls, "process_madvise", kernel.advise)
+        limit_bytes = None if limit is None else limit * PAGE_BYTES
+        result = page_out(kernel.handle(), spans(*shape), look=look, limit_bytes=limit_bytes)
+    asked = sorted(_numbers(spans(*shape)))
+    can = [page for page in asked if page not in stays]
+    if limit is not None and limit < len(can):
+        asked = asked[: asked.index(can[limit - 1]) + 1]
+    in_use = set() if touched is None else touched & set(asked) - stays
+    wanted = set(asked) - stays - in_use
+    held = {page for page in wanted if page // 10 in locked}
+    assert kernel.out - stays == wanted - held
+    assert (result.moved_bytes, result.asked_bytes) == (len(wanted - held) * PAGE_BYTES, len(wanted) * PAGE_BYTES)
+    assert result.tried_bytes == (None if limit is None else len(asked) * PAGE_BYTES)
+    found = {each.why: _numbers(each.spans) for each in result.kept}
+    expected = {Why.TOUCHED: in_use, Why.LOCKED: held, Why.ABSENT: stays & set(asked)}
+    assert found == {why: numbers for why, numbers in expected.items() if numbers}
+    assert _numbers(result.stuck) == in_use | held
+    assert result.looked == (touched is not None and len(set(asked) - stays) > 0)
 
 
 def test_words_of_many_spans_are_read_in_few_calls() -> None:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
-from memtier_engine.pages.ages import PAGED_OUT, AgeClock, ProcessPages
+from memtier_engine.pages.ages import NOT_RESIDENT, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.pages.gaps import BIN_S
 from memtier_engine.pages.pageset import PageSet, common, page_numbers_of, within
 from memtier_engine.pages.refaults import RefaultLedger
-from memtier_engine.pages.spaceledger import SwapInsSeen, idle_of
+from memtier_engine.pages.spaceledger import SwapInsSeen, idle_alike, idle_of
 from support.fakes import BASE, PROCESS, chunk, pages_of, spans
 
 FIRST_PAGE = BASE // PAGE_BYTES
@@ -355,6 +355,35 @@ def test_how_long_the_pages_of_a_batch_were_idle_comes_from_their_ages() -> None
     found = idle_of(scene.own, spans((0, 4), (99, 101)), scene.clock.idle_s())
     assert found[[0, 1, 3]].tolist() == [50, 20, 40]
     assert np.isnan(found).tolist() == [False, False, True, False, False, True]
+
+
+@given(
+    ages=st.lists(st.sampled_from([2, 5, PAGED_OUT, NOT_RESIDENT]), min_size=6, max_size=6) | st.just([5] * 6),
+    shape=st.sampled_from([[(0, 6)], [(2, 4)], [(0, 2), (3, 6)], [(4, 102)], [(200, 202)]]),
+)
+def test_pages_that_were_idle_alike_are_one_number(ages: list[int], shape: list[tuple[int, int]]) -> None:
+    scene = Scene()
+    for _ in range(6):
+        scene.scan()
+    scene.own.ages[:6] = ages
+    found = idle_alike(scene.own, spans(*shape), scene.clock.idle_s())
+    each = idle_of(scene.own, spans(*shape), scene.clock.idle_s())
+    assert np.array_equal(np.broadcast_to(found, each.shape), each, equal_nan=True)
+    assert (np.ndim(found) == 0) == (not np.isnan(each).any() and len(set(each.tolist())) == 1)
+
+
+def test_it_does_not_matter_whether_idle_times_are_given_for_each_page_or_for_all() -> None:
+    ledgers = [Scene(gaps=True), Scene(gaps=True)]
+    for scene, idle_s in zip(ledgers, (30.0, np.full(20, 30.0)), strict=True):
+        scene.scan()
+        scene.own.set_age(spans((0, 20)), PAGED_OUT)
+        scene.ledger.paged_out(PROCESS, spans((0, 20)), spans((5, 8)), idle_s, scene.now_s)
+        scene.out = set(range(20))
+        scene.come_back(*range(10))
+        scene.scan()
+    assert ledgers[0].gap_counts() == ledgers[1].gap_counts()
+    assert ledgers[0].ledger.stats(20.0) == ledgers[1].ledger.stats(20.0)
+    assert ledgers[0].ledger.stats(20.0).early_bytes == pages(7)
 
 
 def test_a_trial_that_comes_back_is_no_wrong_decision() -> None:
