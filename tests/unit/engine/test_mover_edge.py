@@ -116,6 +116,40 @@ def test_the_rate_holds_with_batches_of_2_mib_and_more(kernel: Kernel, host: Hos
     assert all((end - first) % (HUGE_BYTES // PAGE_BYTES) == 0 for call in kernel.calls for first, end in call)
 
 
+@pytest.mark.parametrize(
+    ("mib_per_s", "reached"), [(10, 10), (50, 50), (200, 200), (500, 500), (800, 800), (1000, 900)]
+)
+def test_the_rate_holds_where_calls_take_their_time_too(
+    kernel: Kernel, host: Host, mib_per_s: int, reached: int
+) -> None:
+    """The kernel takes a second for 930 MiB: a pause as long as the call would halve what can be reached."""
+    kernel.words = np.full(4096 * MIB_PAGES, OURS, np.uint64)
+    moving = mover(kernel, host, mib_per_s)
+    now_s, total = 0.0, 0
+    while now_s < 10.0:
+        if not moving.has_work:
+            kernel.words[:] = OURS
+            moving.add(task(0, 4096, reason=BY_HAND))
+        done = moved(moving.pump(now_s))
+        total += done
+        now_s += done / (930 * MIB) + (moving.wait_s() or 0.0)
+    assert 0.95 <= total / (10 * reached * MIB) <= 1.05
+
+
+def test_what_was_busy_is_not_asked_for_again_at_once(
+    kernel: Kernel, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def later(*arguments: object) -> int:
+        raise KernelCallError.from_errno("process_madvise", errno.EAGAIN)
+
+    monkeypatch.setattr(syscalls, "process_madvise", later)
+    moving = mover(kernel, host, 1000)
+    moving.add(task(0, 1))
+    moving.pump(10.0)
+    assert moving.has_work
+    assert (moving.wait_s() or 0.0) >= 0.005
+
+
 def test_what_cannot_go_costs_no_pump_of_its_own(kernel: Kernel, host: Host) -> None:
     """256 MiB in front, found by ever larger looks; the words of all 320 MiB are read a few times at most."""
     kernel.words[: 256 * MIB_PAGES] = PM_PRESENT

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
 from memtier_engine.pages.ages import NOT_RESIDENT, PAGED_OUT, AgeClock, ProcessPages
@@ -374,7 +375,8 @@ def test_pages_that_were_idle_alike_are_one_number(ages: list[int], shape: list[
 
 def test_it_does_not_matter_whether_idle_times_are_given_for_each_page_or_for_all() -> None:
     ledgers = [Scene(gaps=True), Scene(gaps=True)]
-    for scene, idle_s in zip(ledgers, (30.0, np.full(20, 30.0)), strict=True):
+    given_s: list[float | NDArray[np.float64]] = [30.0, np.full(20, 30.0)]
+    for scene, idle_s in zip(ledgers, given_s, strict=True):
         scene.scan()
         scene.own.set_age(spans((0, 20)), PAGED_OUT)
         scene.ledger.paged_out(PROCESS, spans((0, 20)), spans((5, 8)), idle_s, scene.now_s)

@@ -59,6 +59,9 @@ GATHER_BYTES, GATHER_S = BATCH_BYTES_MAX, 0.08
 our own beside the kernel's time, several times that where other programs have used the CPU and its caches meanwhile."""
 BREATH_S = 0.005
 """The least pause between two calls."""
+BEHIND_S = 0.0002
+"""The same where as much is allowed as a call may move, and the last one moved as much: it took longer than its share
+of time. What else wants the target's mmap lock has queued up and gets it before the next call."""
 RETRIES_MAX = 5
 BY_HAND = "by hand"
 """Reason of a task that a person asked for: no later decision makes it stale."""
@@ -158,6 +161,8 @@ class Mover:
         self.effects = Effects(host)
         """What paging out brought."""
         self._batch_bytes = 2 * MIB
+        self._pumped_bytes = 0
+        """What the last pump moved."""
 
     @property
     def pending_bytes(self) -> int:
@@ -243,6 +248,7 @@ class Mover:
 
     def _pump(self, now_s: float, limit_bytes: int | None) -> list[MoveOutcome]:
         """`limit_bytes`: what somebody else allows; None: no limit of that kind."""
+        self._pumped_bytes = 0
         if not self._queue or self.paused:
             return []
         allowed = self._bucket.available_bytes(now_s)
@@ -256,6 +262,7 @@ class Mover:
             outcome = self._batch(self._queue.popleft(), budget, later, now_s)
             outcomes.append(outcome)
             budget -= outcome.moved_bytes
+            self._pumped_bytes += outcome.moved_bytes
             if time.monotonic() >= end_s:
                 break
         self._queue.extend(later)
@@ -406,10 +413,12 @@ class Mover:
         if rate is None:
             return interval_s
         share = max(PAGE_BYTES, int(rate * interval_s), int(min(GATHER_BYTES, rate * GATHER_S)))
-        if share <= self._batch_bytes:
-            return max(interval_s, self._bucket.wait_s(share))
+        batch = min(share, self._batch_bytes)
+        due_s = self._bucket.wait_s(batch)
+        if not due_s and self._pumped_bytes >= batch // 2:
+            return BEHIND_S
         # A long interval's share is more than one short call may move: it takes several.
-        return max(BREATH_S, self._bucket.wait_s(self._batch_bytes))
+        return max(interval_s if batch == share else BREATH_S, due_s)
 
     def budget_bytes(self, seconds: float) -> int | None:
         """The most that can be moved in `seconds`; None: no limit."""
