@@ -68,7 +68,10 @@ class Spans:
     @staticmethod
     def empty() -> Spans:
         """No span."""
-        return Spans(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+        return _NO_SPAN
+
+
+_NO_SPAN = Spans(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
 
 
 @dataclass(frozen=True, slots=True)

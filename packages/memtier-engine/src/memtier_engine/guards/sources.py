@@ -12,6 +12,8 @@ SHORT_S = 10.0
 AVAILABLE_LEAST = 0.05
 """Of MemTotal: less available is a shortage, whether or not somebody reclaims at this moment."""
 _DIRECT = ("pgscan_direct", "pgsteal_direct")
+DIRECT = ("allocstall", *_DIRECT)
+"""How the names of the counters begin that tell of it."""
 
 
 class ShortageMeter:

@@ -141,8 +141,12 @@ def cut_whole(start: int, end: int, limit_bytes: int, huge: Spans | None = None)
 def partly_asked(spans: Spans) -> Spans:
     """The blocks of 2 MiB, as spans, that `spans` covers in part."""
     block = np.uint64(HUGE_BYTES)
-    ends = np.concatenate((spans.starts[spans.starts % block != 0], spans.ends[spans.ends % block != 0]))
-    blocks = np.unique(ends // block * block)
+    ends = np.concatenate((spans.starts, spans.ends))
+    ends = ends[ends % block != 0]
+    if not len(ends):
+        return Spans.empty()
+    blocks = np.sort(ends // block * block)
+    blocks = blocks[np.concatenate(([True], blocks[1:] != blocks[:-1]))]
     return Spans(blocks, blocks + block)
 
 

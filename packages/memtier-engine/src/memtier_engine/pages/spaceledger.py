@@ -5,6 +5,7 @@ Pages are remembered as compressed bitmaps (`PageSet`), one per slice of time an
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -154,15 +155,15 @@ class SpaceLedger:
         pages = page_numbers_of(moved)
         went = ~within(pages, stuck) if len(stuck) else None
         pages = pages if went is None else pages[went]
-        if np.ndim(idle_s):
-            idle = np.nan_to_num(idle_s if went is None else np.asarray(idle_s)[went])
+        if isinstance(idle_s, np.ndarray):
+            idle = np.nan_to_num(idle_s if went is None else idle_s[went])
             doublings = np.log2(np.maximum(idle, 1.0)).astype(np.int64)
             for doubling in np.unique(doublings).tolist():
                 of_part = doublings == doubling
                 generation.add(doubling, trial, pages[of_part], float(idle[of_part].sum()), now_s)
         elif len(pages):
-            same_s = float(np.nan_to_num(idle_s))
-            generation.add(int(np.log2(max(same_s, 1.0))), trial, pages, same_s * len(pages), now_s)
+            same_s = 0.0 if math.isnan(idle_s) else float(idle_s)
+            generation.add(int(math.log2(max(same_s, 1.0))), trial, pages, same_s * len(pages), now_s)
         if self.governor is not None and len(pages) and not trial:
             self.governor.went_out(len(pages), now_s)
 
