@@ -61,6 +61,12 @@ def test_a_chunk_ends_between_blocks_where_it_can() -> None:
     assert [last for pieces in found for _, last in pieces] == [1024, 1536, 2048, 2560, 3072, 3584, 4096, 5000]
 
 
+def test_one_small_span_is_cut_too_where_it_lies_in_more_blocks_than_are_allowed() -> None:
+    assert [pages_of(pieces) for pieces in cut(spans((500, 1500)), 1000, 3)] == [[(500, 1500)]]
+    found = [pages_of(pieces) for pieces in cut(spans((500, 1500)), 1000, 2)]
+    assert found == [[(500, 1024)], [(1024, 1500)]]
+
+
 def test_a_hundred_thousand_spans_are_cut_in_steps_that_do_not_grow_with_their_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
