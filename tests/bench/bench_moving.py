@@ -89,7 +89,12 @@ class Spent:
     split_bytes: int = 0
     """In RAM, and not part of a huge page."""
     scans_s: float = 0.0
-    """Of `cpu_s`, in scans and decisions, and in setting up."""
+    """Of `cpu_s`, in scans and decisions, and in what is set up once: programs loaded, files opened."""
+
+    def done(self, began_s: float) -> None:
+        """Take the times of this thread, in which nothing else was done."""
+        self.elapsed_s, self.cpu_s = time.monotonic() - began_s, time.thread_time()
+        self.user_s = resource.getrusage(resource.RUSAGE_THREAD).ru_utime
 
     def per_gib(self, seconds: float) -> float:
         return seconds * GIB / max(1, self.out_bytes)
@@ -135,10 +140,7 @@ def measured(work: Callable[[Spent], None], pid: int, spans: Spans) -> Spent:
 
     def thread() -> None:
         try:
-            began_s = time.monotonic()
             work(spent)
-            spent.elapsed_s, spent.cpu_s = time.monotonic() - began_s, time.thread_time()
-            spent.user_s = resource.getrusage(resource.RUSAGE_THREAD).ru_utime
         except BaseException as failure:  # shown where it was asked for
             failures.append(failure)
 
@@ -167,6 +169,7 @@ def by_mover(size: int, pages: str, mib_per_s: float | None, most_s: float = 60.
             while moved < 0.9 * size and (now_s := time.monotonic()) < began_s + most_s:
                 moved += sum(outcome.moved_bytes for outcome in mover.pump(now_s))
                 time.sleep(mover.wait_s() or 0.0)
+            spent.done(began_s)
             mover.close()
 
         return measured(work, pid, spans)
@@ -185,15 +188,18 @@ def by_engine(size: int, pages: str, mib_per_s: float | None, most_s: float = 60
         def work(spent: Spent) -> None:
             engine = Engine(PidsTarget(Host(), [pid]), swap_config(config, 1.0))
             spent.scans_s = time.thread_time()
-            began_s, moved = time.monotonic(), 0
+            began_s, moved, first = time.monotonic(), 0, True
             try:
                 while moved < 0.9 * size and (now_s := time.monotonic()) < began_s + most_s:
-                    began_cpu_s = time.thread_time()
+                    began_cpu_s, began_call_s = time.thread_time(), spent.call_s
                     report, due_s = engine.advance(now_s)
                     if report is not None:
                         moved = report.moved_bytes_total
-                        spent.scans_s += time.thread_time() - began_cpu_s
+                    if report is not None or first:
+                        spent.scans_s += time.thread_time() - began_cpu_s - (spent.call_s - began_call_s)
+                    first = first and not spent.calls
                     time.sleep(max(0.0, due_s - time.monotonic()))
+                spent.done(began_s)
             finally:
                 engine.close()
 

@@ -35,6 +35,28 @@ class PageSet:
         """Put in page numbers uint64[n] (address / page size), ascending."""
         self._change(pages, add=True)
 
+    def add_runs(self, spans: Spans) -> None:
+        """Put in all pages of `spans`: byte by byte where they are many, without an array of their numbers."""
+        assert not self.sealed
+        for start, end in zip(spans.starts.tolist(), spans.ends.tolist(), strict=True):
+            first, end = start >> PAGE_SHIFT, end >> PAGE_SHIFT
+            while first < end:
+                block = first >> _BLOCK_SHIFT
+                stop = min(end, (block + 1) << _BLOCK_SHIFT)
+                stored = self._blocks.get(block)
+                if stored is None:
+                    stored = self._blocks[block] = bytearray(_BLOCK_BYTES)
+                assert isinstance(stored, bytearray)
+                low, high = first & (_BLOCK_PAGES - 1), (stop - 1) & (_BLOCK_PAGES - 1)
+                from_low, to_high = 0xFF << (low & 7) & 0xFF, 0xFF >> (7 - (high & 7))
+                if low >> 3 == high >> 3:
+                    stored[low >> 3] |= from_low & to_high
+                else:
+                    stored[low >> 3] |= from_low
+                    stored[high >> 3] |= to_high
+                    stored[(low >> 3) + 1 : high >> 3] = b"\xff" * ((high >> 3) - (low >> 3) - 1)
+                first = stop
+
     def remove(self, pages: U64) -> None:
         """Take out page numbers uint64[n], ascending."""
         self._change(pages, add=False)

@@ -28,6 +28,8 @@ REGION_SHIFT = 21
 PAGES_PER_FAULT = 16
 """That a fault of a system call is taken to bring in: of a swap device 8 are read ahead (vm.page-cluster), and 64 KiB
 are the folios that machines with mTHP use most. Source: mm/swap_state.c; mm/memory.c, alloc_swap_folio()."""
+_FEW_RUNS = 16
+"""So many are put into a set one by one; of more, the array of all their pages costs less."""
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -65,6 +67,12 @@ class _Part:
     def out_s(self) -> float:
         return self.out_page_s / self.moved if self.moved > 0 else 0.0
 
+    def went_out(self, pages: int, idle_page_s: float, now_s: float) -> None:
+        """So many more, at `now_s`; `idle_page_s`: the sum of how long each had been idle."""
+        self.moved += pages
+        self.idle_page_s += idle_page_s
+        self.out_page_s += pages * now_s
+
     def withdraw(self, pages: int) -> None:
         """So many of it count as if they had not gone out."""
         self.idle_page_s -= pages * self.idle_s
@@ -77,13 +85,9 @@ class _Generation:
     begin_s: float
     parts: dict[tuple[int, bool], _Part] = field(default_factory=dict)  # by doublings of idle time, and `trial`
 
-    def add(self, doubling: int, trial: bool, pages: U64, idle_page_s: float, now_s: float) -> None:
-        """These pages went out at `now_s`; `idle_page_s`: the sum of how long each had been idle."""
-        part = self.parts.setdefault((doubling, trial), _Part(trial))
-        part.pages.add(pages)
-        part.moved += len(pages)
-        part.idle_page_s += idle_page_s
-        part.out_page_s += len(pages) * now_s
+    def part(self, doubling: int, trial: bool) -> _Part:
+        """The one for what was idle for so long, made if need be."""
+        return self.parts.setdefault((doubling, trial), _Part(trial))
 
 
 class SpaceLedger:
@@ -152,20 +156,27 @@ class SpaceLedger:
                     part.pages.seal()
             generation = _Generation(now_s)
             self._generations.append(generation)
-        pages = page_numbers_of(moved)
-        went = ~within(pages, stuck) if len(stuck) else None
-        pages = pages if went is None else pages[went]
-        if isinstance(idle_s, np.ndarray):
-            idle = np.nan_to_num(idle_s if went is None else idle_s[went])
+        if not isinstance(idle_s, np.ndarray) and not len(stuck) and len(moved) <= _FEW_RUNS:
+            count = moved.total_bytes >> PAGE_SHIFT
+            same_s = 0.0 if math.isnan(idle_s) else float(idle_s)
+            part = generation.part(int(math.log2(max(same_s, 1.0))), trial)
+            part.pages.add_runs(moved)
+            part.went_out(count, same_s * count, now_s)
+        else:
+            pages = page_numbers_of(moved)
+            idle = np.broadcast_to(np.nan_to_num(np.asarray(idle_s, np.float64)), pages.shape)
+            if len(stuck):
+                went = ~within(pages, stuck)
+                pages, idle = pages[went], idle[went]
+            count = len(pages)
             doublings = np.log2(np.maximum(idle, 1.0)).astype(np.int64)
             for doubling in np.unique(doublings).tolist():
                 of_part = doublings == doubling
-                generation.add(doubling, trial, pages[of_part], float(idle[of_part].sum()), now_s)
-        elif len(pages):
-            same_s = 0.0 if math.isnan(idle_s) else float(idle_s)
-            generation.add(int(math.log2(max(same_s, 1.0))), trial, pages, same_s * len(pages), now_s)
-        if self.governor is not None and len(pages) and not trial:
-            self.governor.went_out(len(pages), now_s)
+                part = generation.part(doubling, trial)
+                part.pages.add(pages[of_part])
+                part.went_out(int(np.count_nonzero(of_part)), float(idle[of_part].sum()), now_s)
+        if self.governor is not None and count and not trial:
+            self.governor.went_out(count, now_s)
 
     def remapped(self, own: ProcessPages, spans: Spans) -> None:
         """The process's mappings will be `spans`: what is not in them any more was freed, by munmap(2) or execve(2)."""
