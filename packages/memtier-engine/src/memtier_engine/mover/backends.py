@@ -269,7 +269,7 @@ def _advise(handle: ProcessHandle, spans: Spans, refusals: Refusals) -> bool:
             else:
                 raise
             continue
-        if done <= 0 or len(starts) == 1 and done >= int(ends[0]) - int(starts[0]):
+        if done <= 0 or (len(starts) == 1 and done >= int(ends[0]) - int(starts[0])):
             return True
         starts, ends = _without_first(starts, ends, done)
     return True
