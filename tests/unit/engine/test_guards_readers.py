@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from memtier_engine.guards.base import GuardState, Thresholds
+from memtier_engine.guards.base import GuardState, Reading, Thresholds
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.guardset import Context, GuardSet, Verdict, first_bytes
 from memtier_engine.guards.processes import FactsReader
@@ -241,6 +242,33 @@ def test_what_others_stored_does_not_stop_an_engine_whose_own_memory_compresses(
     verdict = bad.check(21)
     assert closed(verdict) == ["compression"]
     assert "its own pages" in verdict.reasons[0]
+
+
+def test_guards_decide_anew_as_soon_as_something_could_close_one(
+    machine: HostFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two batches nothing mostly does; how well they compress changes each time, and says nothing while good."""
+    machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1 << 20, 10)))
+    machine.write("sys/block/zram0/mm_stat", RANDOM)
+    guard_set = guards(machine)
+    decided: list[float] = []
+    update = guard_set.guards[0].update
+
+    def counting(readings: Mapping[str, Reading], now_s: float) -> GuardState:
+        decided.append(now_s)
+        return update(readings, now_s)
+
+    monkeypatch.setattr(guard_set.guards[0], "update", counting)
+    guard_set.stored(64 * MIB, 20 * MIB, 0)
+    assert closed(guard_set.check(0)) == []
+    for now_s in (0.1, 0.2, 0.3):
+        guard_set.stored(MIB, MIB, now_s)
+        assert closed(guard_set.check(now_s)) == []
+    assert decided == [0], "nothing to decide"
+    guard_set.stored(400 * MIB, 400 * MIB, 0.4)
+    assert closed(guard_set.check(0.4)) == ["compression"]
+    assert closed(guard_set.check(0.5)) == ["compression"]
+    assert decided == [0, 0.4, 0.5], "while one is closed, time alone may open it"
 
 
 def test_memory_that_does_not_compress_is_tried_again_ever_more_rarely(machine: HostFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from memtier_engine.guards.base import (
 from memtier_engine.guards.config import GuardsConfig
 from memtier_engine.guards.meters import StoredMeter, WindowMeter
 from memtier_engine.guards.processes import FactsReader
-from memtier_engine.guards.readers import IN_RAM, NO_SWAP, CgroupReader, NodeReader
+from memtier_engine.guards.readers import IN_RAM, NO_SWAP, READ_EVERY_S, CgroupReader, NodeReader
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveTask, ProcessId, Spans
 
@@ -118,6 +119,9 @@ class GuardSet:
         """The last one."""
         self._context = Context()
         self._checked_s: float | None = None
+        self._judged: Mapping[str, Reading] = {}
+        self._judged_s = -math.inf
+        """By what the guards last decided, and when."""
         self._of_node: frozenset[str] = frozenset()
         """Guards that all engines of the node find alike."""
 
@@ -142,6 +146,9 @@ class GuardSet:
             recent = self._refaults.add(context.refault_bytes_total, now_s)
             readings["refaults"] = Reading(100 * recent / max(context.resident_bytes, WORKING_SET_LEAST_BYTES))
         readings["compression"] = self._compression(readings["compression"], now_s)
+        if self._stands(readings, now_s):
+            return self.verdict
+        self._judged, self._judged_s = readings, now_s
         states = tuple(guard.update(readings, now_s) for guard in self.guards)
         headroom = readings["protection"].value if self.config.protection else None
         verdict = Verdict(
@@ -153,6 +160,18 @@ class GuardSet:
         self._tell(verdict)
         self.verdict = verdict
         return verdict
+
+    def _stands(self, readings: Mapping[str, Reading], now_s: float) -> bool:
+        """Whether the last verdict does: all was open a moment ago, and nothing has changed that could close a guard.
+
+        How well our own pages compress changes with each batch; as long as it is well enough, that is no change.
+        """
+        if not 0 <= now_s - self._judged_s < READ_EVERY_S or not all(state.open for state in self.verdict.states):
+            return False
+        limits, ratio = self.config.compression, readings["compression"].value
+        fine = ratio is not None and limits is not None and not limits.closes(ratio)
+        judged = {**self._judged, "compression": readings["compression"]} if fine else self._judged
+        return judged == readings
 
     def admit(self, tasks: Sequence[MoveTask], verdict: Verdict, now_s: float) -> list[MoveTask]:
         """What remains of `tasks`: without what is stopped now, and without what no process may lose."""
