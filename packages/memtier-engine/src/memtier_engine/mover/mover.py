@@ -59,9 +59,9 @@ GATHER_BYTES, GATHER_S = BATCH_BYTES_MAX, 0.08
 our own beside the kernel's time, several times that where other programs have used the CPU and its caches meanwhile."""
 BREATH_S = 0.005
 """The least pause between two calls."""
-BEHIND_S = 0.0002
+BEHIND_S = 0.00005
 """The same where as much is allowed as a call may move, and the last one moved as much: it took longer than its share
-of time. What else wants the target's mmap lock has queued up and gets it before the next call."""
+of time. Who else wants the target's mmap lock has queued up and gets it before the next call."""
 RETRIES_MAX = 5
 BY_HAND = "by hand"
 """Reason of a task that a person asked for: no later decision makes it stale."""
