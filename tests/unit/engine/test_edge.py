@@ -57,6 +57,28 @@ def test_after_the_call_a_page_is_out_or_there_is_a_reason() -> None:
     assert found.tolist() == [GOES, Why.BUSY, Why.LOCKED, Why.SHARED, Why.ABSENT, GOES]
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 900)), max_size=5),
+    st.lists(st.integers(0, 8), unique=True),
+)
+def test_pieces_are_the_same_pages_and_huge_ones_stay_whole(runs: list[tuple[int, int]], huge: list[int]) -> None:
+    at, wanted = 0, []
+    for size, gap in runs:
+        wanted.append((at, at + size))
+        at += size + gap + 1
+    blocks = sorted(huge)
+    found = edge.in_pieces(spans(*wanted), 64 * PAGE_BYTES, spans(*((BLOCK * n, BLOCK * (n + 1)) for n in blocks)))
+    pieces = pages_of(found)
+    assert [page for first, end in pieces for page in range(first, end)] == [
+        page for first, end in wanted for page in range(first, end)
+    ]
+    for first, end in pieces:
+        assert first // 64 == (end - 1) // 64 or (first // BLOCK == (end - 1) // BLOCK and first // BLOCK in blocks)
+    for block in blocks:  # nothing is cut within it, but where the spans are
+        inner = [first for first, _ in pieces if BLOCK * block < first < BLOCK * (block + 1)]
+        assert set(inner) <= {first for first, _ in wanted}
+
+
 @pytest.mark.parametrize("kind", range(23, 32))
 def test_a_page_under_migration_or_a_guard_page_is_not_in_swap(kind: int) -> None:
     assert not edge.is_out(words(PM_SWAP | kind | 5 << 5)).any()

@@ -316,3 +316,18 @@ def test_where_swap_has_no_room_that_is_the_reason_and_nothing_more_is_asked_for
     assert [[kept.why for kept in outcome.kept] for outcome in outcomes] == [[Why.NO_ROOM]]
     assert moved(outcomes) == 0
     assert not moving.has_work
+
+
+@pytest.mark.parametrize(
+    ("area", "most"), [("/swapfile\tfile\t1048576\t0\t-2\n", 64), ("/dev/zram0\tpartition\t1048576\t0\t-2\n", 1024)]
+)
+def test_to_a_disk_it_goes_in_small_pieces(kernel: Kernel, host: Host, area: str, most: int) -> None:
+    """What the kernel has written before it puts a piece back is where its own reclaim looks last."""
+    host.path("proc/meminfo").write_text("SwapCached: 0 kB\n")
+    host.path("proc/swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n" + area)
+    moving = mover(kernel, host)
+    moving.add(task(0, 4))
+    moving.pump(0.0)
+    assert max(end - first for call in kernel.calls for first, end in call) <= most
+    assert kernel.out_bytes >= 2 * MIB
+    assert len(kernel.calls) == 1, "in one call all the same"

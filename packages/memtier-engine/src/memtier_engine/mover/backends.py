@@ -25,6 +25,11 @@ IOVECS_MAX = 1024
 INTERRUPTED_MAX = 8
 CALLS_MAX = 8
 """Of move_pages for one batch: each goes on behind what held up the one before."""
+PIECE_BYTES = 64 * PAGE_BYTES
+"""What the kernel isolates at once (up to a page table, 2 MiB) it puts back at once, when all of it is on its way to
+the device (mm/madvise.c, reclaim_pages()). A page that is written by then is not on a list when folio_end_writeback()
+wants it at the end of one, and lands at the head: reclaim takes all others of the cgroup first. On 6.12 without MGLRU
+and with a fast disk, asking for 2000 such pages took 8000 of others; paged out in pieces of 256 KiB, none."""
 _BUSY = (-errno.EAGAIN, -errno.EBUSY)
 _MERGE_GAP_BYTES = 64 * PAGE_BYTES
 """Spans so close together are read in one call: half a KiB of words costs less than a call."""
@@ -74,6 +79,7 @@ def page_out(
     look: Look | None = None,
     keep_huge: bool = False,
     probe: bool = False,
+    piecewise: bool = False,
 ) -> BatchResult:
     """MADV_PAGEOUT on those pages of `spans` that can go; what left is counted in pagemap afterwards.
 
@@ -88,6 +94,7 @@ def page_out(
         look: asked last what was touched since the decision; such pages stay.
         keep_huge: leave huge pages alone that `spans` covers in part, instead of having them split.
         probe: not a page above the limit, but for huge pages.
+        piecewise: in pieces of `PIECE_BYTES`, huge pages whole: for swap that takes its time to write.
     Raises:
         ProcessGone: it exited.
         KernelCallError: EPERM and whatever else no retry can mend.
@@ -113,9 +120,12 @@ def page_out(
     done = True
     result.asked_bytes = going.total_bytes
     if len(going):
+        asked = going
+        if piecewise:
+            asked = edge.in_pieces(going, PIECE_BYTES, runs_of(handle.pagemap, going, PAGE_IS_HUGE))
         began_s = time.monotonic()
         try:
-            done = _advise(handle, going, refusals)
+            done = _advise(handle, asked, refusals)
         except ProcessGone:
             if handle.why_not_by_pidfd() is None:
                 raise

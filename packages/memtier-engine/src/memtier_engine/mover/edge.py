@@ -159,6 +159,19 @@ def inside(addresses: U64, spans: Spans) -> Bools:
     return found
 
 
+def in_pieces(spans: Spans, piece_bytes: int, whole: Spans) -> Spans:
+    """`spans`, cut at each multiple of `piece_bytes` that is not within `whole`."""
+    firsts = spans.starts // np.uint64(piece_bytes)
+    counts = ((spans.ends - np.uint64(1)) // np.uint64(piece_bytes) - firsts).astype(np.int64)
+    before = np.cumsum(counts) - counts
+    index = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(before, counts)
+    borders = (np.repeat(firsts, counts) + index.astype(np.uint64) + np.uint64(1)) * np.uint64(piece_bytes)
+    if len(whole):
+        at = np.maximum(np.searchsorted(whole.starts, borders, side="right") - 1, 0)
+        borders = borders[(borders <= whole.starts[at]) | (borders >= whole.ends[at])]
+    return Spans(*cut_at(spans.starts, spans.ends, borders))
+
+
 def cut_at(starts: U64, ends: U64, borders: U64) -> tuple[U64, U64]:
     """The spans, cut in two wherever one of `borders` lies inside one of them."""
     borders = np.unique(borders)

@@ -104,7 +104,9 @@ class Effects:
         """Whether all these processes, those of a cgroup, are the engine's: only then the cgroup is asked to reclaim,
         for the kernel takes the idle memory of whoever is in it."""
         self._kinds: list[SwapKind] = []
-        self._at_once, self._zswap = True, False
+        self._zswap = False
+        self.at_once = True
+        """Whether what goes out is free at once, as with zram; as of the last `begin`."""
         self._zrams: list[str] = []
         """Where each zram device that is swap tells what it holds."""
         self._is_told = True
@@ -136,20 +138,20 @@ class Effects:
         if self._looked_s is None or not 0 <= now_s - self._looked_s < LOOK_S:
             self._looked_s = now_s
             self._kinds, self._zswap = read_swap_kinds(self._host), zswap_is_on(self._host)
-            self._at_once = frees_at_once(self._kinds, self._zswap)
+            self.at_once = frees_at_once(self._kinds, self._zswap)
             self._cpus = {node: node_cpus(self._host, node) for node in memory_nodes(self._host)}
             zrams = [kind.device for kind in self._kinds if kind.kind is Swap.ZRAM]
             self._zrams = [str(self._host.path("sys/block", device, "mm_stat")) for device in zrams]
             self._is_told = all(kind.kind is not Swap.MEMORY for kind in self._kinds)
         self._stored_before = self._stored()
-        if not self._at_once:
+        if not self.at_once:
             self._place(files)
 
     def end(self, files: ProcessFiles, moved_bytes: int) -> Effect:
         """After the batch, of which so much went out."""
         stored = self._stored()
         taken = None if stored is None or self._stored_before is None else max(0, stored - self._stored_before)
-        if self._at_once:
+        if self.at_once:
             return Effect(moved_bytes, taken)
         place = self._place(files)
         cached = self._swap_cached(place)

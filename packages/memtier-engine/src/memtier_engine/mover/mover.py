@@ -370,6 +370,7 @@ class Mover:
             look=look,
             keep_huge=not by_hand,
             probe=pending.task.most_bytes is not None,
+            piecewise=not self.effects.at_once,
         )
         part, rest = take(pending.left, result.tried_bytes or PAGE_BYTES, most=WINDOW_SPANS_MAX)
         follow.window_bytes = _next_window(part.total_bytes, result.moved_bytes, limit)
