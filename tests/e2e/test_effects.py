@@ -17,6 +17,6 @@ def test_what_is_reported_as_moved_to_a_disk_is_free_soon_and_others_memory_stay
     # Of 64 MiB; the last pages written are in CPUs' batches, where reclaim does not see them yet.
     assert found["moved"] >= 60 * MIB, found
     assert found["fell"] >= 0.95 * found["moved"], found
-    assert found["not_yet_freed"] <= 1 * MIB, found
+    assert found["not_yet_freed"] <= 2 * MIB, found
     assert found["others_out"] <= 0.05, found
     assert found["file_fell"] <= 2 * MIB, found

@@ -247,7 +247,7 @@ def test_what_others_stored_does_not_stop_an_engine_whose_own_memory_compresses(
 def test_guards_decide_anew_as_soon_as_something_could_close_one(
     machine: HostFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two batches nothing mostly does. How well they compress changes each time: no matter, while it is good."""
+    """Between two batches nothing mostly does. How well they compress changes: no matter while it is good."""
     machine.write("proc/swaps", swaps(("/dev/zram0", "partition", 1 << 20, 10)))
     machine.write("sys/block/zram0/mm_stat", RANDOM)
     guard_set = guards(machine)
