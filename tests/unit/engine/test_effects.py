@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,15 @@ from memtier_engine.hostfs.handles import ProcessFiles
 from memtier_engine.hostfs.proc import SwapArea, read_swaps
 from memtier_engine.hostfs.swapkind import Swap, in_words, kind_of, no_room, read_swap_kinds
 from memtier_engine.model import ProcessId
-from memtier_engine.mover.effects import LEFT_BYTES_PER_CPU, RECLAIM_S_MAX, STEP_BYTES, Effect, Effects, Held
+from memtier_engine.mover.effects import (
+    LEFT_BYTES_PER_CPU,
+    RECLAIM_S_MAX,
+    STEP_BYTES,
+    STEP_BYTES_LEAST,
+    Effect,
+    Effects,
+    Held,
+)
 from support.hostfolder import HostFolder
 
 MIB = 1 << 20
@@ -234,3 +244,48 @@ def test_a_cgroup_with_processes_of_others_is_not_asked(tmp_path: Path, monkeypa
     assert machine.effects.not_yet_freed_bytes == 8 * MIB
     known.add(4711)  # it is one of the target now
     assert sum(machine.effects.free(1000.0 + 100 * turn) for turn in range(9)) == 8 * MIB - LEFT_BYTES_PER_CPU
+
+
+def test_it_is_asked_from_the_node_where_most_of_it_is_and_where_others_went_another_one_has_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path, monkeypatch, swap=FILE)
+    machine.folder.write("sys/devices/system/node/has_memory", "0-1\n")
+    for node in range(2):
+        machine.folder.write(f"sys/devices/system/node/node{node}/cpulist", f"{node},{node + 2}\n")
+    on_node = [3 * MIB, 9 * MIB]
+    asked: list[int] = []
+    here: list[frozenset[int]] = []
+
+    @contextmanager
+    def near(cpus: frozenset[int]) -> Iterator[None]:
+        here[:] = [cpus]
+        yield
+
+    def takes_others_on_node_1(cgroup: Cgroup, name: str, value: str | int) -> None:
+        node, size = min(here[0]), int(str(value).split()[0])
+        asked.append(node)
+        if node:
+            machine.others += size
+        else:
+            on_node[0] -= size
+            machine.cached -= size
+        show()
+
+    def show() -> None:
+        machine.show()
+        nodes = " ".join(f"N{node}={size}" for node, size in enumerate(on_node))
+        machine.folder.write("sys/fs/cgroup/pod/memory.numa_stat", f"anon N0=1 N1=2\nswapcached {nodes}\n")
+
+    monkeypatch.setattr("memtier_engine.mover.effects.near", near)
+    monkeypatch.setattr(Cgroup, "write", takes_others_on_node_1)
+    machine.batch(0)
+    machine.cached = sum(on_node)
+    machine.batch(machine.cached)
+    show()
+    for tenth in range(20):
+        machine.effects.free(tenth / 10)
+    assert asked[0] == 1
+    assert on_node[0] <= 2 * LEFT_BYTES_PER_CPU + STEP_BYTES_LEAST, "the other node goes on"
+    assert 2 <= asked.count(1) <= 4, "ever more rarely"
+    assert 0 < (machine.effects.wait_s() or 0) <= RECLAIM_S_MAX

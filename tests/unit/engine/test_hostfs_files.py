@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -240,3 +241,14 @@ def test_writing_never_creates_a_kernel_file(folder: HostFolder) -> None:
     with pytest.raises(KernelCallError):
         folder.host.write(folder.host.path("sys/nothing"), "1")
     assert not (folder.root / "sys").exists()
+
+
+def test_a_thread_is_near_a_node_for_as_long_as_it_wants_and_where_it_may_not_as_before() -> None:
+    before = os.sched_getaffinity(0)
+    one = {min(before)}
+    with numa.near(one | {4095}):
+        assert os.sched_getaffinity(0) == one
+    assert os.sched_getaffinity(0) == before
+    for nowhere in (frozenset[int](), {4095}):
+        with numa.near(nowhere):
+            assert os.sched_getaffinity(0) == before
