@@ -174,7 +174,8 @@ def in_pieces(spans: Spans, piece_bytes: int, whole: Spans) -> Spans:
 
 def cut_at(starts: U64, ends: U64, borders: U64) -> tuple[U64, U64]:
     """The spans, cut in two wherever one of `borders` lies inside one of them."""
-    borders = np.unique(borders)
+    borders = np.sort(borders)
+    borders = borders[np.append(True, borders[1:] != borders[:-1])[: len(borders)]]  # np.unique imports numpy.ma: 64 ms
     at = np.searchsorted(starts, borders, side="right") - 1
     cuts = borders[(at >= 0) & (borders > starts[np.maximum(at, 0)]) & (borders < ends[np.maximum(at, 0)])]
     return np.sort(np.concatenate((starts, cuts))), np.sort(np.concatenate((ends, cuts)))
