@@ -9,6 +9,12 @@
  * `locate` and `walk` are never attached: user space runs them with BPF_PROG_RUN (Linux 5.10), in its own context,
  * which costs other processes nothing. Their arguments come as the context of a raw tracepoint.
  */
+/*
+ * Clang 19 otherwise joins the two ends of a loop to one that it compares for equality, and the verifier then follows
+ * every number of rounds on its own: beyond its limit of a million instructions.
+ */
+#define OPAQUE(value) asm volatile("" : "+r"(value))
+
 #ifdef MEMTIER_BCC
 
 #define PROGRAM(kind)
@@ -286,6 +292,7 @@ int walk(RAW_ARGS *context)
 	if (!pgd)
 		return 0;
 	for (i = 0; i < BLOCKS; i++) {
+		OPAQUE(count);
 		if (i >= count)
 			break;
 		read_block(pgd, base, mask, top_shift, i);
