@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 UV_VERSION := 0.9.30
-SOURCES := packages tests tools
+SOURCES := packages tests tools deploy/image
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 export UV_LINK_MODE := copy
 
@@ -31,7 +31,7 @@ fmt: $(STAMP)  ## Format the code and sort the imports
 check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, generated code, chart README and BPF object fresh
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/mypy packages/*/src tests tools
+	$(BIN)/mypy packages/*/src tests tools deploy/image
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/python tools/gen_proto.py --check

@@ -1,8 +1,7 @@
-"""What is deployed: manifests, chart, unit file, image script and samples are valid and say the same."""
+"""What is deployed: manifests, chart, unit file and samples are valid and say the same."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -11,8 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tarfile
-import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +28,6 @@ REPO = Path(__file__).resolve().parents[2]
 DEPLOY = REPO / "deploy"
 REASONS = {need.capability.name.removeprefix("CAP_"): need.why for need in PLUGIN_NEEDS}
 CAPABILITIES = sorted(REASONS)
-IMAGE = "localhost/memtier/nri-memtierd:devel"
 
 
 def script(name: str) -> ModuleType:
@@ -45,7 +41,6 @@ def script(name: str) -> ModuleType:
 
 
 manifests = script("manifests")
-build = script("build")
 
 
 def base() -> dict[str, Object]:
@@ -209,48 +204,6 @@ def test_the_unit_file_is_one_that_systemd_takes_and_grants_the_same_powers() ->
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True)
     complaints = [line for line in done.stderr.splitlines() if "nri-memtierd.service" in line]
     assert not complaints, done.stderr
-
-
-def test_the_image_has_a_debian_package_for_every_dependency() -> None:
-    debian = {"pyyaml": "python3-yaml"}
-    wanted = set()
-    for package in ("nri-core", "memtier-engine", "cli"):
-        project = tomllib.loads((REPO / f"packages/{package}/pyproject.toml").read_text())["project"]
-        for requirement in project["dependencies"]:
-            name = re.split(r"[^A-Za-z0-9-]", requirement)[0].lower()
-            if name not in ("nri-core", "memtier-engine"):
-                wanted.add(debian.get(name, f"python3-{name}"))
-    assert wanted <= set(build.debian_packages())
-    assert "python3-bpfcc" in build.debian_packages()
-
-
-def test_an_image_archive_is_an_oci_layout_whose_digests_are_true(tmp_path: Path) -> None:
-    layers = []
-    for name in ("first", "second"):
-        (tmp_path / name).write_text(name)
-        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
-            tar.add(tmp_path / name, arcname=name, filter=build.anonymous)
-        layers.append(tmp_path / f"{name}.tar")
-    paths = [
-        build.write_archive(tmp_path / "out", IMAGE, layers, "amd64", compress=compress) for compress in (False, True)
-    ]
-    again = build.write_archive(tmp_path / "again", IMAGE, layers, "amd64", compress=True)
-    assert again.name == paths[1].name, "the same content has the same name"
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [paths[1].name], "an older archive is replaced"
-    with tarfile.open(again) as tar:
-        files = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}  # type: ignore[union-attr]
-    for name, data in files.items():
-        if name.startswith("blobs/sha256/"):
-            assert hashlib.sha256(data).hexdigest() == name.rsplit("/", 1)[1]
-    index = json.loads(files["index.json"])
-    (descriptor,) = index["manifests"]
-    assert descriptor["annotations"]["io.containerd.image.name"] == IMAGE
-    manifest = json.loads(files["blobs/sha256/" + descriptor["digest"].removeprefix("sha256:")])
-    config = json.loads(files["blobs/sha256/" + manifest["config"]["digest"].removeprefix("sha256:")])
-    plain = [f"sha256:{hashlib.sha256(layer.read_bytes()).hexdigest()}" for layer in layers]
-    assert config["rootfs"]["diff_ids"] == plain
-    assert config["config"]["Entrypoint"] == ["/usr/bin/nri-memtierd", "--idx", "90"]
-    assert len(manifest["layers"]) == 2
 
 
 def test_the_sample_configuration_has_the_references_classes_and_more() -> None:

@@ -131,7 +131,7 @@ def import_bcc() -> Any:
     Raises:
         Unavailable: it is not there. PyPI's `bcc` is something else and is told from it.
     """
-    hint = "apt install python3-bpfcc (PyPI's bcc is another project)"
+    hint = "apt install python3-bpfcc (PyPI's bcc is another project); of the container image, the variant -bcc"
     try:
         module = import_module("bcc")
     except ImportError:
