@@ -77,9 +77,12 @@ bpf: $(STAMP)  ## Compile the BPF object from its C source, if that changed (cla
 IMAGE_VERSION ?= devel
 IMAGE_NAME ?= localhost/memtier/nri-memtierd
 
-images: $(STAMP)  ## Build the container image and its manifests into build/images (IMAGE_VERSION=devel)
-	deploy/image/build.py --name $(IMAGE_NAME) --version $(IMAGE_VERSION)
-	$(BIN)/python deploy/image/manifests.py --image $(IMAGE_NAME):$(IMAGE_VERSION) --out build/images
+IMAGE_VARIANT ?= slim
+
+images: $(STAMP)  ## Build the container image and its manifests into build/images (IMAGE_VERSION=devel IMAGE_VARIANT=bcc)
+	deploy/image/build.py --name $(IMAGE_NAME) --version $(IMAGE_VERSION) --variant $(IMAGE_VARIANT) $(IMAGE_ARGS)
+	$(BIN)/python deploy/image/manifests.py --out build/images \
+		--image $(IMAGE_NAME):$(IMAGE_VERSION)$(patsubst %,-%,$(filter-out slim,$(IMAGE_VARIANT)))
 
 clean:  ## Remove what the other targets made in this folder
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -179,6 +179,8 @@ def test_without_kernel_headers_bcc_says_so(monkeypatch: pytest.MonkeyPatch, tmp
 def test_without_type_information_the_option_is_named(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match=r"btf/vmlinux does not exist .*CONFIG_DEBUG_INFO_BTF"):
         loaders.load_by_libbpf(Host(tmp_path), ("walk",), {})
+    with pytest.raises(Unavailable, match=r"^/sys/kernel/btf/vmlinux does not exist .*CONFIG_DEBUG_INFO_BTF"):
+        loaders.load(Host(tmp_path), ("walk",))  # that bcc is missing too, say, would be beside the point
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = N
     try:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, env=environment)
     except FileNotFoundError:
-        raise BuildError(f"{words[0]} is not installed") from None
+        hint = "build on Debian or Ubuntu, or with deploy/image/Dockerfile"
+        raise BuildError(f"{words[0]} is not installed: {hint}") from None
     if done.returncode != 0:
         said = (done.stdout[-1000:] + done.stderr[-2000:]).decode(errors="replace").strip()
         raise BuildError(f"{' '.join(words[:2])} failed: {said}")
@@ -80,6 +81,5 @@ def compile_with(debian: Path, folder: Path, shown: str) -> None:
     python = next(path for path in sorted(debian.glob("usr/bin/python3.*")) if path.name[8:].isdecimal())
     command = [*loader_of(debian), python, "-B", "-s", "-S", "-m", "compileall", "-q", "-f"]
     command += ["--invalidation-mode=unchecked-hash", "-s", folder, "-p", shown, folder]
-    # -B: what compileall imports would be written with its path on this machine. The seed: sets of constants are
-    # written in the order of their hashes.
-    run(command, {"PYTHONHOME": str(debian / "usr"), "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"})
+    # -B, -f: what compileall imports would otherwise be written before, with its path on this machine.
+    run(command, {"PYTHONHOME": str(debian / "usr"), "PATH": "/usr/bin:/bin"})

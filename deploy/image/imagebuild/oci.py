@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from imagebuild.common import anonymous
 
@@ -105,12 +106,14 @@ def _add_layer(layer: Path, blobs: Path, *, compress: bool) -> tuple[dict[str, o
     plain = hashlib.sha256()
     partial = blobs / "partial"
     with layer.open("rb") as source, partial.open("wb") as raw:
-        packed = gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=_GZIP_LEVEL, mtime=0, filename="")
+        target: BinaryIO | gzip.GzipFile = raw
+        if compress:  # without a name and a time of the builder's; it writes its header at once
+            target = gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=_GZIP_LEVEL, mtime=0, filename="")
         for piece in _pieces(source):
             plain.update(piece)
-            (packed if compress else raw).write(piece)
-        if compress:
-            packed.close()
+            target.write(piece)
+        if target is not raw:
+            target.close()
     digest = hashlib.sha256()
     with partial.open("rb") as written:
         for piece in _pieces(written):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import importlib.util
+import re
 import shutil
 import sys
 import zipfile
@@ -13,6 +14,8 @@ from imagebuild.common import REPO, BuildError, compile_with, run
 from imagebuild.debian import SITE
 
 PACKAGES = ("nri-core", "memtier-engine", "cli")
+METADATA_VERSION = "2.4"
+"""The first that has all fields in use; build backends write theirs."""
 FOLDERS = ("etc/nri/memtierd", "run/nri", "run/nri-memtierd", "run/memtier", "run-dir", "host/tmp")
 
 
@@ -48,12 +51,17 @@ def build_wheel(package: Path, into: Path) -> Path:
 
 
 def install(wheel: Path, site: Path, scripts: Path) -> None:
-    """Unpack a pure wheel, and write its console scripts."""
+    """Unpack a pure wheel, and write its console scripts. What tells the version of the build backend is left out."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         if any(".data/" in name for name in names):
             raise BuildError(f"{wheel.name} is not a pure wheel")
-        archive.extractall(site)
+        archive.extractall(
+            site, [name for name in names if not name.endswith((".dist-info/WHEEL", ".dist-info/RECORD"))]
+        )
+        for name in (name for name in names if name.endswith(".dist-info/METADATA")):
+            text = (site / name).read_text()
+            (site / name).write_text(re.sub(r"\AMetadata-Version: .*", f"Metadata-Version: {METADATA_VERSION}", text))
         for name in (name for name in names if name.endswith(".dist-info/entry_points.txt")):
             parser = configparser.ConfigParser(delimiters=("=",))
             parser.optionxform = str  # type: ignore[assignment,method-assign]  # names keep their case

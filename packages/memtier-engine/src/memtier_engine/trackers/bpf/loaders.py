@@ -72,6 +72,7 @@ def load(
     """
     if loader != "auto":
         return _LOAD[loader](host, programs, sizes)
+    _need_btf(host)  # no loader does without: a missing bcc, say, would be beside the point
     failures: list[MemtierError] = []
     for name in LOADERS:
         try:
