@@ -329,6 +329,14 @@ def image() -> None:
         table_s = wait_for(
             lambda: any("lastaccs>=[s]" in path.read_text() for path in outputs.glob("c1/*.output")), 120, 1
         )
+        texts = [path.read_text() for path in outputs.rglob("*.output")]
+        began_s = time.monotonic()
+        probe = runtime.execute(running, spec["livenessProbe"]["exec"]["command"])
+        probe_s = time.monotonic() - began_s
+        try:
+            shell = runtime.execute(running, ["sh", "-c", "exit 0"]).exit_code
+        except CriError as error:
+            shell = str(error)
         (pid,) = [int(line) for line in (cgroup_of(running) / "cgroup.procs").read_text().split()][:1]
         status = Path(f"/proc/{pid}/status").read_text()
         say(
@@ -337,6 +345,10 @@ def image() -> None:
             table_s=table_s,
             containers=treatment(containers),
             capabilities=re.search(r"^CapEff:\s+(\w+)", status, re.M)[1],  # type: ignore[index]
+            trackers=sorted({name for text in texts for name in re.findall(r"^INFO: tracker ([^,]+),", text, re.M)}),
+            probe=[probe.exit_code, probe.stdout.decode()],
+            probe_s=round(probe_s, 1),
+            shell=shell,
             seccomp=re.search(r"^Seccomp:\s+(\w+)", status, re.M)[1],  # type: ignore[index]
             rss_mib=int(re.search(r"^VmRSS:\s+(\d+)", status, re.M)[1]) >> 10,  # type: ignore[index]
             log=plugin.log("nri-memtierd")[-3000:],

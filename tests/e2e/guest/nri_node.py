@@ -90,6 +90,10 @@ class Containerd:
         except grpc.RpcError as error:
             raise CriError(error.details()) from None
 
+    def execute(self, container: str, command: Sequence[str]) -> Any:
+        """Run a command in a container, as a probe does. Raises: CriError."""
+        return self.call("ExecSync", cri.ExecSyncRequest(container_id=container, cmd=command, timeout=60))
+
     def import_image(self, path: Path) -> None:
         """Put an image archive into the runtime's store."""
         command = ["ctr", "-n", "k8s.io", "images", "import", "--snapshotter", "overlayfs", str(path)]
