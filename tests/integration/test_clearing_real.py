@@ -22,6 +22,7 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.pagemap import Pagemap, present, swapped
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, LookingTracker, PageChunk, Spans, Tracker
+from memtier_engine.trackers import clearing
 from memtier_engine.trackers.bpf import paging
 from memtier_engine.trackers.bpf.program import SharedWalker
 from memtier_engine.trackers.bpf.sampling import SampledBpfTracker
@@ -235,6 +236,11 @@ def test_draining_is_paced_by_what_it_costs() -> None:
 
 def test_draining_works_here() -> None:
     assert drain_batches()
+
+
+def test_what_draining_maps_is_one_page_and_no_part_of_a_larger_folio() -> None:
+    """The kernel passes over a part of one and empties nothing: so it was with interpreters that were just unpacked."""
+    assert 0 < clearing._ONE_PAGE.stat().st_size <= PAGE_BYTES
 
 
 def test_locked_memory_keeps_its_bits_and_hides_nobody_elses(tracker: BpfTracker) -> None:

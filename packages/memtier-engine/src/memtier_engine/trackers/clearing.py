@@ -24,6 +24,7 @@ import errno
 import mmap
 import os
 import time
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -58,6 +59,8 @@ SMALL_BYTES = 64 << 20
 SHARED_PART = 16
 """More than one page in so many: less is not worth a walk through all."""
 UNDISTURBED_S = 0.001
+_ONE_PAGE = Path(__file__).with_name("__init__.py")
+"""A file on a disk that is not empty and has one page, for `drain_batches`."""
 DRAIN_SHARE = 0.02
 """Of the time, at most, is spent on draining, which has a worker run on each CPU that has a batch."""
 
@@ -368,14 +371,16 @@ class Batches:
 def drain_batches() -> bool:
     """Have every CPU put the pages of its batch on their LRU lists; False if this system does not let us.
 
-    POSIX_FADV_DONTNEED on a page that cannot be dropped because it is mapped (the first of our own program) makes the
-    kernel empty the batches of the CPUs that have any, to try again. Nothing is dropped. It waits for a worker on each
-    of these CPUs: 0.02 ms where there is none, 2 to 7 ms on a busy machine. Source: mm/fadvise.c, generic_fadvise().
+    POSIX_FADV_DONTNEED on a page that cannot be dropped because it is mapped makes the kernel empty the batches of the
+    CPUs that have any, to try again. Nothing is dropped. It waits for a worker on each of these CPUs: 0.02 ms where
+    there is none, 2 to 7 ms on a busy machine. The file has one page: of a larger one that was written lately, such as
+    the interpreter in an image that was just unpacked, the first page is part of a large folio, which the kernel passes
+    over. Source: mm/fadvise.c, generic_fadvise(); mm/filemap.c, find_lock_entries().
     """
     try:
-        fd = os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(_ONE_PAGE, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with mmap.mmap(fd, PAGE_BYTES, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapped:
+            with mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapped:
                 mapped[0]
                 os.posix_fadvise(fd, 0, PAGE_BYTES, os.POSIX_FADV_DONTNEED)
         finally:
