@@ -65,7 +65,8 @@ def test_the_pod_has_the_powers_it_needs_and_no_other() -> None:
     assert "initContainers" not in pod_of(base()), "nothing changes or restarts the runtime"
 
 
-def test_the_pod_is_asked_whether_it_is_well_where_the_program_says_so() -> None:
+@pytest.mark.parametrize("folder", ["base", "overlays/e2e"])
+def test_the_pod_is_asked_whether_it_is_well_where_the_program_says_so(folder: str) -> None:
     """By the run directory that it was given; ready is another question than alive."""
 
     def command(objects: dict[str, Object], probe: str) -> list[str]:
@@ -73,7 +74,7 @@ def test_the_pod_is_asked_whether_it_is_well_where_the_program_says_so() -> None
         found: list[str] = container[probe]["exec"]["command"]
         return found
 
-    objects = base()
+    objects = check_objects(manifests.render(DEPLOY / "kubernetes" / folder))
     (container,) = pod_of(objects)["containers"]
     run_directory = container["command"][container["command"].index("--run-dir") + 1]
     for probe, question in (
