@@ -72,7 +72,7 @@ class MoverConfig:
     """The `mover:` section of a policy."""
 
     interval_ms: int = 10
-    """Least pause between batches (`intervalms`)."""
+    """Pause between batches (`intervalms`); shorter while it is behind its bandwidth."""
     bandwidth_mib_per_s: float | None = 100
     """Ceiling on moved memory (`bandwidth`). None: no ceiling."""
 
