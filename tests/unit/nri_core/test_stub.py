@@ -150,6 +150,25 @@ def test_the_plugin_returns_when_the_runtime_restarts(tmp_path: Path) -> None:
     assert isinstance(plugin.ended[0], ConnectionLost)
 
 
+def test_the_fake_runtime_goes_on_with_the_next_plugin_when_one_leaves_before_it_registers(tmp_path: Path) -> None:
+    """As a program that is killed while it starts: nobody waits for its registration until that is overdue."""
+
+    async def main() -> None:
+        async with FakeRuntime(tmp_path / "nri.sock", registration_timeout_s=600) as runtime:
+            with socket.socket(socket.AF_UNIX) as early:
+                early.connect(str(runtime.path))
+            stub = Stub(Recorder(), socket_path=runtime.path)
+            task = asyncio.ensure_future(stub.run())
+            await runtime.connected(60)
+            stub.stop()
+            await asyncio.wait_for(task, 60)
+            assert [str(failure) for failure in runtime.failures] == [
+                "the plugin closed the connection before it registered"
+            ]
+
+    asyncio.run(main())
+
+
 def test_waits_between_attempts_grow_to_a_limit_and_differ() -> None:
     backoff = Backoff(least_s=0.5, most_s=30)
     assert [backoff.wait_s(attempt, 0.999) for attempt in range(9)] == sorted(

@@ -76,8 +76,14 @@ class PluginConnection:
         await self._trunk.start(sock)
         watcher = asyncio.ensure_future(self._trunk.wait_closed())
         watcher.add_done_callback(lambda done: self._lost(done))
-        async with asyncio.timeout(self._runtime.registration_timeout_s):
-            await self._registered.wait()
+        registered = asyncio.ensure_future(self._registered.wait())
+        try:
+            async with asyncio.timeout(self._runtime.registration_timeout_s):
+                await asyncio.wait({registered, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            registered.cancel()
+        if not self._registered.is_set():
+            raise ConnectionLost("the plugin closed the connection before it registered")
         await self.configure()
         await self.synchronize(self._runtime.pods, self._runtime.containers)
 
