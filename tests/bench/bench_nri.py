@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,12 +72,14 @@ def undisturbed() -> Iterator[None]:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-async def synchronize(connection: PluginConnection) -> bool:
+async def synchronize(
+    connection: PluginConnection, annotations: Callable[[int], Mapping[str, str]] = lambda number: {"a": "b" * 40}
+) -> bool:
     """From the first byte of the runtime to the plugin's answer, alone and while every core is busy with other work.
 
-    What the runtime sends is made before: encoding is its own affair.
+    What the runtime sends is made before: encoding is its own affair. `annotations`: of the pod of that number.
     """
-    pods = [Pod(f"p{n:060}", f"pod-{n}", "default", annotations={"a": "b" * 40}) for n in range(CONTAINERS // 2)]
+    pods = [Pod(f"p{n:060}", f"pod-{n}", "default", annotations=annotations(n)) for n in range(CONTAINERS // 2)]
     parts = synchronize_requests(pods, [container(n) for n in range(CONTAINERS)], 4)
     encoded = [part.SerializeToString() for part in parts]
 

@@ -1,4 +1,4 @@
-"""nri-memtierd with many containers: how fast hooks answer, what a node pays for 1, 10 and 100 engines.
+"""nri-memtierd with many containers: how fast it answers, what a node pays for 1, 10 and 100 engines.
 
 The program runs as a process of its own, with a FakeRuntime at its socket; each container is a real cgroup with a
 small process in it, scanned every 10 s.
@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.bench_nri import synchronize
 from bench.measure import ratio_line
 from memtier_engine.hostfs.host import Host
 from nri_core import Container, Pod
@@ -73,10 +74,10 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def node() -> AsyncIterator[Node]:
+async def node(request_timeout_s: float = 2.0) -> AsyncIterator[Node]:
     """The program and a runtime; everything is taken away at the end."""
     with tempfile.TemporaryDirectory() as base, temporary_cgroup("bench-nri") as cgroup:
-        async with FakeRuntime(Path(base) / "nri.sock") as runtime:
+        async with FakeRuntime(Path(base) / "nri.sock", request_timeout_s=request_timeout_s) as runtime:
             program = NriMemtierd(Path(base), runtime.path, Host().cgroup2_root)
             program.arguments[-1] = "-v"  # as deployed
             program.config.write_text(CONFIG)
@@ -101,6 +102,8 @@ def run() -> bool:
 
 async def _run() -> bool:
     results = []
+    async with node(request_timeout_s=10) as made:
+        results.append(await synchronize(made.connection, lambda number: POD.annotations if number % 50 == 0 else {}))
     baseline_ms = 0.0
     async with node() as made:
         for count in ENGINES:

@@ -13,10 +13,11 @@ import pytest
 from loguru import logger
 
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
-from memtier_cli.nri_memtierd.events import Event, Listed, Reconfigured, Started, Stopped
+from memtier_cli.nri_memtierd.events import ContainerInfo, Event, Listed, Reconfigured, Started, Stopped, Synchronized
 from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
 from memtier_engine.errors import ConfigError
 from nri_core import Backoff, Container, ContainerState, EventMask, Pod, RpcError, Stub
+from nri_core.api.model import Allowance, pod_from_bytes
 from nri_core.pb import nri_pb2
 from nri_core.testing import FakeRuntime, PluginConnection
 
@@ -30,11 +31,16 @@ def container(name: str, state: ContainerState = ContainerState.UNKNOWN, pod: st
 
 
 class RecordingFleet:
-    def __init__(self) -> None:
+    def __init__(self, *, reads: bool) -> None:
         self.events: list[Event] = []
+        self.reads = reads
 
     def report(self, event: Event) -> None:
-        self.events.append(event)
+        self.events.append(event.read() if self.reads and isinstance(event, Synchronized) else event)
+
+    def containers(self) -> list[ContainerInfo]:
+        lists = [event.running for event in self.events if isinstance(event, Listed)]
+        return [*lists[-1], *(event.container for event in self.events if isinstance(event, Started))]
 
 
 @dataclass
@@ -78,12 +84,14 @@ def accept(text: str) -> None:
         raise ConfigError("value bad", line=1)
 
 
-def run(tmp_path: Path, body: Body, *, runtime: dict[str, Any] | None = None, **options: Any) -> None:
-    """Run `body` with a connected plugin."""
+def run(
+    tmp_path: Path, body: Body, *, runtime: dict[str, Any] | None = None, reads: bool = True, **options: Any
+) -> None:
+    """Run `body` with a connected plugin, and a fleet that reads lists at once."""
 
     @contextlib.asynccontextmanager
     async def connected() -> AsyncIterator[Scene]:
-        fleet = RecordingFleet()
+        fleet = RecordingFleet(reads=reads)
         chosen = {"config": CONFIG, "cgroup_root": tmp_path, "check_template": accept, **options}
         plugin = MemtierdPlugin(fleet, **chosen)  # type: ignore[arg-type]
         plugin.index, plugin.name = "45", "nri-memtierd"
@@ -293,6 +301,54 @@ def test_without_adoption_nothing_is_asked_for(tmp_path: Path) -> None:
 
     running = [container("c0", ContainerState.RUNNING)]
     run(tmp_path, body, adopt=False, runtime={"pods": [POD], "containers": running})
+
+
+def test_the_answer_comes_before_anything_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pods of the node wait for it; what 5 000 containers are is read when the fleet comes to it."""
+    read: list[bytes] = []
+
+    def note(data: bytes, allowance: Allowance) -> Pod:
+        read.append(data)
+        return pod_from_bytes(data, allowance)
+
+    monkeypatch.setattr("nri_core.aio.dispatch.pod_from_bytes", note)
+
+    async def body(scene: Scene) -> None:
+        assert read == []
+        (event,) = scene.fleet.events
+        assert isinstance(event, Synchronized)
+        assert [info.id for info in event.read().running] == ["id-c0"]
+        assert len(read) == 1
+
+    running = [container("c0", ContainerState.RUNNING)]
+    run(tmp_path, body, adopt=False, runtime={"pods": [POD], "containers": running}, reads=False)
+
+
+def test_another_configuration_reaches_the_values_of_what_runs(tmp_path: Path) -> None:
+    files = {name: tmp_path / "pods" / name / "memory.swap.max" for name in ("c0", "c1")}
+    for file in files.values():
+        file.parent.mkdir(parents=True)
+    files["c0"].write_text("max\n")
+    files["c1"].write_text("0\n")
+    requests: list[dict[str, str]] = []
+
+    def write(updates: Sequence[nri_pb2.ContainerUpdate]) -> Sequence[nri_pb2.ContainerUpdate]:
+        values = {update.container_id: update.linux.resources.unified["memory.swap.max"] for update in updates}
+        for container_id, value in values.items():
+            files[container_id.removeprefix("id-")].write_text(value)
+        requests.append(values)
+        return ()
+
+    async def body(scene: Scene) -> None:
+        turned = PluginConfig((WorkloadClass("swap", False, "x: 1"), WorkloadClass("track", True, "x: 1")))
+        for config, values in ((turned, {"id-c0": "0", "id-c1": "max"}), (CONFIG, {"id-c0": "max", "id-c1": "0"})):
+            scene.plugin.use(config)
+            async with asyncio.timeout(30):
+                while values not in requests:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+    there = [container(name, ContainerState.RUNNING) for name in files]
+    run(tmp_path, body, runtime={"pods": [POD], "containers": there, "on_update": write})
 
 
 def test_a_restart_of_the_runtime_is_a_new_connection_with_a_new_list(tmp_path: Path) -> None:

@@ -85,7 +85,10 @@ class Plugin:
         """Connected and registered. `config` is the administrator's text, for pre-launched plugins only."""
 
     def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> Updates | Awaitable[Updates]:
-        """All that is there, at each connection. May return updates."""
+        """All that is there, at each connection. May return updates.
+
+        Both are decoded when the first of them is looked at, which may be after the answer: see `nri_core.aio.records`.
+        """
         return None
 
     def disconnected(self, error: BaseException | None) -> Nothing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from memtier_cli.nri_memtierd.config import PluginConfig
@@ -51,6 +51,13 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
+class Synchronized:
+    """A list that is read when its turn comes."""
+
+    read: Callable[[], Listed]
+
+
+@dataclass(frozen=True, slots=True)
 class Reconfigured:
     """Another configuration is in force from now on."""
 
@@ -62,4 +69,4 @@ class Ended:
     """Stop all engines."""
 
 
-Event = Started | Stopped | Listed | Reconfigured | Ended
+Event = Started | Stopped | Listed | Synchronized | Reconfigured | Ended

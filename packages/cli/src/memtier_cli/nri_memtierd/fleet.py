@@ -23,7 +23,16 @@ from memtier_cli.nri_memtierd.care import Care, Cares, Litter
 from memtier_cli.nri_memtierd.classify import ContainerRefused, OnUnknownClass, classify
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass, render
 from memtier_cli.nri_memtierd.container_cgroup import CgroupTree
-from memtier_cli.nri_memtierd.events import ContainerInfo, Ended, Event, Listed, Reconfigured, Started, Stopped
+from memtier_cli.nri_memtierd.events import (
+    ContainerInfo,
+    Ended,
+    Event,
+    Listed,
+    Reconfigured,
+    Started,
+    Stopped,
+    Synchronized,
+)
 from memtier_cli.nri_memtierd.launch.base import Job, Launcher, MayStick, RunningEngine
 from memtier_cli.nri_memtierd.rundir import CONFIG_NAME, RunDirectory
 from memtier_engine.errors import MemtierError
@@ -108,6 +117,10 @@ class Fleet:
         """Container ids with their class, of those that have an engine or wait for one."""
         return {care.container.id: care.wanted.name for care in self._cares.all() if care.wanted is not None}
 
+    def containers(self) -> list[ContainerInfo]:
+        """Those that run, with an engine or without."""
+        return [care.container for care in self._cares.all()]
+
     def running(self) -> frozenset[str]:
         """Ids of the containers whose engine runs now."""
         return frozenset(care.container.id for care in self._cares.all() if care.engine is not None)
@@ -171,8 +184,10 @@ class Fleet:
         elif isinstance(event, Stopped):
             self._gone.discard(event.container_id)
             self._forget(event.container_id)
-        elif isinstance(event, Listed):
+        elif isinstance(event, Synchronized):
             time.sleep(AFTER_LIST_S)
+            self._handle(event.read())
+        elif isinstance(event, Listed):
             present = {container.id for container in event.running} | event.created
             for container_id in self._cares.ids() - present:
                 self._guarded(self._forget, container_id)

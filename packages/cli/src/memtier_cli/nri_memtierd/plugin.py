@@ -17,15 +17,16 @@ from typing import Any, TypeVar, cast
 from loguru import logger
 
 from memtier_cli.nri_memtierd.aside import aside
-from memtier_cli.nri_memtierd.classify import SUFFIX, ContainerRefused, Decision, OnUnknownClass, classify
+from memtier_cli.nri_memtierd.classify import ContainerRefused, Decision, OnUnknownClass, classify
 from memtier_cli.nri_memtierd.config import CheckTemplate, PluginConfig, load
 from memtier_cli.nri_memtierd.container_cgroup import CgroupNotFound, CgroupTree
-from memtier_cli.nri_memtierd.events import ContainerInfo, Listed, Reconfigured, Started, Stopped
+from memtier_cli.nri_memtierd.events import ContainerInfo, Reconfigured, Started, Stopped, Synchronized
 from memtier_cli.nri_memtierd.fleet import Fleet
+from memtier_cli.nri_memtierd.inventory import Inventory, concerns_us, describe, label
 from memtier_cli.nri_memtierd.supervisor import Connection
 from memtier_engine.errors import ConfigError, MemtierError
 from memtier_engine.model import PAGE_BYTES
-from nri_core import Adjustment, Container, ContainerState, NriError, Plugin, Pod, Runtime, Update
+from nri_core import Adjustment, Code, Container, NriError, Plugin, Pod, RpcError, Runtime, Update
 
 LAG_CHECK_S = 0.25
 LATE_S = 0.5
@@ -37,7 +38,6 @@ SLICE_S = 30.0
 AFTER_ANSWER_S = 0.05
 """Looking for what they lack begins so long after Synchronize, which then has been answered."""
 
-Wanted = tuple[ContainerInfo, Mapping[str, str]]
 Hook = TypeVar("Hook", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
@@ -126,6 +126,7 @@ class MemtierdPlugin(Plugin):
         """From now on, another configuration. In the event loop's thread."""
         self._config = config
         self._fleet.report(Reconfigured(config))
+        self._sending = asyncio.create_task(self._send_changed(self._sending))
 
     async def configure(self, config: str, runtime: Runtime) -> None:
         """See `Plugin.configure`. A pre-launched plugin may be given its configuration here."""
@@ -142,37 +143,27 @@ class MemtierdPlugin(Plugin):
             raise
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> list[Update]:
-        """See `Plugin.synchronize`. Adopts what runs; gives it the memory values it would have got at creation."""
-        by_id = {pod.id: pod for pod in pods if concerns_us(pod)}
-        running: list[ContainerInfo] = []
-        created: set[str] = set()
-        wanted: list[tuple[ContainerInfo, Mapping[str, str]]] = []
-        for container in containers:
-            pod = by_id.get(container.pod_id)
-            if pod is None:
-                continue
-            if container.state in (ContainerState.RUNNING, ContainerState.PAUSED):
-                info = describe(pod, container)
-                running.append(info)
-                decision = self._decide_quietly(pod, container)
-                if decision is not None and decision.unified:
-                    wanted.append((info, decision.unified))
-            elif container.state is ContainerState.CREATED:  # StartContainer is still to come
-                created.add(container.id)
-        logger.info("{} pods, {} containers; {} running containers of ours", len(pods), len(containers), len(running))
-        self._fleet.report(Listed(tuple(running), frozenset(created), self._adopt))
+        """See `Plugin.synchronize`. Adopts what runs; gives it the memory values it would have got at creation.
+
+        Both after the answer, for which all pods of the node wait.
+        """
+        inventory = Inventory(pods, containers)
+        self._fleet.report(Synchronized(lambda: inventory.listed(adopt=self._adopt)))
         self._connection.connected()
         if self._sending is not None:
             self._sending.cancel()  # of a connection that has ended
-        if self._adopt and wanted:
-            self._sending = asyncio.create_task(self._send_missing(wanted))
+        if self._adopt:
+            self._sending = asyncio.create_task(self._send_missing(inventory.running))
         return []
 
     @timed
     async def create_container(self, pod: Pod, container: Container) -> Adjustment | None:
-        """See `Plugin.create_container`. Raises: ContainerRefused, which fails the creation."""
-        decision = self._decide(pod, container)
-        log = logger.bind(container=_label(pod, container))
+        """See `Plugin.create_container`. Raises: RpcError, which fails the creation."""
+        try:
+            decision = self._decide(pod.annotations, container.name, pod.namespace)
+        except ContainerRefused as error:
+            raise RpcError(Code.UNKNOWN, str(error)) from None  # on purpose, so nobody logs it as a defect
+        log = logger.bind(container=label(pod, container))
         for remark in decision.remarks:
             log.warning("{}", remark)
         if decision.workload_class is not None or decision.unified:
@@ -192,8 +183,12 @@ class MemtierdPlugin(Plugin):
     @timed
     async def update_container(self, pod: Pod, container: Container, resources: Any) -> list[Update]:
         """See `Plugin.update_container`. Whatever the kubelet writes, our values stay."""
-        decision = self._decide_quietly(pod, container)
-        if decision is None or not decision.unified:
+        try:
+            decision = self._decide(pod.annotations, container.name, pod.namespace)
+        except ContainerRefused as error:
+            logger.bind(container=label(pod, container)).debug("{}", error)
+            return []
+        if not decision.unified:
             return []
         update = Update(container.id, ignore_failure=True)
         for key, value in decision.unified.items():
@@ -216,23 +211,10 @@ class MemtierdPlugin(Plugin):
         if error is not None:
             logger.warning("connection to the runtime lost: {}; engines go on", error)
 
-    def _decide(self, pod: Pod, container: Container) -> Decision:
-        return classify(
-            pod.annotations,
-            container.name,
-            pod.namespace,
-            self._config,
-            on_unknown_class=self._on_unknown_class,
-        )
+    def _decide(self, annotations: Mapping[str, str], container: str, namespace: str) -> Decision:
+        return classify(annotations, container, namespace, self._config, on_unknown_class=self._on_unknown_class)
 
-    def _decide_quietly(self, pod: Pod, container: Container) -> Decision | None:
-        try:
-            return self._decide(pod, container)
-        except ContainerRefused as error:
-            logger.bind(container=_label(pod, container)).debug("{}", error)
-            return None
-
-    async def _send_missing(self, wanted: Sequence[Wanted]) -> None:
+    async def _send_missing(self, running: Callable[[], Sequence[ContainerInfo]]) -> None:
         """Give containers that run already the values they lack, a few at a time, and say what came of it.
 
         Not in the answer to Synchronize: looking at thousands of cgroups takes longer than a runtime waits, and an
@@ -240,8 +222,7 @@ class MemtierdPlugin(Plugin):
         """
         try:
             await asyncio.sleep(AFTER_ANSWER_S)
-            updates = await aside(lambda: self._missing_values(wanted))
-            names = {info.id: str(info) for info, _ in wanted}
+            updates, names = await aside(lambda: self._missing_values(running()))
             for first in range(0, len(updates), SLICE):
                 await self._send(updates[first : first + SLICE], names)
         except (NriError, TimeoutError) as error:
@@ -249,6 +230,17 @@ class MemtierdPlugin(Plugin):
             logger.warning("memory values of running containers are not set: {}; the next connection tries again", why)
         except Exception:
             logger.exception("memory values of running containers are not set")
+
+    async def _send_changed(self, before: asyncio.Task[None] | None) -> None:
+        """The same for another configuration, when what is being sent has been sent."""
+        if before is not None:
+            try:
+                await asyncio.wait({before})
+            except asyncio.CancelledError:
+                before.cancel()
+                raise
+        if self._connection.state == "connected":  # else the next connection does it
+            await self._send_missing(self._fleet.containers)
 
     async def _send(self, updates: Sequence[Update], names: Mapping[str, str]) -> None:
         assert self.stub is not None
@@ -260,11 +252,18 @@ class MemtierdPlugin(Plugin):
             else:
                 log.info("{} set after the fact", dict(update.resources.unified))
 
-    def _missing_values(self, wanted: Sequence[Wanted]) -> list[Update]:
-        """Updates for the containers whose cgroup says something else than it should."""
-        updates = []
+    def _missing_values(self, running: Sequence[ContainerInfo]) -> tuple[list[Update], dict[str, str]]:
+        """Updates for the containers whose cgroup says something else than it should, and their names for people."""
+        updates, names = [], {}
         tree = CgroupTree(self._cgroup_root)
-        for info, unified in wanted:
+        for info in running:
+            try:
+                unified = self._decide(info.annotations, info.name, info.namespace).unified
+            except ContainerRefused as error:
+                logger.bind(container=str(info)).debug("{}", error)
+                continue
+            if not unified:
+                continue
             try:
                 cgroup = tree.find(container_id=info.id, cgroups_path=info.cgroups_path, pid=info.pid)
             except CgroupNotFound:
@@ -275,30 +274,8 @@ class MemtierdPlugin(Plugin):
                     update = update.unified(key, value)
             if update.resources.unified:
                 updates.append(update)
-        return updates
-
-
-def _label(pod: Pod, container: Container) -> str:
-    return f"{pod.namespace}/{pod.name}:{container.name}"
-
-
-def concerns_us(pod: Pod) -> bool:
-    """Whether a pod says anything to this plugin: of the others nothing is kept, and nothing looked at."""
-    return any(SUFFIX in key for key in pod.annotations)
-
-
-def describe(pod: Pod, container: Container, *, started_now: bool = False) -> ContainerInfo:
-    """What the fleet needs to know of a container."""
-    return ContainerInfo(
-        id=container.id,
-        namespace=pod.namespace,
-        pod=pod.name,
-        name=container.name,
-        annotations={key: value for key, value in pod.annotations.items() if SUFFIX in key},
-        cgroups_path=container.cgroups_path,
-        pid=container.pid,
-        started_at_s=time.time() if started_now else (container.started_at_ns or 0) / 1e9 or None,
-    )
+                names[info.id] = str(info)
+        return updates, names
 
 
 def _holds(path: Path, value: str) -> bool:

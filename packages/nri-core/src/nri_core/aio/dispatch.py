@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from nri_core.aio.hooks import Handling as Handling
 from nri_core.aio.hooks import Hooks
+from nri_core.aio.records import Records
 from nri_core.aio.rpc import Call, Handler, Services
 from nri_core.api import answers
 from nri_core.api.events import HANDLERS, EventMask
@@ -44,8 +45,6 @@ log = logging.getLogger("nri_core")
 
 PLUGIN_SERVICE_NAME = "nri.pkg.api.v1alpha1.Plugin"
 RUNTIME_SERVICE_NAME = "nri.pkg.api.v1alpha1.Runtime"
-RECORDS_AT_ONCE = 1000
-T = TypeVar("T")
 
 _POD_EVENTS = ("run_pod_sandbox", "post_update_pod_sandbox", "stop_pod_sandbox", "remove_pod_sandbox")
 _CONTAINER_EVENTS = (
@@ -147,9 +146,9 @@ class Dispatcher:
         if everything is None:
             return nri_pb2.SynchronizeResponse(more=True).SerializeToString()
         allowance = Allowance()
-        pods = await _records("pods", everything[0], pod_from_bytes, allowance)
-        containers = await _records("containers", everything[1], container_from_bytes, allowance)
-        subject = f"{len(pods)} pods and {len(containers)} containers"
+        subject = f"{len(everything[0])} pods and {len(everything[1])} containers"
+        pods = Records("pods", everything[0], lambda data: pod_from_bytes(data, allowance))
+        containers = Records("containers", everything[1], lambda data: container_from_bytes(data, allowance))
         found = await self._hooks.run("synchronize", call, subject, pods, containers)
         response = nri_pb2.SynchronizeResponse()
         with _logged("synchronize", subject):
@@ -264,25 +263,6 @@ def _logged(hook: str, subject: str) -> Iterator[None]:
     except (answers.WrongAnswer, LocalProtocolError) as error:
         log.error("%s for %s: %s", hook, subject, error)
         raise
-
-
-async def _records(
-    what: str, encoded: Sequence[bytes], convert: Callable[[bytes, Allowance], T], allowance: Allowance
-) -> list[T]:
-    """Records of a Synchronize; one that is no message is left out, and does not hurt the others."""
-    records: list[T] = []
-    first: ValueError | None = None
-    for number, data in enumerate(encoded):
-        if number % RECORDS_AT_ONCE == RECORDS_AT_ONCE - 1:
-            await asyncio.sleep(0)  # thousands of them should not hold up the loop
-        try:
-            records.append(convert(data, allowance))
-        except ValueError as error:
-            first = first or error
-    if first is not None:
-        bad = len(encoded) - len(records)
-        log.error("%d of %d %s of Synchronize are left out, they cannot be decoded: %s", bad, len(encoded), what, first)
-    return records
 
 
 def _decode(message: M, call: Call) -> M:
