@@ -247,3 +247,18 @@ def test_no_tree_is_walked_for_those_that_are_where_the_runtime_says(
     made = node.make(f"pod/{ID}")
     monkeypatch.setattr(os, "scandir", None)
     assert CgroupTree(node.root).find(container_id=ID, cgroups_path=f"/pod/{ID}").path == made
+
+
+@pytest.mark.parametrize("pid", [None, 0, 1, 7, 8])
+def test_a_process_that_is_not_seen_has_ended_only_where_all_of_the_node_are_seen(
+    tmp_path: Path, pid: int | None
+) -> None:
+    (tmp_path / "7").mkdir()
+    assert not CgroupTree(tmp_path, tmp_path).has_ended(pid), "no namespace can be told"
+    (tmp_path / "self/ns").mkdir(parents=True)
+    (tmp_path / "self/ns/pid").symlink_to("/proc/self/ns/pid")
+    of_node = os.stat("/proc/self/ns/pid").st_ino == 0xEFFFFFFC
+    assert CgroupTree(tmp_path, tmp_path).has_ended(pid) == (of_node and pid in (1, 8))
+    (tmp_path / "self/ns/pid").unlink()
+    (tmp_path / "self/ns/pid").write_text("of a pod")
+    assert not CgroupTree(tmp_path, tmp_path).has_ended(pid)

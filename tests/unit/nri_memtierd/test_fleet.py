@@ -24,6 +24,8 @@ CLASS = "class.memtierd.nri.io"
 SWAP = WorkloadClass("swap", True, "cgroup: $CGROUP2_ABS_PATH\nstats: $MEMTIERD_SWAP_STATS_PATH\n")
 TRACK = WorkloadClass("track", False, "track: $CGROUP2_ABS_PATH\n")
 NO_ENGINE = WorkloadClass("limits-only", True, None)
+NO_PROCESS = 1 << 30
+"""More than the kernel's PID_MAX_LIMIT."""
 CONFIG = PluginConfig((SWAP, TRACK, NO_ENGINE))
 
 
@@ -342,6 +344,25 @@ def test_a_container_whose_cgroup_is_gone_is_forgotten(scene: Scene) -> None:
     scene.later(600)
     assert scene.launcher.attempts == 1
     assert scene.fleet.status() == []
+
+
+def test_a_container_without_an_engine_is_forgotten_too_when_its_cgroup_is_gone(scene: Scene) -> None:
+    """What ends while a plugin connects is told to nobody: its name would stay for ever."""
+    scene.tell(Started(scene.container("a", cls="gold")), Started(scene.container("b", "c1", cls="gold")))
+    scene.later(60)
+    assert [each["id"] for each in scene.fleet.status()] == ["a", "b"]
+    (scene.root / "pods/a").rmdir()
+    scene.later(60)
+    assert [each["id"] for each in scene.fleet.status()] == ["b"]
+
+
+def test_a_container_that_ended_before_anybody_looked_is_forgotten(scene: Scene) -> None:
+    """Its cgroup was never seen; that of one whose processes are not seen either may only be elsewhere."""
+    dead = replace(scene.container("a", exists=False), pid=NO_PROCESS)
+    scene.tell(Started(dead), Started(scene.container("b", "c1", exists=False)))
+    scene.later(60)
+    sees_all = Path("/proc/self/ns/pid").stat().st_ino == 0xEFFFFFFC
+    assert [each["id"] for each in scene.fleet.status()] == (["b"] if sees_all else ["a", "b"])
 
 
 def test_a_cgroup_that_appears_late_is_found(scene: Scene) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 
 from loguru import logger
 
 from memtier_cli.nri_memtierd.config import WorkloadClass
+from memtier_cli.nri_memtierd.container_cgroup import CgroupNotFound, CgroupTree, ContainerCgroup
 from memtier_cli.nri_memtierd.events import ContainerInfo
 from memtier_cli.nri_memtierd.launch.base import Job, RunningEngine
 from memtier_cli.nri_memtierd.rundir import Place, RunDirectory
@@ -33,6 +35,10 @@ class Care:
     """In which it became known."""
     wanted: WorkloadClass | None = None
     """The class with an engine that it should have."""
+    cgroup: ContainerCgroup | None = None
+    """As it was seen last; None: never, so far."""
+    looked_for: bool = False
+    """Once for its cgroup, without being about to start an engine."""
     job: Job | None = None
     """Its cgroup and files, from just before its first engine on."""
     workload_class: WorkloadClass | None = None
@@ -66,6 +72,18 @@ class Care:
         """After a long healthy while an engine that ends is nothing but unlucky."""
         if now_s - self.launched_s >= HEALTHY_S:
             self.failures = 0
+
+    def is_gone(self, tree: CgroupTree) -> bool:
+        """Whether the container has ended, though nobody said so: runtimes lose events while a plugin connects."""
+        if self.cgroup is None and not self.looked_for:
+            self.looked_for = True
+            with contextlib.suppress(CgroupNotFound):
+                self.cgroup = tree.find(
+                    container_id=self.container.id, cgroups_path=self.container.cgroups_path, pid=self.container.pid
+                )
+        if self.cgroup is not None:
+            return not self.cgroup.is_there()
+        return tree.has_ended(self.container.pid)
 
     def status(self, now_s: float) -> dict[str, object]:
         """For people and probes."""

@@ -16,6 +16,7 @@ from memtier_engine.errors import MemtierError
 
 MONITOR_PREFIX = "crio-conmon-"
 _SEARCH_DIRECTORIES_MAX = 200_000
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _BEFORE_ID = re.compile("[-:]")
 
 
@@ -138,6 +139,19 @@ class CgroupTree:
         if self._by_name is None:
             self._by_name = _names(self._root)
         return [path for path in self._by_name.get(container_id, ()) if names_container(path.name, container_id)]
+
+    def has_ended(self, pid: int | None) -> bool:
+        """Whether a container's first process is seen to be gone, by which the container is. False: not known.
+
+        Runtimes number processes as the node does: whoever does not see the node's cannot tell.
+        """
+        if not pid:
+            return False
+        try:
+            sees_all = (self._proc / "self/ns/pid").stat().st_ino == _FIRST_PID_NAMESPACE
+        except OSError:
+            return False
+        return sees_all and not (self._proc / str(pid)).exists()
 
     def _identify(self, path: Path) -> ContainerCgroup | None:
         try:

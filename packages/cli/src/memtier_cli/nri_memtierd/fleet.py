@@ -317,6 +317,7 @@ class Fleet:
         container = care.container
         assert wanted.template is not None
         cgroup = tree.find(container_id=container.id, cgroups_path=container.cgroups_path, pid=container.pid)
+        care.cgroup = cgroup
         for older in self._cares.in_the_way(care):
             self._make_way(older)
         place = self._cares.place(care)
@@ -380,18 +381,21 @@ class Fleet:
 
     def _keep_house(self) -> None:
         allocator.release()
-        with_files = [care for care in self._cares.all() if care.job is not None]
-        self._run_directory.share_outputs(len(with_files))
+        cares = self._cares.all()
+        self._run_directory.share_outputs(sum(care.job is not None for care in cares))
         for container_id in list(self._stuck):
             self._is_stuck(container_id)
-        for care in with_files:
-            assert care.job is not None
-            if not care.job.cgroup.is_there():
-                logger.bind(container=str(care.container)).info("its cgroup is gone")
-                self._guarded(self._forget, care.container.id)
-            elif care.engine is not None:
-                with contextlib.suppress(MemtierError):
-                    care.engine.tend()
+        tree = CgroupTree(self._cgroup_root)
+        for care in cares:
+            self._guarded(self._tend, care, tree)
+
+    def _tend(self, care: Care, tree: CgroupTree) -> None:
+        if care.is_gone(tree):
+            logger.info("its cgroup is gone")
+            self._forget(care.container.id)
+        elif care.engine is not None:
+            with contextlib.suppress(MemtierError):
+                care.engine.tend()
 
     def _end(self) -> None:
         cares = self._cares.all()
