@@ -119,6 +119,25 @@ def test_a_storm_of_signals_ends_with_one_orderly_end(program: Program) -> None:
     assert "Traceback" not in program.log
 
 
+LOCK_HELD = """
+import atexit, sys, threading, time
+lock = threading.Lock()
+def step():
+    with lock:
+        time.sleep(600)
+threading.Thread(target=step, daemon=True).start()
+atexit.register(lock.acquire)
+from memtier_cli.nri_memtierd.start import main
+sys.exit(main())
+"""
+
+
+def test_a_thread_in_the_middle_of_a_step_with_a_lock_does_not_hold_up_the_end(program: Program) -> None:
+    program.start(program=(sys.executable, "-c", LOCK_HELD))
+    program.until("trying again")
+    assert program.end() == 0
+
+
 @contextmanager
 def full_pipe() -> Iterator[int]:
     """A pipe that nobody reads and that holds nothing more."""

@@ -20,8 +20,10 @@ def main() -> int:
     except EndedAtStart:
         status = 0
     orders.close()
-    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
-        os._exit(status)  # a hook's or a reader's thread that waits for the kernel: the interpreter would wait for it
+    if threading.active_count() > 1:
+        # A thread that waits for the kernel, or is in the middle of a step: the interpreter would wait for the one,
+        # and end the other where it stands, with the locks that it holds, which what is cleaned up then may need.
+        os._exit(status)
     return status
 
 
