@@ -5,15 +5,12 @@ Imports nothing that takes time: until `listen` the kernel's default holds, whic
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
-
-
-class EndedAtStart(BaseException):
-    """Told to end before it served: raised in the main thread, out of whatever that waits for."""
 
 
 class Orders:
@@ -28,7 +25,11 @@ class Orders:
         self._starting = False
 
     def listen(self) -> None:
-        """From now on no signal ends the process by itself. A SIGHUP that is ignored, as nohup does, stays so."""
+        """From now on it is ours to say what signals do: as yet, an order to end ends the process at once, with 0.
+
+        Not by an exception: a signal comes anywhere, in a finalizer too, which swallows it, and between taking a lock
+        and noting that it is taken, which is then never given back. A SIGHUP that is ignored, as nohup does, stays so.
+        """
         self._starting = True
         for number in (*ENDING, signal.SIGHUP):
             if number in ENDING or signal.getsignal(number) != signal.SIG_IGN:
@@ -47,8 +48,7 @@ class Orders:
             on_end()
 
     def hold(self) -> None:
-        """The start is over: an order waits until somebody serves, instead of breaking off what is being done."""
-        self.check()
+        """Something is touched from now on: an order waits until somebody serves, and takes it back."""
         self._starting = False
 
     def end_now(self) -> None:
@@ -61,11 +61,6 @@ class Orders:
         """The event loop has ended: nobody is told any more."""
         self._on_end = self._on_reload = None
 
-    def check(self) -> None:
-        """Raise EndedAtStart if that was asked for, and got lost in code that swallows every exception."""
-        if self.end and self._starting:
-            raise EndedAtStart
-
     def close(self) -> None:
         """The last step: nothing but SIGKILL disturbs the interpreter on its way out."""
         for number in (*ENDING, signal.SIGHUP):
@@ -77,8 +72,8 @@ class Orders:
             if self._on_reload is not None:
                 self._on_reload()
             return
-        first, self.end = not self.end, True
+        self.end = True
         if self._on_end is not None:
             self._on_end()
-        elif self._starting and first:
-            raise EndedAtStart
+        elif self._starting:
+            os._exit(0)

@@ -200,6 +200,7 @@ def _serve(flags: Parsed, index: str, name: str, orders: Orders, log: LogQueue) 
     file = ConfigFile(Path(flags.text("config")), check_template) if flags.text("config") else None
     config = file.load() if file else None  # everything is checked before anything is touched
     cgroup_root = _cgroup_root(flags.text("cgroups-dir"))
+    orders.hold()
     run_directory = RunDirectory(Path(flags.text("run-dir", RUN_DIRECTORY)))
     run_directory.claim()
     try:
@@ -243,7 +244,6 @@ def _serve(flags: Parsed, index: str, name: str, orders: Orders, log: LogQueue) 
         plugin.index, plugin.name = index, name
         classes = len(config.classes) if config else 0
         logger.info("{}-{}: {} classes, run directory {}", index, name, classes, run_directory.path)
-        orders.hold()
         fleet.start()
         supervisor.start()
         try:

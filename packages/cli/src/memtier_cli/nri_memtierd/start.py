@@ -6,19 +6,16 @@ import os
 import sys
 import threading
 
-from memtier_cli.nri_memtierd.orders import EndedAtStart, Orders
+from memtier_cli.nri_memtierd.orders import Orders
 
 
 def main() -> int:
     """Run the program; returns the exit status. See `memtier_cli.nri_memtierd.program`."""
     orders = Orders()
     orders.listen()
-    try:
-        from memtier_cli.nri_memtierd.program import main as program
+    from memtier_cli.nri_memtierd.program import main as program
 
-        status = program(orders)
-    except EndedAtStart:
-        status = 0
+    status = program(orders)
     orders.close()
     if threading.active_count() > 1:
         # A thread that waits for the kernel, or is in the middle of a step: the interpreter would wait for the one,
