@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -263,6 +264,46 @@ def test_metadata_is_counted() -> None:
     server.receive_data(encode_frame(1, frame.REQUEST, 0, data))
     assert status_codes(b"".join(server.frames_to_send())) == [Code.RESOURCE_EXHAUSTED]
     assert server.next_event() is None
+
+
+PAIR = ttrpc_pb2.KeyValue(key="k", value="v")
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"",
+        ttrpc_pb2.Request(service="s", method="m", timeout_nano=-5).SerializeToString(),
+        ttrpc_pb2.Request(
+            timeout_nano=1 << 62, metadata=[ttrpc_pb2.KeyValue(key="k", value="v")] * 3
+        ).SerializeToString(),
+        ttrpc_pb2.Request(service="first").SerializeToString() + field(1, b"last") + field(13, b"unknown"),
+        b"\x08\x05" + b"\x22\x01x" + b"\x9d\x01abcd" + b"\x20\x83\x80\x80\x80\x80\x80\x80\x80\x80\x7f",
+    ],
+)
+def test_a_large_request_means_what_protobuf_says_it_means(rest: bytes) -> None:
+    """Other wire types than the schema's are unknown fields; of several, the last counts."""
+    payload = b"p" * (envelope.LARGE_BYTES + 1)
+    for data in (rest + field(3, payload), field(3, b"first") + field(3, payload) + rest):
+        found, theirs = decode_request(data), ttrpc_pb2.Request.FromString(data)
+        assert found.payload == theirs.payload == payload
+        assert (found.service, found.method, found.timeout_ns) == (theirs.service, theirs.method, theirs.timeout_nano)
+        assert found.metadata == tuple((pair.key, pair.value) for pair in theirs.metadata)
+
+
+@pytest.mark.parametrize("rest", [b"\x0a", b"\x0a\x02\xff\xff", b"\x2a\x01\x0a", b"\x0b", b"\x20" + b"\xff" * 11])
+def test_a_large_request_that_is_none_is_refused(rest: bytes) -> None:
+    data = field(3, b"p" * (envelope.LARGE_BYTES + 1)) + rest
+    with pytest.raises(ValueError):  # of several kinds
+        decode_request(data)
+    with pytest.raises(DecodeError):
+        ttrpc_pb2.Request.FromString(data)
+
+
+def test_metadata_of_a_large_request_is_counted() -> None:
+    data = field(3, b"p" * (envelope.LARGE_BYTES + 1)) + field(5, b"") * (envelope.MAX_METADATA + 1)
+    with pytest.raises(wire.TooManyParts):
+        decode_request(data)
 
 
 def test_details_of_a_status_are_counted() -> None:

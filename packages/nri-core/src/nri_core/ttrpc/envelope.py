@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 from nri_core.errors import Code, RpcError
 from nri_core.pb import ttrpc_pb2
-from nri_core.wire import TooManyParts, decoded
+from nri_core.wire import BYTES, VARINT, TooManyParts, decoded, fields
 
 Metadata = tuple[tuple[str, str], ...]
 """(key, value) pairs; a key may stand several times, and is compared without case."""
 MAX_METADATA = 128
 """Pairs of one call; runtimes send two or three."""
+LARGE_BYTES = 128 << 10
+_SERVICE, _METHOD, _PAYLOAD, _TIMEOUT, _METADATA = (
+    ttrpc_pb2.Request.DESCRIPTOR.fields_by_name[name].number
+    for name in ("service", "method", "payload", "timeout_nano", "metadata")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +48,38 @@ def encode_request(head: CallHead) -> bytes:
 
 def decode_request(data: bytes) -> CallHead:
     """The inverse. Raises ValueError; TooManyParts with more than `MAX_METADATA` pairs."""
+    if len(data) > LARGE_BYTES:
+        return _decode_large_request(data)
     message = decoded(ttrpc_pb2.Request(), data, few=True)
     if len(message.metadata) > MAX_METADATA:
         raise TooManyParts(f"{len(message.metadata)} pairs of metadata; the most is {MAX_METADATA}")
     metadata = tuple((pair.key, pair.value) for pair in message.metadata)
     return CallHead(message.service, message.method, message.payload, message.timeout_nano, metadata)
+
+
+def _decode_large_request(data: bytes) -> CallHead:
+    """The same with one copy of the payload instead of two. Memory for some MiB is new at each of them."""
+    service = method = payload = b""
+    timeout_ns = 0
+    pairs: list[bytes] = []
+    for number, kind, value in fields(data):
+        if kind == BYTES:
+            if number == _SERVICE:
+                service = value
+            elif number == _METHOD:
+                method = value
+            elif number == _PAYLOAD:
+                payload = value
+            elif number == _METADATA:
+                pairs.append(value)
+                if len(pairs) > MAX_METADATA:
+                    raise TooManyParts(f"more than {MAX_METADATA} pairs of metadata")
+        elif number == _TIMEOUT and kind == VARINT:
+            value &= (1 << 64) - 1
+            timeout_ns = value - (1 << 64) if value >> 63 else value  # an int64
+    found = [decoded(ttrpc_pb2.KeyValue(), pair) for pair in pairs]
+    metadata = tuple((pair.key, pair.value) for pair in found)
+    return CallHead(service.decode(), method.decode(), payload, timeout_ns, metadata)
 
 
 def encode_response(payload: bytes) -> bytes:

@@ -83,6 +83,7 @@ class FrameDecoder:
         end = HEADER.size + length
         if len(self._buffer) < end:
             return None
-        data = bytes(self._buffer[HEADER.size : end])
+        with memoryview(self._buffer) as view:
+            data = bytes(view[HEADER.size : end])  # of the buffer itself, a slice would be a copy more
         del self._buffer[:end]
         return Frame(stream_id, type_, flags, data)
