@@ -16,7 +16,7 @@ from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
 from memtier_cli.nri_memtierd.events import ContainerInfo, Event, Listed, Reconfigured, Started, Stopped, Synchronized
 from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
 from memtier_engine.errors import ConfigError
-from nri_core import Backoff, Container, ContainerState, EventMask, Pod, RpcError, Stub
+from nri_core import Backoff, Code, Container, ContainerState, EventMask, Pod, RpcError, Stub
 from nri_core.api.model import Allowance, pod_from_bytes
 from nri_core.pb import nri_pb2
 from nri_core.testing import FakeRuntime, PluginConnection
@@ -33,14 +33,23 @@ def container(name: str, state: ContainerState = ContainerState.UNKNOWN, pod: st
 class RecordingFleet:
     def __init__(self, *, reads: bool) -> None:
         self.events: list[Event] = []
+        self.looks = 0
+        self.hidden_looks = 0
         self.reads = reads
 
     def report(self, event: Event) -> None:
         self.events.append(event.read() if self.reads and isinstance(event, Synchronized) else event)
 
     def containers(self) -> list[ContainerInfo]:
+        self.looks += 1
+        if self.hidden_looks:
+            self.hidden_looks -= 1
+            return []
         lists = [event.running for event in self.events if isinstance(event, Listed)]
-        return [*lists[-1], *(event.container for event in self.events if isinstance(event, Started))]
+        return [
+            *(lists[-1] if lists else ()),
+            *(event.container for event in self.events if isinstance(event, Started)),
+        ]
 
 
 @dataclass
@@ -53,15 +62,21 @@ class Scene:
 
 
 class Sent:
-    """What the plugin asks of the runtime with UpdateContainers."""
+    """What the plugin asks of the runtime with UpdateContainers. As containerd does, it keeps ignored failures quiet."""
 
-    def __init__(self, refused: Collection[str] = ()) -> None:
+    def __init__(self, pods: Path, refused: Collection[str] = ()) -> None:
         self.requests: list[list[nri_pb2.ContainerUpdate]] = []
+        self._pods = pods
         self._refused = refused
 
     def take(self, updates: Sequence[nri_pb2.ContainerUpdate]) -> Sequence[nri_pb2.ContainerUpdate]:
         self.requests.append(list(updates))
-        return [update for update in updates if update.container_id in self._refused]
+        assert all(update.ignore_failure for update in updates)
+        for update in updates:
+            for key, value in update.linux.resources.unified.items():
+                if update.container_id not in self._refused:
+                    (self._pods / update.container_id.removeprefix("id-") / key).write_text(value)
+        return ()
 
     def values(self) -> dict[str, dict[str, str]]:
         found = [update for request in self.requests for update in request]
@@ -92,7 +107,7 @@ def run(
     @contextlib.asynccontextmanager
     async def connected() -> AsyncIterator[Scene]:
         fleet = RecordingFleet(reads=reads)
-        chosen = {"config": CONFIG, "cgroup_root": tmp_path, "check_template": accept, **options}
+        chosen = {"config": CONFIG, "cgroup_root": tmp_path, "check_template": accept, "again_s": 600.0, **options}
         plugin = MemtierdPlugin(fleet, **chosen)  # type: ignore[arg-type]
         plugin.index, plugin.name = "45", "nri-memtierd"
         async with FakeRuntime(tmp_path / "nri.sock", **(runtime or {})) as fake:
@@ -222,7 +237,7 @@ def test_adopted_containers_get_the_memory_values_they_lack(tmp_path: Path) -> N
         (tmp_path / "pods" / name).mkdir(parents=True)
         (tmp_path / "pods" / name / "memory.swap.max").write_text(value + "\n")
 
-    sent = Sent()
+    sent = Sent(tmp_path / "pods")
 
     async def body(scene: Scene) -> None:
         assert scene.connection.updates == [], "the answer to Synchronize waits for nothing"
@@ -238,7 +253,7 @@ def test_many_values_are_sent_a_few_at_a_time_and_told_when_they_are_confirmed(t
     lines: list[str] = []
     sink = logger.add(lambda message: lines.append(str(message)), format="{extra[container]} {message}", level="INFO",
                       filter=lambda record: "container" in record["extra"])  # fmt: skip
-    sent = Sent(refused={"id-n3", "id-n30"})
+    sent = Sent(tmp_path / "pods", refused={"id-n3", "id-n30"})
     names = [f"n{number}" for number in range(45)]
     for name in names:
         (tmp_path / "pods" / name).mkdir(parents=True)
@@ -254,8 +269,9 @@ def test_many_values_are_sent_a_few_at_a_time_and_told_when_they_are_confirmed(t
     finally:
         logger.remove(sink)
     assert [len(each) for each in sent.requests] == [20, 20, 5]
-    assert [line for line in lines if "was not set" in line] == [
-        f"default/pod:{name} {{'memory.swap.max': 'max'}} was not set: the runtime refuses\n" for name in ("n3", "n30")
+    why = "the runtime has not done it, its log may say why; it is tried again"
+    assert [line for line in lines if "is not set" in line] == [
+        f"default/pod:{name} {{'memory.swap.max': 'max'}} is not set: {why}\n" for name in ("n3", "n30")
     ]
     assert sum("set after the fact" in line for line in lines) == 43
 
@@ -267,7 +283,7 @@ def test_many_values_are_sent_a_few_at_a_time_and_told_when_they_are_confirmed(t
 def test_a_hostile_cgroup_path_hurts_only_its_own_container(tmp_path: Path, path: str) -> None:
     (tmp_path / "pods" / "c0").mkdir(parents=True)
     (tmp_path / "pods" / "c0" / "memory.swap.max").write_text("0\n")
-    sent = Sent()
+    sent = Sent(tmp_path / "pods")
     there = [replace(container(name, ContainerState.RUNNING), cgroups_path=f"/pods/{name}") for name in ("bad", "c0")]
     there[0] = replace(there[0], cgroups_path=path.encode(errors="replace").decode())
 
@@ -349,6 +365,52 @@ def test_another_configuration_reaches_the_values_of_what_runs(tmp_path: Path) -
 
     there = [container(name, ContainerState.RUNNING) for name in files]
     run(tmp_path, body, runtime={"pods": [POD], "containers": there, "on_update": write})
+
+
+def test_values_that_a_runtime_refuses_are_tried_again_until_they_hold(tmp_path: Path) -> None:
+    """As one does that has just restarted; what it says of all of them is no reason to give up either."""
+    file = tmp_path / "pods" / "c0" / "memory.swap.max"
+    file.parent.mkdir(parents=True)
+    file.write_text("0\n")
+    asked: list[str] = []
+
+    def write(updates: Sequence[nri_pb2.ContainerUpdate]) -> Sequence[nri_pb2.ContainerUpdate]:
+        (update,) = updates
+        asked.append(update.linux.resources.unified["memory.swap.max"])
+        if len(asked) == 2:
+            raise RpcError(Code.UNAVAILABLE, "not yet")
+        if len(asked) < 4:
+            return updates
+        file.write_text("max")
+        return ()
+
+    async def body(scene: Scene) -> None:
+        assert scene.plugin._sending is not None
+        await asyncio.wait_for(scene.plugin._sending, 60)
+        assert asked == ["max"] * 4
+
+    there = [container("c0", ContainerState.RUNNING)]
+    run(tmp_path, body, again_s=0.001, runtime={"pods": [POD], "containers": there, "on_update": write})
+
+
+def test_a_container_that_was_being_created_when_the_configuration_changed_gets_its_values(tmp_path: Path) -> None:
+    """The first look does not know of it yet."""
+    file = tmp_path / "pods" / "c0" / "memory.swap.max"
+    file.parent.mkdir(parents=True)
+    file.write_text("max\n")
+    sent = Sent(tmp_path / "pods")
+
+    async def body(scene: Scene) -> None:
+        await sent.settled(lambda: scene.fleet.looks > 0)
+        await scene.connection.notify("StartContainer", POD, container("c0"))
+        scene.fleet.hidden_looks = 1
+        scene.plugin._again_s = 0.001
+        scene.plugin.use(PluginConfig((WorkloadClass("swap", False, "x: 1"),)))
+        await sent.until(1)
+        assert scene.fleet.looks >= 3
+        assert sent.values() == {"id-c0": {"memory.swap.max": "0"}}
+
+    run(tmp_path, body, runtime={"on_update": sent.take})
 
 
 def test_a_restart_of_the_runtime_is_a_new_connection_with_a_new_list(tmp_path: Path) -> None:

@@ -19,13 +19,12 @@ from loguru import logger
 from memtier_cli.nri_memtierd.aside import aside
 from memtier_cli.nri_memtierd.classify import ContainerRefused, Decision, OnUnknownClass, classify
 from memtier_cli.nri_memtierd.config import CheckTemplate, PluginConfig, load
-from memtier_cli.nri_memtierd.container_cgroup import CgroupNotFound, CgroupTree
-from memtier_cli.nri_memtierd.events import ContainerInfo, Reconfigured, Started, Stopped, Synchronized
+from memtier_cli.nri_memtierd.events import Reconfigured, Started, Stopped, Synchronized
 from memtier_cli.nri_memtierd.fleet import Fleet
 from memtier_cli.nri_memtierd.inventory import Inventory, concerns_us, describe, label
 from memtier_cli.nri_memtierd.supervisor import Connection
+from memtier_cli.nri_memtierd.values import Lack, lacks
 from memtier_engine.errors import ConfigError, MemtierError
-from memtier_engine.model import PAGE_BYTES
 from nri_core import Adjustment, Code, Container, NriError, Plugin, Pod, RpcError, Runtime, Update
 
 LAG_CHECK_S = 0.25
@@ -35,6 +34,9 @@ LATE_S = 0.5
 SLICE = 20
 """Updates in one request: a runtime carries them out one by one, and serves nobody else meanwhile."""
 SLICE_S = 30.0
+AGAIN_S = 5.0
+AGAIN_MOST_S = 300.0
+CLEAN_LOOKS = 2
 AFTER_ANSWER_S = 0.05
 """Looking for what they lack begins so long after Synchronize, which then has been answered."""
 
@@ -108,8 +110,15 @@ class MemtierdPlugin(Plugin):
         adopt: bool = True,
         connection: Connection | None = None,
         beat: Callable[[], object] = lambda: None,
+        again_s: float = AGAIN_S,
     ) -> None:
-        """`connection` is told whether there is one; `beat` is called by the event loop now and then."""
+        """Set up.
+
+        Args:
+            connection: is told whether there is one.
+            beat: is called by the event loop now and then.
+            again_s: until containers are looked at again for values that they lack.
+        """
         self.fatal: MemtierError | None = None
         """Why the program has to end: the configuration that the runtime gave cannot be used, or a part has died."""
         self._fleet = fleet
@@ -120,13 +129,16 @@ class MemtierdPlugin(Plugin):
         self._adopt = adopt
         self.times = HookTimes(beat)
         self._connection = connection or Connection()
+        self._again_s = again_s
+        self._inventory: Inventory | None = None
         self._sending: asyncio.Task[None] | None = None
 
     def use(self, config: PluginConfig) -> None:
         """From now on, another configuration. In the event loop's thread."""
         self._config = config
         self._fleet.report(Reconfigured(config))
-        self._sending = asyncio.create_task(self._send_changed(self._sending))
+        if self._connection.state == "connected":  # else the next connection does it
+            self._see_to_values()
 
     async def configure(self, config: str, runtime: Runtime) -> None:
         """See `Plugin.configure`. A pre-launched plugin may be given its configuration here."""
@@ -148,12 +160,10 @@ class MemtierdPlugin(Plugin):
         Both after the answer, for which all pods of the node wait.
         """
         inventory = Inventory(pods, containers)
+        self._inventory = inventory if self._adopt else None
         self._fleet.report(Synchronized(lambda: inventory.listed(adopt=self._adopt)))
         self._connection.connected()
-        if self._sending is not None:
-            self._sending.cancel()  # of a connection that has ended
-        if self._adopt:
-            self._sending = asyncio.create_task(self._send_missing(inventory.running))
+        self._see_to_values()
         return []
 
     @timed
@@ -214,77 +224,61 @@ class MemtierdPlugin(Plugin):
     def _decide(self, annotations: Mapping[str, str], container: str, namespace: str) -> Decision:
         return classify(annotations, container, namespace, self._config, on_unknown_class=self._on_unknown_class)
 
-    async def _send_missing(self, running: Callable[[], Sequence[ContainerInfo]]) -> None:
-        """Give containers that run already the values they lack, a few at a time, and say what came of it.
+    def _see_to_values(self) -> None:
+        """Begin anew: of another configuration, or another connection."""
+        if self._sending is not None:
+            self._sending.cancel()
+        self._sending = asyncio.create_task(self._send_missing())
+
+    async def _send_missing(self) -> None:
+        """Give containers that run already the values they lack, a few at a time, until two looks find none.
 
         Not in the answer to Synchronize: looking at thousands of cgroups takes longer than a runtime waits, and an
-        answer that comes too late is lost with all values.
+        answer that comes too late is lost with all values. Two looks: a container that was being created when the
+        configuration changed has the values of the one before. A runtime that refuses is asked again, ever more seldom.
         """
+        refused: set[str] = set()
+        wait_s, clean = self._again_s, 0
         try:
             await asyncio.sleep(AFTER_ANSWER_S)
-            updates, names = await aside(lambda: self._missing_values(running()))
-            for first in range(0, len(updates), SLICE):
-                await self._send(updates[first : first + SLICE], names)
-        except (NriError, TimeoutError) as error:
-            why = str(error) or "the runtime does not answer"
-            logger.warning("memory values of running containers are not set: {}; the next connection tries again", why)
+            while True:
+                found = await aside(self._lacks)
+                for first in range(0, len(found), SLICE):
+                    await self._send(found[first : first + SLICE], refused)
+                clean = 0 if found else clean + 1
+                if clean == CLEAN_LOOKS:
+                    return
+                await asyncio.sleep(wait_s)
+                wait_s = min(AGAIN_MOST_S, 2 * wait_s) if found else wait_s
+        except NriError as error:
+            logger.warning(
+                "memory values of running containers are not set: {}; the next connection tries again", error
+            )
         except Exception:
             logger.exception("memory values of running containers are not set")
 
-    async def _send_changed(self, before: asyncio.Task[None] | None) -> None:
-        """The same for another configuration, when what is being sent has been sent."""
-        if before is not None:
-            try:
-                await asyncio.wait({before})
-            except asyncio.CancelledError:
-                before.cancel()
-                raise
-        if self._connection.state == "connected":  # else the next connection does it
-            await self._send_missing(self._fleet.containers)
-
-    async def _send(self, updates: Sequence[Update], names: Mapping[str, str]) -> None:
+    async def _send(self, asked: Sequence[Lack], refused: set[str]) -> None:
+        """One slice. Raises: NriError: the connection has ended."""
         assert self.stub is not None
-        failed = {update.container_id for update in await self.stub.update_containers(updates, timeout_s=SLICE_S)}
-        for update in updates:
-            log = logger.bind(container=names[update.container_id])
-            if update.container_id in failed:
-                log.warning("{} was not set: the runtime refuses", dict(update.resources.unified))
+        why = "the runtime has not done it, its log may say why"
+        try:
+            await self.stub.update_containers([each.update() for each in asked], timeout_s=SLICE_S)
+        except (RpcError, TimeoutError) as error:
+            why = str(error) or "the runtime does not answer"
+        left = await aside(lambda: {each.container.id for each in asked if each.persists()})
+        for each in asked:
+            log = logger.bind(container=str(each.container))
+            if each.container.id not in left:
+                refused.discard(each.container.id)
+                log.info("{} set after the fact", dict(each.values))
             else:
-                log.info("{} set after the fact", dict(update.resources.unified))
+                level = "DEBUG" if each.container.id in refused else "WARNING"
+                refused.add(each.container.id)
+                log.log(level, "{} is not set: {}; it is tried again", dict(each.values), why)
 
-    def _missing_values(self, running: Sequence[ContainerInfo]) -> tuple[list[Update], dict[str, str]]:
-        """Updates for the containers whose cgroup says something else than it should, and their names for people."""
-        updates, names = [], {}
-        tree = CgroupTree(self._cgroup_root)
-        for info in running:
-            try:
-                unified = self._decide(info.annotations, info.name, info.namespace).unified
-            except ContainerRefused as error:
-                logger.bind(container=str(info)).debug("{}", error)
-                continue
-            if not unified:
-                continue
-            try:
-                cgroup = tree.find(container_id=info.id, cgroups_path=info.cgroups_path, pid=info.pid)
-            except CgroupNotFound:
-                continue
-            update = Update(info.id, ignore_failure=True)
-            for key, value in unified.items():
-                if not _holds(cgroup.path / key, value):
-                    update = update.unified(key, value)
-            if update.resources.unified:
-                updates.append(update)
-                names[info.id] = str(info)
-        return updates, names
-
-
-def _holds(path: Path, value: str) -> bool:
-    """Whether a cgroup file holds the value; also if it cannot be read: then an update would not help."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return True
-    if text == value:
-        return True
-    # The kernel rounds down to whole pages.
-    return text.isdecimal() and value.isdecimal() and int(text) == int(value) // PAGE_BYTES * PAGE_BYTES
+    def _lacks(self) -> list[Lack]:
+        """Of all containers that we know of. In another thread."""
+        found = {} if self._inventory is None else {info.id: info for info in self._inventory.running()}
+        found.update((info.id, info) for info in self._fleet.containers())
+        wanted = lambda info: self._decide(info.annotations, info.name, info.namespace).unified  # noqa: E731
+        return lacks(found.values(), wanted, self._cgroup_root)
