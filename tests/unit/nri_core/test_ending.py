@@ -28,7 +28,7 @@ from nri_core import (
     Pod,
     Stub,
 )
-from nri_core.aio.transport import inherited
+from nri_core.aio.transport import connect, inherited
 from nri_core.testing import FakeRuntime, PluginConnection
 
 POD, CONTAINER = Pod("p1", "web", "default"), Container("c1", "p1", "main")
@@ -273,6 +273,25 @@ def test_nothing_is_written_after_stop(tmp_path: Path) -> None:
 
 
 SEE = "import os, sys; print(sorted(int(n) for n in os.listdir('/proc/self/fd')), os.environ.get('NRI_PLUGIN_SOCKET'))"
+
+
+def test_told_to_stop_while_it_connects_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to close yet: it went on, registered and served."""
+
+    async def main() -> None:
+        async with FakeRuntime(tmp_path / "nri.sock", registration_timeout_s=600) as runtime:
+            stub = Stub(Hooked(), socket_path=runtime.path)
+
+            async def connect_and_stop(path: str) -> socket.socket:
+                made = await connect(path)
+                stub.stop()
+                return made
+
+            monkeypatch.setattr("nri_core.aio.stub.connect", connect_and_stop)
+            await asyncio.wait_for(stub.run(), 60)
+            assert stub.session.runtime is None, "not even registered"
+
+    asyncio.run(main())
 
 
 def test_the_inherited_socket_is_not_inherited_by_our_children(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ class Scene:
 
 
 class Sent:
-    """What the plugin asks of the runtime with UpdateContainers. As containerd does, it keeps ignored failures quiet."""
+    """What the plugin asks of the runtime with UpdateContainers. As containerd, quiet about ignored failures."""
 
     def __init__(self, pods: Path, refused: Collection[str] = ()) -> None:
         self.requests: list[list[nri_pb2.ContainerUpdate]] = []

@@ -268,7 +268,10 @@ class Stub:
             closed = asyncio.ensure_future(trunk.wait_closed())
             closed.add_done_callback(lambda done: None if done.cancelled() else client.lose(done.result()))
             try:
-                await self._begin(session, client, dispatcher, closed, pre_launched)
+                if self._stopping.is_set():  # while the connection was being made: there was nothing to close yet
+                    trunk.close()
+                else:
+                    await self._begin(session, client, dispatcher, closed, pre_launched)
                 error = await closed
             finally:
                 closed.cancel()
