@@ -13,7 +13,7 @@ SOURCES := packages tests tools deploy/image
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 export UV_LINK_MODE := copy
 
-.PHONY: help setup fmt check test e2e soak demo bench bench-saving vm proto chart-readme bpf images clean
+.PHONY: help setup fmt check test e2e soak storm demo bench bench-saving vm proto chart-readme bpf images clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -49,6 +49,13 @@ SOAK_MINUTES ?= 60
 
 soak: $(STAMP)  ## An hour of churn under nri-memtierd: memory flat, nothing left behind (root; SOAK_MINUTES=60)
 	PYTHONPATH=tests $(BIN)/python -m soak $(SOAK_MINUTES)
+
+STORM_MINUTES ?= 30
+STORM_SEED ?=
+
+storm: $(STAMP)  ## Restarts, upgrades, full volumes at random over a node in the test VM (STORM_MINUTES=30 STORM_SEED=1)
+	tests/vm/run --smp 1 --nodes '2048:0 512:' --timeout $$(($(STORM_MINUTES) * 60 + 1200)) -- env PYTHONPATH=/host/tests PYTHONDONTWRITEBYTECODE=1 \
+	    python3 -u tests/e2e/guest/nri_storm.py $(STORM_MINUTES) $(STORM_SEED)
 
 demo: $(STAMP)  ## Page out the idle memory of a real process and show it (root)
 	$(BIN)/memtier demo $(DEMO_ARGS)

@@ -68,12 +68,12 @@ class Containerd:
         self._channel = grpc.insecure_channel(f"unix://{SOCKET}")
         self.call("Version", cri.VersionRequest(version="v1"))
 
-    def stop(self) -> None:
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Stop it; containers go on."""
         if self._channel is not None:
             self._channel.close()
         if self._process is not None:
-            self._process.terminate()
+            self._process.send_signal(number)
             self._process.wait(30)
 
     def call(self, method: str, request: Any, service: str = "RuntimeService") -> Any:
@@ -89,6 +89,8 @@ class Containerd:
             return stub(request, timeout=120, wait_for_ready=True)
         except grpc.RpcError as error:
             raise CriError(error.details()) from None
+        except ValueError as error:  # the channel was closed by `stop`
+            raise CriError(str(error)) from None
 
     def execute(self, container: str, command: Sequence[str]) -> Any:
         """Run a command in a container, as a probe does. Raises: CriError."""
