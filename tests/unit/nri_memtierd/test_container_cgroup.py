@@ -171,9 +171,9 @@ def test_a_cgroup_made_again_under_the_same_name_is_another(node: Node) -> None:
     made = node.make(f"pod/{ID}")
     found = node.find(f"/pod/{ID}")
     assert found.is_there()
+    another = node.make("another")  # first: an inode that is free may be handed out again at once
     made.rmdir()
-    (node.root / "placeholder").mkdir()  # so that the inode is not handed out again at once
-    made.mkdir()
+    another.rename(made)
     assert not found.is_there()
 
 
