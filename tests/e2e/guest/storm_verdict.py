@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ from vm.guest import cri_pb2 as cri
 FRESH_S = 90.0
 """An engine has said something since: it scans every 2 or 3 s, more seldom where the machine is slow."""
 RSS_MIB_MAX = 110
-FDS_MAX, FDS_PER_ENGINE = 32, 4
+FDS_MAX, FDS_PER_ENGINE = 32, 12
+"""Four for each process, of which a container here has one or three. What is left at the end is looked at exactly."""
 THREADS_MAX = 24
 DEFECTS = ("Traceback", "a defect", "never retrieved", "Exception ignored", "| CRITICAL")
 _SCAN = re.compile(r"DEBUG: scan \d+: (\d+) processes")
@@ -101,7 +103,8 @@ def look_around(instance: Instance) -> list[str]:
     if taken["rss_mib"] > RSS_MIB_MAX:
         found.append(f"the plugin takes {taken['rss_mib']} MiB")
     if taken["fds"] > FDS_MAX + FDS_PER_ENGINE * engines or taken["threads"] > THREADS_MAX:
-        found.append(f"the plugin has {taken['fds']} descriptors and {taken['threads']} threads, {engines} engines")
+        files = dict(Counter(open_files(instance)))
+        found.append(f"the plugin has {taken['threads']} threads, {engines} engines, descriptors: {files}")
     return found
 
 
