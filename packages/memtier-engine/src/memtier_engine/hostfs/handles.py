@@ -76,9 +76,11 @@ class ProcessFiles(Closing):
 
     def read(self, name: str) -> bytes:
         """The whole file; errors as `open`."""
-        text = self._of_memory(name, "read", lambda: self._read(name))
-        if not text and name in _OF_MEMORY and self._find_thread():  # maps of an ended thread can be opened: empty
-            return self._of_memory(name, "read", lambda: self._read(name))
+        for _ in range(THREADS_TRIED):
+            text = self._of_memory(name, "read", lambda: self._read(name))
+            # maps of an ended thread can be opened: empty. The next one may have ended by then too.
+            if text or name not in _OF_MEMORY or not self._find_thread():
+                break
         return text
 
     def write(self, name: str, text: str) -> None:
