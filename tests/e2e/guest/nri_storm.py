@@ -112,9 +112,10 @@ class Storm:
         if old["fds"] > fresh["fds"] + LAZY_FDS or old["threads"] > fresh["threads"] + 2:
             complaints.append(f"without containers {old}, a fresh one {fresh}; open: {files}")
         self.keeper.end(self.keeper.newest(), signal.SIGTERM)
+        self.keeper.add()  # nothing keeps it out; of those before it, some were killed and could not clean up
+        complaints += self.settle()[1].complaints + self.read_logs()
+        self.keeper.end(self.keeper.newest(), signal.SIGTERM)
         complaints += [f"left behind: {path}" for path in SHARED.rglob("*")]
-        self.keeper.add(own_directory=True)  # nothing keeps it out
-        complaints += self.settle()[1].complaints
         complaints += self.read_logs() + self.take_complaints()
         say(kind="finish", old=old, fresh=fresh, complaints=complaints)
         return complaints
