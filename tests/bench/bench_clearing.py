@@ -131,14 +131,16 @@ def stall(size_gib: int, *, busy: int = 0, nice: int = 0) -> bool:
     return all(
         [
             ratio_line(
-                f"stall, {who}: worst page fault", f"was {was[0]:.1f}, now {now[0]:.2f} ms", now[0] / was[0], 0.5
+                f"stall, {who}: worst page fault, of 2 ms", f"was {was[0]:.1f}, now {now[0]:.2f} ms", now[0] / 2, 1.0
             ),
-            ratio_line(f"stall, {who}: worst mmap", f"was {was[1]:.1f}, now {now[1]:.2f} ms", now[1] / was[1], 0.8),
+            ratio_line(
+                f"stall, {who}: worst mmap, of 10 ms", f"was {was[1]:.1f}, now {now[1]:.2f} ms", now[1] / 10, 1.0
+            ),
             ratio_line(
                 f"stall, {who}: CPU of a scan, all touched before",
                 f"was {was[3]:.0f}, now {now[3]:.0f} ms",
                 now[3] / was[3],
-                3.0,
+                2.0,
             ),
             ratio_line(
                 f"stall, {who}: CPU of a scan, nothing touched",
