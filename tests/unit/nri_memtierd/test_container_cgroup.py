@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memtier_cli.nri_memtierd import container_cgroup
 from memtier_cli.nri_memtierd.container_cgroup import (
     BadCgroupsPath,
     CgroupNotFound,
@@ -262,3 +264,36 @@ def test_a_process_that_is_not_seen_has_ended_only_where_all_of_the_node_are_see
     (tmp_path / "self/ns/pid").unlink()
     (tmp_path / "self/ns/pid").write_text("of a pod")
     assert not CgroupTree(tmp_path, tmp_path).has_ended(pid)
+
+
+def test_names_of_directories_that_a_tenant_likes_take_little_memory_and_hide_nothing(node: Node) -> None:
+    """A cgroup's name may have 255 bytes, all of them where an id could begin."""
+    made = node.make(f"kubepods/pod1/crio-{ID}.scope")
+    for number in range(1000):
+        node.make(f"kubepods/pod2/{'-:' * 120}{number:06d}")
+    tree = CgroupTree(node.root)
+    tracemalloc.start()
+    try:
+        assert tree.find(container_id=ID, cgroups_path="/kata").path == made
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("container_id", ["a-b", "a:b-c", "-", "a-", ":a"])
+@pytest.mark.parametrize("form", ["{}", "crio-{}", "crio-{}.scope", "x:crio:{}", "{}.scope"])
+def test_an_id_may_have_what_stands_before_ids(node: Node, container_id: str, form: str) -> None:
+    made = node.make(f"pod/{form.format(container_id)}")
+    assert CgroupTree(node.root).find(container_id=container_id, cgroups_path="/kata").path == made
+
+
+def test_so_many_directories_are_looked_at_and_no_more(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container_cgroup, "_SEARCH_DIRECTORIES_MAX", 10)
+    made = node.make(f"{ID}")
+    tree = CgroupTree(node.root)
+    assert tree.named(ID) == [made]
+    for number in range(100):
+        node.make(f"{ID}/{number}")
+    tree = CgroupTree(node.root)
+    assert tree.named(ID) == [made]
+    assert sum(bool(tree.named(str(number))) for number in range(100)) == 9

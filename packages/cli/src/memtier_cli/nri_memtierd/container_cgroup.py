@@ -10,6 +10,7 @@ import re
 import stat
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from memtier_engine.errors import MemtierError
@@ -17,7 +18,7 @@ from memtier_engine.errors import MemtierError
 MONITOR_PREFIX = "crio-conmon-"
 _SEARCH_DIRECTORIES_MAX = 200_000
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
-_BEFORE_ID = re.compile("[-:]")
+_BETWEEN_WORDS = re.compile("[-:]")
 
 
 class CgroupNotFound(MemtierError):
@@ -101,7 +102,7 @@ class CgroupTree:
         self._root = root
         self._proc = proc
         self._real_root: Path | None = None
-        self._by_name: dict[str, list[Path]] | None = None
+        self._by_last_word: dict[str, list[_Directory]] | None = None
 
     def find(self, *, container_id: str, cgroups_path: str, pid: int | None = None) -> ContainerCgroup:
         """Where the container's processes are: by what the runtime said, by its process, by the directory's name.
@@ -136,9 +137,10 @@ class CgroupTree:
 
     def named(self, container_id: str) -> list[Path]:
         """Directories with a name that runtimes give to the cgroup of this container, from the top down."""
-        if self._by_name is None:
-            self._by_name = _names(self._root)
-        return [path for path in self._by_name.get(container_id, ()) if names_container(path.name, container_id)]
+        if self._by_last_word is None:
+            self._by_last_word = _directories(str(self._root))
+        found = self._by_last_word.get(_last_word(container_id), ())
+        return [Path(each.path()) for each in found if names_container(each.name, container_id)]
 
     def has_ended(self, pid: int | None) -> bool:
         """Whether a container's first process is seen to be gone, by which the container is. False: not known.
@@ -209,25 +211,46 @@ def _of_process(root: Path, proc: Path, pid: int, container_id: str, tree: Cgrou
     return None
 
 
-def _names(root: Path) -> dict[str, list[Path]]:
-    """Every directory of the tree by what may be a container's id in its name: all of it, or what follows - or :."""
-    found: dict[str, list[Path]] = {}
-    waiting, seen = deque([str(root)]), 0
-    while waiting and seen < _SEARCH_DIRECTORIES_MAX:
-        directory = waiting.popleft()
-        seen += 1
+class _Directory:
+    """One of the tree: a path is up to 4 KiB long, so each keeps its own name only."""
+
+    __slots__ = ("above", "name")
+
+    def __init__(self, above: _Directory | None, name: str) -> None:
+        self.above = above
+        self.name = name
+
+    def path(self) -> str:
+        names, here = [self.name], self.above
+        while here is not None:
+            names.append(here.name)
+            here = here.above
+        return "/".join(reversed(names))
+
+
+def _last_word(name: str) -> str:
+    """What follows the last - or :, the same for an id and for each name with it that `names_container` knows."""
+    return _BETWEEN_WORDS.split(name)[-1]
+
+
+def _directories(root: str) -> dict[str, list[_Directory]]:
+    """Those of the tree that may be a container's, from the top down, by the last word of their name without .scope.
+
+    Whoever may make cgroups in his container gives them names that he likes: each takes its length once.
+    """
+    found: dict[str, list[_Directory]] = {}
+    waiting, left = deque([_Directory(None, root)]), _SEARCH_DIRECTORIES_MAX
+    while waiting and left > 0:
+        here = waiting.popleft()
         try:
-            with os.scandir(directory) as entries:
-                children = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+            with os.scandir(here.path()) as entries:
+                names = (entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+                children = [_Directory(here, name) for name in islice(names, left)]
         except OSError:
             continue  # it was removed meanwhile
+        left -= len(children)
+        waiting += children
         for child in children:
-            waiting.append(child.path)
-            if child.name.endswith(".slice") or child.name.startswith(MONITOR_PREFIX):
-                continue
-            stem = child.name.removesuffix(".scope")
-            path = Path(child.path)
-            found.setdefault(stem, []).append(path)
-            for cut in _BEFORE_ID.finditer(stem):
-                found.setdefault(stem[cut.end() :], []).append(path)
+            if not child.name.endswith(".slice") and not child.name.startswith(MONITOR_PREFIX):
+                found.setdefault(_last_word(child.name.removesuffix(".scope")), []).append(child)
     return found
