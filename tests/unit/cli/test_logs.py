@@ -14,6 +14,7 @@ import pytest
 from loguru import logger
 
 from memtier_cli.logqueue import LogQueue
+from memtier_cli.logquota import LINES_MOST
 from memtier_cli.logs import configure_daemon
 
 
@@ -81,6 +82,49 @@ def test_no_name_can_forge_a_line(text: list[str]) -> None:
     assert "\r" not in line
 
 
+def test_no_name_of_a_container_and_no_text_of_an_exception_can_forge_one_either(text: list[str]) -> None:
+    forged = "x\n2026-11-30T00:00:00.000Z ERROR: forged\x1b[2J\x9b2J\u202e\u2028\r"
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        with logger.contextualize(container=forged):
+            logger.exception("it failed")
+    (line,) = text
+    first, *others = line.removesuffix("\n").split("\n")
+    assert "\\x1b[2J\\x9b2J\\u202e\\u2028\\r: it failed" in first
+    assert others[0] == "  Traceback (most recent call last):"
+    assert all(other.startswith("  ") for other in others), "none begins as a line of the log"
+    assert not set(line) & set("\x1b\x9b\u202e\u2028\r")
+
+
+def test_words_in_other_scripts_stay_as_they_are(text: list[str]) -> None:
+    logger.info("naïve 容器 контейнер 🙂")
+    assert "naïve 容器 контейнер 🙂" in text[0]
+
+
+def test_one_container_cannot_fill_the_log(text: list[str]) -> None:
+    """A line about each of its processes, and it may fork on and on."""
+    for number in range(1000):
+        with logger.contextualize(container="ns/pod:storm"):
+            logger.info("pid {}: 8 MiB stay in RAM", number)
+    with logger.contextualize(container="ns/pod:other"):
+        logger.info("engine started")
+    logger.info("about nobody")
+    assert len(text) == LINES_MOST + 3
+    assert text[-4].endswith("pid 99: 8 MiB stay in RAM\n")
+    assert text[-3].endswith("ns/pod:storm: more than 100 lines about it: the next ones are left out for a while\n")
+    assert text[-2].endswith("ns/pod:other: engine started\n")
+
+
+@pytest.mark.usefixtures("_restored")
+def test_who_asks_for_all_lines_gets_them() -> None:
+    kept = Kept()
+    configure_daemon(kept, debug=True)
+    for number in range(1000):
+        logger.bind(container="ns/pod:storm").info("pid {}", number)
+    assert len(kept.lines) == 1000
+
+
 def test_an_exception_is_there_without_the_values_of_variables(text: list[str], objects: list[str]) -> None:
     secret = "do not show"
     try:
@@ -122,4 +166,4 @@ def test_what_other_libraries_and_dying_threads_say_is_in_the_log(text: list[str
     first, second, third = text
     assert "ERROR: Task exception was never retrieved" in first
     assert "INFO: connected" in second
-    assert "CRITICAL: a defect ends thread t1\nTraceback" in third
+    assert "CRITICAL: a defect ends thread t1\n  Traceback" in third

@@ -16,13 +16,24 @@ from typing import TYPE_CHECKING, Any, TextIO
 from loguru import logger
 
 from memtier_cli.logqueue import LogQueue
+from memtier_cli.logquota import LINES_MOST, LogQuota
 
 if TYPE_CHECKING:
     from loguru import Message, Record
 
 LIBRARIES = ("memtier_engine",)
-_CONTROLS = {number: repr(chr(number))[1:-1] for number in (*range(32), 127) if chr(number) != "\t"}
-"""Names of pods and their annotations are in messages: none of them begins a line of its own."""
+_MEANING_SOMETHING = (
+    *range(0x20),
+    *range(0x7F, 0xA0),
+    0x61C,
+    0x200E,
+    0x200F,
+    *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+)
+"""To terminals and viewers: controls, line ends, and what makes text run from right to left."""
+_CONTROLS = {number: ascii(chr(number))[1:-1] for number in _MEANING_SOMETHING if chr(number) != "\t"}
+"""Names of pods and their annotations are in messages: none of them begins a line of its own, nor moves a cursor."""
 
 
 def configure(*, debug: bool = False, trace: bool = False, sink: TextIO | str | None = None) -> None:
@@ -40,12 +51,14 @@ def configure_daemon(queue: LogQueue, *, debug: bool = False, trace: bool = Fals
     """All messages of the process into `queue`: `TIME LEVEL: NAMESPACE/POD:CONTAINER: message`, or objects.
 
     Whose engine a message is about stands in loguru's context: `container`, `engine`. A message with `node` is about
-    the whole node: engines that find out the same say it once, as long as its `state` does not change.
+    the whole node: engines that find out the same say it once, as long as its `state` does not change. About one
+    container there are so many lines and no more (`LogQuota`), unless there are to be all.
     """
     logger.remove()
     level = "TRACE" if trace else "DEBUG" if debug else "INFO"
     as_text = json_line if as_json else text_line
-    logger.add(_ToQueue(queue, as_text), level=level, format="{message}", backtrace=False, diagnose=False)
+    quota = None if debug or trace else LogQuota()
+    logger.add(_ToQueue(queue, as_text, quota), level=level, format="{message}", backtrace=False, diagnose=False)
     _enable_libraries(debug)
     root = logging.getLogger()  # asyncio's, and what libraries that we do not know say
     root.handlers[:] = [_ToLoguru()]
@@ -59,9 +72,10 @@ def text_line(record: Record) -> str:
     """A line for people."""
     level = record["level"].name
     container = record["extra"].get("container")
-    message = record["message"].translate(_CONTROLS)
     whose = f"{container}: " if container else ""
-    return f"{_time(record)} { {'WARNING': 'WARN'}.get(level, level) }: {whose}{message}\n{_exception(record)}"
+    message = f"{whose}{record['message']}".translate(_CONTROLS)
+    trace = "".join(f"  {line.translate(_CONTROLS)}\n" for line in _exception(record).split("\n") if line)
+    return f"{_time(record)} { {'WARNING': 'WARN'}.get(level, level) }: {message}\n{trace}"
 
 
 def json_line(record: Record) -> str:
@@ -79,9 +93,10 @@ def json_line(record: Record) -> str:
 
 
 class _ToQueue:
-    def __init__(self, queue: LogQueue, as_text: Callable[[Record], str]) -> None:
+    def __init__(self, queue: LogQueue, as_text: Callable[[Record], str], quota: LogQuota | None) -> None:
         self._queue = queue
         self._as_text = as_text
+        self._quota = quota
         self._of_node: dict[str, str] = {}
 
     def __call__(self, message: Message) -> None:
@@ -92,7 +107,21 @@ class _ToQueue:
                 return
             self._of_node[node] = state
             record["extra"] = {key: value for key, value in record["extra"].items() if key not in _OF_AN_ENGINE}
+        container = record["extra"].get("container")
+        if self._quota is not None and container is not None:
+            place = self._quota.place(str(container))
+            if place.left_out:
+                self._say(record, f"{place.left_out} lines about it were left out")
+            if place.is_full:
+                self._say(record, f"more than {LINES_MOST} lines about it: the next ones are left out for a while")
+            if not place.wanted:
+                return
         self._queue.put(self._as_text(record))
+
+    def _say(self, record: Record, message: str) -> None:
+        own = record.copy()
+        own["message"], own["exception"] = message, None
+        self._queue.put(self._as_text(own))
 
 
 _OF_AN_ENGINE = ("container", "engine", "state")
