@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtier_cli.nri_memtierd.classify import ContainerRefused, Decision, classify, memory_value, read_annotations
+from memtier_cli.nri_memtierd.classify import (
+    REMARKS_MOST,
+    ContainerRefused,
+    Decision,
+    classify,
+    memory_value,
+    read_annotations,
+)
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
 
 SWAP = WorkloadClass("swap-idle-data", True, "policy: {}")
@@ -144,6 +151,24 @@ def test_an_unknown_key_of_our_suffix_is_remarked_and_ignored() -> None:
     decision = decide({"clas.memtierd.nri.io": "swap-idle-data", "memory.memtierd.nri.io/c0": "1"})
     assert decision.workload_class is None
     assert len(decision.remarks) == 2
+
+
+def test_what_a_pod_says_is_shown_in_part() -> None:
+    """Its annotations may be 256 KiB long, and each of its containers has them in the log and in the status."""
+    much = "x" * 250_000
+    with pytest.raises(ContainerRefused) as caught:
+        decide({CLASS: much})
+    assert len(str(caught.value)) < 400
+    with pytest.raises(ContainerRefused) as caught:
+        decide({f"{CLASS}/c0": "gold", HIGH: "1"} | {f"{CLASS}/container.c0": much})
+    assert "'gold'" in str(caught.value)
+    with pytest.raises(ContainerRefused) as caught:
+        decide({HIGH: much})
+    assert len(str(caught.value)) < 400
+    decision = decide({f"a{number}.memtierd.nri.io": "" for number in range(5000)})
+    assert len(decision.remarks) == REMARKS_MOST + 1
+    assert decision.remarks[-1] == f"{5000 - REMARKS_MOST} more annotations are not known and ignored"
+    assert len(decide({f"{much}.memtierd.nri.io": ""}).remarks[0]) < 200
 
 
 @pytest.mark.parametrize("name", [f"{CLASS}/", f"{CLASS}/c0/x", f"{CLASS}/c00", f"{CLASS}/container.c00"])

@@ -159,11 +159,15 @@ def test_creation_is_answered_with_the_unified_values_and_nothing_else(
     run(tmp_path, body)
 
 
-def test_an_unknown_class_fails_the_creation_with_our_words_and_the_plugin_goes_on(tmp_path: Path) -> None:
+def test_an_unknown_class_fails_the_creation_with_our_words_and_the_plugin_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def body(scene: Scene) -> None:
         unknown = replace(POD, annotations={CLASS: "gold"})
         with pytest.raises(RpcError, match=r"class 'gold' .* is not configured .configured classes: swap, track"):
             await scene.connection.create_container(unknown, container("c0"))
+        (record,) = [each for each in caplog.records if "create_container" in each.getMessage()]
+        assert (record.levelname, record.exc_info) == ("WARNING", None), "whoever mistypes a class is no defect of ours"
         await scene.connection.notify("StartContainer", unknown, container("c0"))  # must not fail
         assert (await scene.connection.create_container(POD, container("c0"))).adjust.ByteSize()
 

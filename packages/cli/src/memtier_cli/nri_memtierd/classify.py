@@ -19,6 +19,9 @@ SUFFIX = ".memtierd.nri.io"
 CLASS_KEY = "class"
 SWAP_MAX = "memory.swap.max"
 OnUnknownClass = Literal["fail", "ignore"]
+SHOWN_CHARACTERS = 80
+"""Of what a pod says: its annotations may be 256 KiB long together, and go into the log and the status."""
+REMARKS_MOST = 10
 
 _AMOUNTS = Sizes(hint="use max, or bytes such as 268435456 or 256M", b=False, whole=True, blanks=False)
 
@@ -106,7 +109,9 @@ def classify(
             value that no kernel would take.
     """
     found = read_annotations(annotations, container)
-    remarks = [f"annotation {name!r} is not known and ignored" for name in found.unknown]
+    remarks = [f"annotation {_shown(name)} is not known and ignored" for name in found.unknown[:REMARKS_MOST]]
+    if (more := len(found.unknown) - REMARKS_MOST) > 0:
+        remarks.append(f"{more} more annotations are not known and ignored")
     chosen, remark = _find_class(found, namespace, config, on_unknown_class)
     if remark:
         remarks.append(remark)
@@ -120,7 +125,7 @@ def classify(
         if text is None:
             continue
         if key not in allowed:
-            remarks.append(f"annotation {found.names[key]!r} is not in allowannotations and ignored")
+            remarks.append(f"annotation {_shown(found.names[key])} is not in allowannotations and ignored")
             continue
         if text == "":
             unified.pop(key, None)
@@ -128,7 +133,7 @@ def classify(
         value = memory_value(text)
         if value is None:
             raise ContainerRefused(
-                f"annotation {found.names[key]!r} has value {text[:40]!r}",
+                f"annotation {_shown(found.names[key])} has value {_shown(text)}",
                 hint=_AMOUNTS.hint,
             )
         unified[key] = value
@@ -141,19 +146,24 @@ def _find_class(
     name = found.values.get(CLASS_KEY)
     if not name:
         return None, None
-    source = found.names[CLASS_KEY]
+    source, shown = found.names[CLASS_KEY][:SHOWN_CHARACTERS], _shown(name)
     if config is None:
-        why, hint = f"class {name!r} ({source}): the plugin has no configuration", "start it with -config FILE"
+        why, hint = f"class {shown} ({source}): the plugin has no configuration", "start it with -config FILE"
     else:
         chosen = config.find(name)
         if chosen is not None and chosen.allows(namespace):
             return chosen, None
         if chosen is None:
             names = ", ".join(sorted(each.name for each in config.classes)) or "none"
-            why, hint = f"class {name!r} ({source}) is not configured", f"configured classes: {names}"
+            why, hint = f"class {shown} ({source}) is not configured", f"configured classes: {names}"
         else:
-            why = f"class {name!r} ({source}) may not be used in namespace {namespace!r}"
+            why = f"class {shown} ({source}) may not be used in namespace {namespace!r}"
             hint = "the class has a list of namespaces"
     if on_unknown_class == "fail":
         raise ContainerRefused(why, hint=hint)
     return None, f"{why}; ignored"
+
+
+def _shown(text: str) -> str:
+    """Its beginning, quoted."""
+    return repr(text) if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]!r}..."
