@@ -16,7 +16,7 @@ from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
 from memtier_engine.engine.runner import Runner
 from memtier_engine.errors import ConfigError, KernelCallError, ProcessGone, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
-from memtier_engine.model import PAGE_BYTES, MoveTask, ProcessId, Spans
+from memtier_engine.model import PAGE_BYTES, MoveOutcome, MoveTask, ProcessId, Spans
 from memtier_engine.mover.backends import BatchResult, ProcessHandle
 from memtier_engine.mover.mover import Mover, MoverConfig
 from memtier_engine.pages.refaults import RefaultLedger
@@ -422,3 +422,37 @@ def test_an_engine_keeps_the_empty_ledger_that_it_is_given(tmp_path: Path) -> No
     engine = Engine(FakeTarget(), host=Host(tmp_path), tracker=FakeTracker(), refaults=ledger)
     assert engine.refaults is ledger
     engine.close()
+
+
+def test_where_processes_come_and_go_all_the_time_looks_leave_time_for_the_rest(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream of forks had an engine do nothing but ask who is there: no move was made, whatever scans may take."""
+    engine, target, heard = telling_engine(scene)
+    engine.advance(0.0)
+    spent_s = 0.0
+
+    def look() -> float:
+        nonlocal spent_s
+        spent_s += 0.05  # at the beginning and at the end of each look
+        return spent_s
+
+    monkeypatch.setattr("memtier_engine.engine.loop.time.thread_time", look)
+    pumped = 0
+
+    def pump(now_s: float) -> list[MoveOutcome]:
+        nonlocal pumped
+        pumped += 1
+        return []
+
+    monkeypatch.setattr(engine.mover, "pump", pump)
+    due_s = 0.0
+    for number in range(100):
+        target.tell(ProcessId(5000 + number, 9))
+        _, due_s = engine.advance(0.001 * number)
+    assert len(heard.appeared_pids) < 20
+    assert pumped > 80
+    assert due_s > 0.5, "and it is not asked again at once"
+    target.tell(ProcessId(7000, 9))
+    engine.advance(due_s)
+    assert heard.appeared_pids[-1] == 7000

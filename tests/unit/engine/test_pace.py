@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from loguru import logger
 
-from memtier_engine.engine.pace import ScanBudget
+from memtier_engine.engine.pace import LOOKS_AHEAD_S, Looks, ScanBudget
 from memtier_engine.errors import ConfigError
 
 
@@ -102,3 +102,31 @@ def test_it_says_when_intervals_grow_and_when_they_are_back_and_not_at_every_sca
 def test_a_budget_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="above 0"):
         ScanBudget(0)
+
+
+def test_a_few_looks_are_at_once_and_many_take_half_the_share() -> None:
+    looks = Looks(0.0)
+    now_s, cpu_s = 0.0, 0.0
+    while now_s < 100.0:
+        assert looks.due_s <= now_s or cpu_s > LOOKS_AHEAD_S
+        now_s = max(now_s, looks.due_s)
+        cpu_s += 0.05
+        looks.looked(0.05, now_s, 0.1)
+    assert looks.taken_s == pytest.approx(cpu_s)
+    assert cpu_s == pytest.approx(LOOKS_AHEAD_S + 100.0 * 0.1 / 2, abs=0.06)
+    looks.looked(0.0, now_s + 1000.0, 0.1)
+    assert looks.due_s == now_s + 1000.0, "a quiet while saves up no more than that"
+    looks.looked(2 * LOOKS_AHEAD_S, now_s + 1000.0, 0.1)
+    assert looks.due_s == pytest.approx(now_s + 1000.0 + LOOKS_AHEAD_S / 0.05)
+
+
+def test_looks_count_against_the_budget_of_scans() -> None:
+    """So that those of many engines take no more together than they may."""
+    budget = ScanBudget(0.05)
+    storm, calm = budget.join(1.0), budget.join(1.0)
+    assert storm.cpu_share == 0.05
+    for _ in range(50):
+        calm.scanned(0.001)
+        storm.scanned(0.2)
+    assert storm.cpu_share == pytest.approx(0.049)
+    assert calm.interval_s == 1.0

@@ -7,6 +7,7 @@ says when to call again, so that one thread can run many, and a test needs no sl
 from __future__ import annotations
 
 import errno
+import math
 import threading
 import time
 import weakref
@@ -22,7 +23,7 @@ from memtier_engine.engine.asleep import AsleepWatch
 from memtier_engine.engine.families import Families, histogram_of
 from memtier_engine.engine.following import Following
 from memtier_engine.engine.membership import Membership
-from memtier_engine.engine.pace import Pace
+from memtier_engine.engine.pace import CPU_SHARE, Looks, Pace
 from memtier_engine.engine.probing import Probing
 from memtier_engine.engine.report import StepReport
 from memtier_engine.engine.returns import ReturnsWatch
@@ -166,6 +167,7 @@ class Engine:
         self._cpu_s = 0.0
         self._errors: list[str] = []
         self.following = Following(self.config.scan_interval_ms / 1000)
+        self._looks = Looks(now_s)
         self._changed = threading.Event()
         self.on_wake: Callable[[], None] = lambda: None
         """Called by `wake`, from any thread: whoever calls `advance` should do so now."""
@@ -225,7 +227,7 @@ class Engine:
             # A scan that takes long must not crowd out the moving: as much time again is left for that.
             rest_s = max(interval_s / 2, report.scan_seconds)
             self._next_scan_s = max(self._next_scan_s + interval_s, self.clock.now_s() + rest_s)
-        elif self._changed.is_set() or now_s >= self.following.due_s:
+        elif now_s >= self._look_due_s():
             self._look(now_s)
         elif not self.config.dry_run:
             verdict = self.guards.check(now_s)
@@ -238,7 +240,7 @@ class Engine:
                     observer.moved(outcome)
             self._cpu_s += time.thread_time() - began
         wait_s = None if self.config.dry_run else self.mover.wait_s()
-        due_s = min(self._next_scan_s, self.following.due_s)
+        due_s = min(self._next_scan_s, self._look_due_s())
         return report, due_s if wait_s is None else min(due_s, self.clock.now_s() + wait_s)
 
     def wake(self) -> None:
@@ -283,7 +285,8 @@ class Engine:
         self._settle(self._count_swap_ins(), now_s)
         scan_seconds = time.monotonic() - began_s
         if self.pace is not None:
-            self.pace.scanned(time.thread_time() - began_cpu_s)
+            looks_s, self._looks.taken_s = self._looks.taken_s, 0.0
+            self.pace.scanned(time.thread_time() - began_cpu_s + looks_s)
         for observer in self.observers:
             observer.event(f"{event_prefix('Tracker', self.tracker.name)}.sampler")
         ages = histogram_of(self.spaces)
@@ -367,7 +370,14 @@ class Engine:
         began_cpu_s = time.thread_time()
         self._changed.clear()
         self._follow(now_s)
-        self._cpu_s += time.thread_time() - began_cpu_s
+        cpu_s = time.thread_time() - began_cpu_s
+        self._cpu_s += cpu_s
+        self._looks.looked(cpu_s, self.clock.now_s(), CPU_SHARE if self.pace is None else self.pace.cpu_share)
+
+    def _look_due_s(self) -> float:
+        """Where processes come and go all the time, each look is followed by a rest: a scan finds them too."""
+        wanted_s = -math.inf if self._changed.is_set() else self.following.due_s
+        return max(wanted_s, self._looks.due_s)
 
     def _may_rest(self) -> bool:
         """Whether the processes are known and have not run since the last scan, so that this one can be left out."""

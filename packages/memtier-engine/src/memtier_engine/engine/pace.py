@@ -22,6 +22,10 @@ _WEIGHT = 0.3
 """Of the newest scan in the running mean of what a scan costs."""
 _TELL_FROM = 1.1
 """A factor below this is not worth a message."""
+LOOKS_SHARE = 0.5
+"""Of what an engine's scans may take, for looks at which processes there are, between them."""
+LOOKS_AHEAD_S = 0.2
+"""So much CPU time may looks take at once: a few are to be at once, whatever they cost."""
 
 
 class ScanBudget:
@@ -107,6 +111,28 @@ class ScanBudget:
         self._part = math.inf
 
 
+class Looks:
+    """When a look between two scans may be: they take a share of a core, and a little in advance."""
+
+    __slots__ = ("_ahead_s", "_at_s", "due_s", "taken_s")
+
+    def __init__(self, now_s: float) -> None:
+        self.due_s = now_s
+        """Not before."""
+        self.taken_s = 0.0
+        """CPU time of all of them."""
+        self._ahead_s = LOOKS_AHEAD_S
+        self._at_s = now_s
+
+    def looked(self, cpu_s: float, now_s: float, cpu_share: float = CPU_SHARE) -> None:
+        """One took so much CPU time, until now. `cpu_share`: of one core, what scans may take."""
+        share = cpu_share * LOOKS_SHARE
+        self.taken_s += cpu_s
+        self._ahead_s = min(LOOKS_AHEAD_S, self._ahead_s + (now_s - self._at_s) * share) - cpu_s
+        self._at_s = now_s
+        self.due_s = now_s + max(0.0, -self._ahead_s) / share
+
+
 class Pace:
     """One engine's part in it."""
 
@@ -140,8 +166,13 @@ class Pace:
         """Time between scans now."""
         return self.wanted_s * self.factor
 
+    @property
+    def cpu_share(self) -> float:
+        """Of one core, what its scans may take now."""
+        return min(self.budget.cpu_share, self.budget.part)
+
     def scanned(self, cpu_s: float) -> None:
-        """A scan took so much CPU time."""
+        """A scan, and what came since the one before, took so much CPU time."""
         self.budget.note(self, cpu_s)
 
     def close(self) -> None:
