@@ -453,6 +453,38 @@ def test_a_process_that_the_runtime_launched_is_seen_by_its_environment() -> Non
         process.communicate()
 
 
+SEEMS_LAUNCHED = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None)
+if sys.argv[1] == "container":
+    assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
+else:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+    libc.prctl(4, 0 if sys.argv[1] == "untraceable" else 1, 0, 0, 0)  # PR_SET_DUMPABLE: who owns /proc/PID
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@as_root
+@pytest.mark.parametrize("who", ["container", "user", "untraceable"])
+def test_nobody_keeps_a_plugin_out_by_what_he_calls_himself(who: str) -> None:
+    """A pod's process may have any name and environment."""
+    process = subprocess.Popen(
+        ["nri-memtierd", "-c", SEEMS_LAUNCHED, who],
+        executable="/usr/bin/python3",  # our own environment's may be out of others' reach
+        stdout=subprocess.PIPE,
+        env={"NRI_PLUGIN_SOCKET": "3"},
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        assert find_rival("/nonexistent", ["nri-memtierd"]) is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_nothing_is_seen_where_nothing_can_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a sandbox without netlink, or without /proc."""
     from nri_core.aio import rivals
@@ -487,5 +519,9 @@ def test_a_command_line_or_environment_of_terabytes_is_not_read_to_its_end(
             if name == "cmdline":
                 file.write(b"/bin/nri-memtierd\0")
             file.truncate(1 << 42)
+    (own / "status").write_text("Name:\tx\nUid:\t0\t0\t0\t0\n")
+    for pid in ("1", "7"):
+        (tmp_path / pid / "ns").mkdir(parents=True)
+        (tmp_path / pid / "ns/mnt").symlink_to("mnt:[1]")
     monkeypatch.setattr(rivals, "PROC", tmp_path)
     assert find_rival(tmp_path / "socket", ["nri-memtierd"]) is None

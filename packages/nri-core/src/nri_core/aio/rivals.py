@@ -36,7 +36,8 @@ _ENVIRONMENT_BYTES = 8 << 20
 def find_rival(socket_path: str | os.PathLike[str], programs: Collection[str]) -> str | None:
     """`NAME, process PID` of a process called one of `programs` (or NN-NAME) that is connected to the socket.
 
-    One that a runtime launched itself counts too: it has the variable NRI_PLUGIN_SOCKET.
+    One that a runtime launched itself counts too: it has the variable NRI_PLUGIN_SOCKET. Any process can call itself so
+    and have that, so it must also be one that a runtime can have launched: see `_is_of_the_node`.
     """
     if not programs:
         return None
@@ -44,13 +45,34 @@ def find_rival(socket_path: str | os.PathLike[str], programs: Collection[str]) -
     for pid, words in _processes():
         if pid == os.getpid() or (name := _called(words, programs)) is None:
             continue
-        if b"NRI_PLUGIN_SOCKET=" in _read(PROC / str(pid) / "environ", _ENVIRONMENT_BYTES):
+        if _is_of_the_node(pid) and b"NRI_PLUGIN_SOCKET=" in _read(PROC / str(pid) / "environ", _ENVIRONMENT_BYTES):
             return f"{name}, process {pid}, launched by the runtime,"
         if inodes is None:
             inodes = connected(socket_path)
         if inodes & _sockets_of(pid):
             return f"{name}, process {pid},"
     return None
+
+
+def _is_of_the_node(pid: int) -> bool:
+    """Whether it is root's, and in the mount namespace of the first process or in ours, as what a runtime launches is.
+
+    What is in another container has a mount namespace of its own, also where it is root's. Not asked is who owns
+    /proc/PID: that is root for each process that cannot be traced.
+    """
+    try:
+        uids = (PROC / str(pid) / "status").read_bytes().partition(b"\nUid:")[2].split(maxsplit=4)[:4]
+    except OSError:
+        return False
+    own = _mounts_of(pid)
+    return uids == [b"0"] * 4 and own is not None and own in (_mounts_of(1), _mounts_of("self"))
+
+
+def _mounts_of(pid: int | str) -> str | None:
+    try:
+        return os.readlink(PROC / str(pid) / "ns/mnt")
+    except OSError:
+        return None
 
 
 def connected(socket_path: str | os.PathLike[str]) -> frozenset[int]:
