@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from nri_core import Backoff, Plugin, PluginAlreadyRunning, Stub
 from nri_core.aio import claim as claims
 from nri_core.aio.claim import LOCK_FILE, Claim, claim
-from nri_core.aio.rivals import connected, find_rival
+from nri_core.aio.rivals import RivalLook, connected, find_rival
 from nri_core.testing import FakeRuntime, PluginConnection
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to play another user: run the tests as root")
@@ -483,6 +484,43 @@ def test_nobody_keeps_a_plugin_out_by_what_he_calls_himself(who: str) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_process_that_cannot_be_read_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its command line lies in memory that it serves itself, and does not. Nor is a thread lost at each try."""
+    looks, let_go = 0, threading.Event()
+
+    def wait(path: object, programs: object) -> str:
+        nonlocal looks
+        looks += 1
+        let_go.wait()
+        return "nri-memtierd, process 7,"
+
+    monkeypatch.setattr("nri_core.aio.rivals.find_rival", wait)
+    look = RivalLook()
+
+    async def main() -> None:
+        for _ in range(3):
+            assert await look.find("/nonexistent", ["nri-memtierd"], timeout_s=0.01) is None
+        assert looks == 1
+        assert caplog.text.count("are not looked for") == 3
+        let_go.set()
+        assert look._thread is not None
+        await asyncio.to_thread(look._thread.join)
+        assert await look.find("/nonexistent", ["nri-memtierd"], timeout_s=120) == "nri-memtierd, process 7,"
+
+    asyncio.run(main())
+
+
+def test_what_goes_wrong_while_looking_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: object, programs: object) -> str:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("nri_core.aio.rivals.find_rival", fail)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(RivalLook().find("/nonexistent", ["nri-memtierd"], timeout_s=120))
 
 
 def test_nothing_is_seen_where_nothing_can_be_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

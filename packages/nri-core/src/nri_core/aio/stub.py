@@ -19,7 +19,7 @@ from typing import Any
 from nri_core.aio.claim import HINT, Claim
 from nri_core.aio.dispatch import RUNTIME_SERVICE_NAME, Dispatcher
 from nri_core.aio.hooks import handling
-from nri_core.aio.rivals import find_rival
+from nri_core.aio.rivals import RivalLook
 from nri_core.aio.rpc import ClientEndpoint, ServerEndpoint
 from nri_core.aio.transport import DEFAULT_SOCKET, Trunk, connect, inherited
 from nri_core.api.adjust import Update, update_from_message
@@ -118,6 +118,7 @@ class Stub:
         self._trunk: Trunk | None = None
         self._client: ClientEndpoint | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"nri-{self.name}")
+        self._rivals = RivalLook()
 
     async def run(self) -> None:
         """Serve until `stop` is called; without `reconnect`, until the connection ends.
@@ -170,10 +171,7 @@ class Stub:
         return 0.0 if self._serving_since_s is None else asyncio.get_running_loop().time() - self._serving_since_s
 
     async def _refuse_rivals(self) -> None:
-        if not self.plugin.rivals:
-            return
-        # In a thread: a node can have ten thousand processes, 30 us each.
-        rival = await asyncio.to_thread(find_rival, self._path, self.plugin.rivals)
+        rival = await self._rivals.find(self._path, self.plugin.rivals)
         if rival is not None:
             raise PluginAlreadyRunning(f"{rival} is already connected to {self._path}", hint=HINT)
 
