@@ -252,7 +252,9 @@ def test_a_command_line_of_terabytes_is_not_read_to_its_end(tmp_path: Path, run_
     assert find_leftovers(run_directory.path, tmp_path / "proc") == []
 
 
-def test_one_of_another_root_is_somebody_elses(leftover: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_one_of_another_root_is_somebody_elses(
+    leftover: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another container's plugin, whose run directory has the same path in there. Seen from /proc of the node."""
     run_directory = RunDirectory(tmp_path / "run")
     proc = tmp_path / "proc"
@@ -263,6 +265,12 @@ def test_one_of_another_root_is_somebody_elses(leftover: subprocess.Popen[bytes]
     assert find_leftovers(run_directory.path, proc) == [leftover.pid]
     (own / "root").unlink()
     (own / "root").symlink_to(tmp_path)
+    assert find_leftovers(run_directory.path, proc) == []
+
+    def refuse(path: Path, *arguments: object, **more: object) -> None:
+        raise AssertionError(f"{path} is read: it may never come to an end")
+
+    monkeypatch.setattr(Path, "open", refuse)
     assert find_leftovers(run_directory.path, proc) == []
 
 

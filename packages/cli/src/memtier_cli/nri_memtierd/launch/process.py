@@ -158,11 +158,12 @@ def find_leftovers(run_directory: Path, proc: Path = Path("/proc")) -> list[int]
 
 def _is_ours(process: Path, run_directory: Path) -> bool:
     try:
-        with (process / "cmdline").open("rb", buffering=0) as file:
-            words = file.read(_COMMAND_BYTES).split(b"\0")
-        # In another root, such a path is another file, and the process none of ours.
+        # In another root, such a path is another file, and the process none of ours. Asked first: a command line lies
+        # in the process's own memory, and one in a container may keep who reads it waiting (FUSE).
         if not os.path.samestat((process / "root").stat(), Path("/proc/self/root").stat()):
             return False
+        with (process / "cmdline").open("rb", buffering=0) as file:
+            words = file.read(_COMMAND_BYTES).split(b"\0")
     except OSError:
         return False
     before = [word.encode() for word in _ARGUMENTS]
