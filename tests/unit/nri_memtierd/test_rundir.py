@@ -228,6 +228,14 @@ def test_a_name_that_is_not_one_directory_entry_is_refused(bad: str) -> None:
             Place(*names)
 
 
+@pytest.mark.parametrize("taken", [STATUS_NAME, f"{STATUS_NAME}.tmp", MARKER_NAME, "lost+found"])
+def test_no_namespace_takes_the_place_of_the_programs_own_files(run_directory: RunDirectory, taken: str) -> None:
+    with pytest.raises(RunDirError, match="other use for"):
+        run_directory.create(Place(taken, "pod", "c0"))
+    run_directory.write_status("{}")
+    assert content(run_directory) == [STATUS_NAME]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=12), min_size=3, max_size=3))
 def test_whatever_the_names_nothing_is_made_outside_and_nothing_is_left(names: list[str]) -> None:

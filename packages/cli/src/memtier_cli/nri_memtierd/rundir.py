@@ -50,6 +50,8 @@ OUR_FILES = frozenset((*_NAMES, *(f"{name}.tmp" for name in _NAMES)))
 """All that is ever removed from a container's directory."""
 _OF_FILE_SYSTEMS = frozenset(("lost+found",))
 """What a new file system has at its root."""
+_OF_THE_PROGRAM = frozenset((MARKER_NAME, STATUS_NAME, f"{STATUS_NAME}.tmp")) | _OF_FILE_SYSTEMS
+"""No namespaces, whoever calls them so: the status could not be written any more."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -63,6 +65,8 @@ class Place:
     def __post_init__(self) -> None:
         for what, name in zip(("namespace", "pod", "container"), self.names, strict=True):
             check_name(name, what)
+        if self.namespace in _OF_THE_PROGRAM:
+            raise RunDirError(f"namespace {self.namespace!r} has a name that the run directory has other use for")
 
     @property
     def names(self) -> tuple[str, str, str]:
