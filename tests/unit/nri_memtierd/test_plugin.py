@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from loguru import logger
 
+from memtier_cli.nri_memtierd.classify import ContainerRefused, classify, read_annotations
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
 from memtier_cli.nri_memtierd.events import ContainerInfo, Event, Listed, Reconfigured, Started, Stopped, Synchronized
+from memtier_cli.nri_memtierd.inventory import describe
 from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
 from memtier_engine.errors import ConfigError
 from nri_core import Backoff, Code, Container, ContainerState, EventMask, Pod, RpcError, Stub
@@ -192,7 +194,7 @@ def test_starts_and_stops_are_told_to_the_fleet(tmp_path: Path, old_style: bool)
         assert isinstance(started, Started)
         told = started.container
         assert (told.id, str(told), told.cgroups_path) == ("id-c0", "default/pod:c0", "/pods/c0")
-        assert told.annotations.keys() == POD.annotations.keys() - {"app"}, "nothing is kept that is not ours"
+        assert told.annotations == {CLASS: "swap"}, "nothing is kept that does not count for this container"
         assert stopped == [Stopped("id-c0"), Stopped("id-c0")]
 
     version = {"version": "v1.7.24", "nri_version": ""} if old_style else {}
@@ -212,6 +214,18 @@ def test_an_update_keeps_our_values(tmp_path: Path) -> None:
         assert await scene.connection.update_container(unknown, container("c0")) == []
 
     run(tmp_path, body)
+
+
+def test_of_a_pods_annotations_each_container_keeps_little_and_gets_what_it_would_have_got() -> None:
+    """All of a pod may have 256 KiB, and hundreds of containers."""
+    much = {f"{CLASS}/c{number}": "y" * 1000 for number in range(2, 250)} | {f"x{'y' * 99}.memtierd.nri.io": "y" * 1000}
+    pod = replace(POD, annotations={**POD.annotations, **much, "memory.high.memtierd.nri.io": "9" * 100_000})
+    for name, workload_class in (("c0", "swap"), ("c1", "track"), ("c2", "y" * 1000)):
+        told = describe(pod, container(name))
+        assert read_annotations(told.annotations, name).values["class"] == workload_class
+        assert sum(len(key) + len(value) for key, value in told.annotations.items()) < 4096
+    with pytest.raises(ContainerRefused):
+        classify({**describe(pod, container("c0")).annotations}, "c0", "default", CONFIG)
 
 
 def test_running_containers_are_listed_with_their_pods_annotations(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 from loguru import logger
 
-from memtier_cli.nri_memtierd.classify import SUFFIX
+from memtier_cli.nri_memtierd.classify import SUFFIX, read_annotations
 from memtier_cli.nri_memtierd.events import ContainerInfo, Listed
 from nri_core import Container, ContainerState, NriError, Pod
+
+VALUE_CHARACTERS_MOST = 1024
+"""Of an annotation: longer than any class's name and any number of bytes. All of a pod may have 256 KiB."""
 
 
 class Inventory:
@@ -74,6 +77,12 @@ def concerns_us(pod: Pod) -> bool:
     return any(SUFFIX in key for key in pod.annotations)
 
 
+def _that_count(pod: Pod, container: Container) -> dict[str, str]:
+    """What the pod says about this one container: of each container it is kept for as long as that runs."""
+    found = read_annotations(pod.annotations, container.name)
+    return {name: found.values[key][:VALUE_CHARACTERS_MOST] for key, name in found.names.items()}
+
+
 def describe(pod: Pod, container: Container, *, started_now: bool = False) -> ContainerInfo:
     """What the fleet needs to know of a container."""
     return ContainerInfo(
@@ -81,7 +90,7 @@ def describe(pod: Pod, container: Container, *, started_now: bool = False) -> Co
         namespace=pod.namespace,
         pod=pod.name,
         name=container.name,
-        annotations={key: value for key, value in pod.annotations.items() if SUFFIX in key},
+        annotations=_that_count(pod, container),
         cgroups_path=container.cgroups_path,
         pid=container.pid,
         started_at_s=time.time() if started_now else (container.started_at_ns or 0) / 1e9 or None,
