@@ -115,6 +115,28 @@ def test_there_is_a_limit_to_threads(runner: Runner, monkeypatch: pytest.MonkeyP
         engine.gate.set()
 
 
+def test_more_that_are_stuck_for_good_than_there_may_be_threads_hold_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody may have that many containers; what is given up never counts against the limit."""
+    monkeypatch.setattr(runner_module, "THREADS_MOST", 4)
+    runner = Runner(workers=2, late_s=0.05, stuck_s=0.1)
+    runner.start()
+    stuck, other, told = [FakeEngine() for _ in range(10)], FakeEngine(), list[str]()
+    try:
+        for engine in stuck:
+            engine.gate.clear()
+            add(runner, engine, on_stuck=told.append)
+        until(lambda: len(told) == len(stuck))
+        runner._stuck_s = 3600.0  # a machine that is slow for a moment must not make the other one stuck
+        add(runner, other)
+        until(lambda: other.steps > 10)
+    finally:
+        for engine in stuck:
+            engine.gate.set()
+        runner.stop()
+
+
 def test_the_stuck_one_is_named_given_up_and_closed_when_it_returns() -> None:
     runner = Runner(workers=1, late_s=0.05, stuck_s=0.1)
     lines: list[str] = []

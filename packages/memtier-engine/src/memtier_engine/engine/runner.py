@@ -31,6 +31,7 @@ LATE_S = 0.5
 STUCK_S = 30.0
 """A step that takes longer is told, and its engine is never run again."""
 THREADS_MOST = 64
+"""Beside those in a step that was given up."""
 _WATCH_S = 0.25
 
 
@@ -171,7 +172,9 @@ class Runner:
             with self._condition:
                 is_due = bool(self._queue) and self._queue[0].due_s <= self._clock.now_s()
                 short = not self._idle and self._working(now_s) < self._workers
-                if is_due and short and len(self._threads) < THREADS_MOST:
+                # One that is given up is not run again, so there are no more of those than engines.
+                given_up = sum(entry.given_up for entry in self._busy.values())
+                if is_due and short and len(self._threads) - given_up < THREADS_MOST:
                     self._add_thread()
                 stuck = [
                     entry
