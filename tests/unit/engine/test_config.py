@@ -234,6 +234,19 @@ def test_aliases_do_not_multiply_without_end() -> None:
     assert "more than 10000 mappings" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "place"),
+    [
+        ("policy:", "polcy:", "m.yaml:1: polcy: is not a key here (did you mean policy?"),
+        ("    tracker:", "    trackr:", "m.yaml:10: policy.config.trackr: is not a key here (did you mean tracker?"),
+    ],
+)
+def test_a_misspelt_key_is_told_with_its_own_line_not_that_of_what_is_in_it(
+    before: str, after: str, place: str
+) -> None:
+    assert str(failure(changed(before, after))).startswith(place)
+
+
 def test_merge_keys_give_what_does_not_stand_there_itself() -> None:
     text = """\
 policy:

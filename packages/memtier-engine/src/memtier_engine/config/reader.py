@@ -79,7 +79,7 @@ class Section:
         self._any_case = any_case
         self._keys: dict[str, Key] = {}
         self._values: dict[str, yaml.Node] = {}
-        self._written: dict[str, str] = {}
+        self._written: dict[str, yaml.ScalarNode] = {}
         if path.count(".") > _DEPTH_MOST:  # an alias of a mapping that it stands in goes on for ever
             raise place.error(node, _short(path), "is nested too deeply")
         place.work.sections += 1
@@ -96,7 +96,7 @@ class Section:
             if key in self._values:
                 raise place.error(key_node, self.at(key_node.value), "the key stands twice", "keep one")
             self._values[key] = value_node
-            self._written[key] = key_node.value
+            self._written[key] = key_node
         for other in merged:  # what stands here itself comes first, then the mappings in their order
             if not isinstance(other, yaml.MappingNode):
                 raise place.error(other, self.at("<<"), "is no mapping", "use an alias of one, or a list of them")
@@ -119,12 +119,12 @@ class Section:
         Called first, so that a misspelt key is told before a missing one.
         """
         self._keys = {key.name: key for key in COMPONENTS[component]}
-        for key, node in self._values.items():
+        for key, written in self._written.items():
             if key not in self._keys:
                 near = difflib.get_close_matches(key.lower(), self._keys, 1)
                 meant = f"did you mean {near[0]}? " if near else ""
                 known = ", ".join(sorted(self._keys))
-                raise self.place.error(node, self.at(self._written[key]), "is not a key here", f"{meant}keys: {known}")
+                raise self.place.error(written, self.at(written.value), "is not a key here", f"{meant}keys: {known}")
         return self
 
     def located(self, failure: ConfigError, key: str | None = None) -> ConfigError:
