@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from memtier_cli.flags import Flag, HelpWanted, Parsed, UsageError, parse, usage
+from memtier_cli.front import read_flags
 
 FLAGS = (Flag("config", "a file", "FILE"), Flag("c", "commands", "STRING"), Flag("debug", "more messages"))
 
@@ -31,6 +32,15 @@ def test_flags_are_read_as_go_reads_them(
     words: list[str], texts: dict[str, str], booleans: dict[str, bool], rest: list[str]
 ) -> None:
     assert parse(FLAGS, words) == Parsed(texts, booleans, rest)
+
+
+def test_words_that_are_ignored_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["memtierd", "-debug", "false", "-c", "x"])
+    assert read_flags("memtierd", FLAGS) == Parsed({}, {"debug": True}, ["false", "-c", "x"])
+    assert capsys.readouterr().err.startswith("memtierd: ignored: false -c x (")
+    monkeypatch.setattr("sys.argv", ["memtierd", "-debug=false", "-c", "x"])
+    assert read_flags("memtierd", FLAGS) == Parsed({"c": "x"}, {"debug": False})
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

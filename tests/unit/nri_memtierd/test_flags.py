@@ -71,6 +71,7 @@ def test_an_index_is_two_digits(index: str) -> None:
         (["-idx", "45", "-adopt", "-no-adopt"], "exclude each other"),
         (["-idx", "45", "-run-dir="], "-run-dir is empty"),
         (["-healthy", "-run-dir", ""], "-run-dir is empty"),
+        (["-idx", "45", "-adopt", "false", "-config", "F"], "false: no such argument"),
     ],
 )
 def test_wrong_usage_is_exit_status_2_with_the_reason_first(

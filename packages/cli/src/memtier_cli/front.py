@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 
 from memtier_cli.flags import Flag, HelpWanted, Parsed, UsageError, parse, usage, version_text
 
+BEHIND = "behind a word that is none; true and false are written -FLAG=true"
+"""What to know of words that are left over."""
+
 
 def read_flags(program: str, flags: Sequence[Flag], check: Callable[[Parsed], None] | None = None) -> Parsed | int:
     """The command line, or the exit status if there is nothing more to do: 0 after help and version, 2 wrong usage.
 
-    `check` may raise UsageError for flags that do not go together.
+    `check` may raise UsageError for flags that do not go together. Words behind the flags are ignored, as by Go's
+    programs, but not in silence: flags behind such a word are lost too.
     """
     try:
         parsed = parse(flags, sys.argv[1:])
@@ -26,4 +30,6 @@ def read_flags(program: str, flags: Sequence[Flag], check: Callable[[Parsed], No
     except UsageError as error:
         print(f"{error}\n{usage(program, flags)}", file=sys.stderr)
         return 2
+    if parsed.rest:
+        print(f"{program}: ignored: {' '.join(parsed.rest)} (no flag is read {BEHIND})", file=sys.stderr)
     return parsed

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtier_cli.flags import Flag, Parsed, UsageError
-from memtier_cli.front import read_flags
+from memtier_cli.front import BEHIND, read_flags
 from memtier_cli.nri_memtierd.health import probe
 from memtier_cli.nri_memtierd.orders import Orders
 
@@ -44,7 +44,7 @@ FLAGS = (
     Flag("on-unknown-class", "fail: pods with an unknown class are not created; ignore: they get none", "WHAT", "fail"),
     Flag("engine", "in-process, or process: one memtierd per container", "KIND", "in-process"),
     Flag("healthy", "say whether the program that uses -run-dir is well (0) or stuck (1), connected or trying to be"),
-    Flag("ready", "the same, and whether it is connected to the runtime"),
+    Flag("ready", "as -healthy, and whether it is connected to the runtime"),
     Flag("version", "print the version and exit"),
 )  # fmt: skip
 _CHOICES = {
@@ -129,6 +129,8 @@ def identity(flags: Parsed, program: str) -> tuple[str, str]:
 
 
 def _check(flags: Parsed, program: str) -> None:
+    if flags.rest:  # privileged, and without the flags behind it: another run directory, no classes
+        raise UsageError(f"{flags.rest[0]}: no such argument (no flag is read {BEHIND})")
     for name, allowed in _CHOICES.items():
         value = flags.text(name, allowed[0])
         if value not in allowed:
