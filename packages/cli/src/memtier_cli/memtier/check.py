@@ -113,7 +113,9 @@ def _table(title: str, columns: Sequence[str], rows: dict[str, Finding], chosen:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*columns, title=title)
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # a path or command that is cut off helps nobody
     for name, finding in rows.items():
         mark = " <- auto" if name == chosen else ""
         table.add_row(name, f"[green]yes[/]{mark}" if finding.works else "[red]no[/]", escape(finding.text))
