@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -70,6 +71,25 @@ def test_only_the_first_signal_counts() -> None:
             waits(lambda: kill(signal.SIGTERM))
         kill(signal.SIGTERM)
         time.sleep(0.2)
+
+
+class Signalling:
+    """Ends by a signal whose exception the interpreter cannot raise, as in a callback of C code."""
+
+    def __del__(self) -> None:
+        kill(signal.SIGTERM)
+
+
+def test_a_signal_whose_exception_the_interpreter_could_not_raise_is_sent_again() -> None:
+    before = sys.unraisablehook
+
+    def lose_one_and_wait() -> None:
+        Signalling()
+        time.sleep(WAIT_S)
+
+    with SessionSignals(), pytest.raises(Ended):
+        lose_one_and_wait()
+    assert sys.unraisablehook == before
 
 
 def test_a_signal_that_does_not_interrupt_the_main_thread_is_sent_again() -> None:

@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -65,15 +66,17 @@ class SessionSignals:
 
     The interpreter runs handlers between two steps of its own. A signal that comes just before a system call that
     waits, such as readline's for the next key, would wait with it: a thread sends it again until it was handled.
+    It does so too where `Ended` came to nothing: what is raised in a callback of C code or in a finalizer, the
+    interpreter hands to `sys.unraisablehook` and goes on.
     """
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
         """What an engine ended with."""
         self._event = threading.Event()
-        self._waiting = self._interactive = self._ending = False
+        self._waiting = self._interactive = self._ending = self._lost = False
         self._before: dict[int, object] = {}
-        self._handled = 0
+        self._handled = self._number = 0
         self._arrived, self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __enter__(self) -> Self:
@@ -82,6 +85,7 @@ class SessionSignals:
                 self._before[number] = signal.signal(number, self._handle)
         os.set_blocking(self._arrived, True)
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._thread = threading.Thread(target=self._insist, name="memtier-signals", daemon=True)
         self._thread.start()
         return self
@@ -89,12 +93,13 @@ class SessionSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal gave
+        sys.unraisablehook = self._unraisable_before
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._wakeup)
-        self._thread.join()
+        self._thread.join()  # before the handlers go: what it sends again would kill the program
         os.close(self._arrived)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal gave
 
     @contextmanager
     def interrupting(self, interactive: bool) -> Iterator[None]:
@@ -123,9 +128,17 @@ class SessionSignals:
         while arrived := os.read(self._arrived, 64):  # a byte per signal; empty: the other end is closed
             time.sleep(_PATIENCE_S)
             known, handled = handled, self._handled
-            if known == handled and arrived[-1] in self._before:
+            lost, self._lost = self._lost, False
+            if (lost or known == handled) and arrived[-1] in self._before:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pthread_kill(main, arrived[-1])  # and its byte comes here
+
+    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, Ended):
+            self._unraisable_before(unraisable)
+            return
+        self._ending, self._lost = False, True
+        os.write(self._wakeup, bytes([self._number]))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._handled += 1
@@ -133,7 +146,7 @@ class SessionSignals:
             raise KeyboardInterrupt
         if self._ending:
             return
-        self._ending = True
+        self._ending, self._number = True, number
         if self._waiting:
             set_from_handler(self._event)
         else:

@@ -52,6 +52,8 @@ def main() -> int:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output is gone; nobody reads a complaint either
         return 1
+    except KeyboardInterrupt:
+        return 0  # before anything was started: later, signals are heard
 
 
 def _serve(flags: Parsed) -> int:
