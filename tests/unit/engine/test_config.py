@@ -237,7 +237,7 @@ def test_aliases_do_not_multiply_without_end() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "place"),
     [
-        ("policy:", "polcy:", "m.yaml:1: polcy: is not a key here (did you mean policy?"),
+        ("policy:", "poliku:", "m.yaml:1: poliku: is not a key here (did you mean policy?"),
         ("    tracker:", "    trackr:", "m.yaml:10: policy.config.trackr: is not a key here (did you mean tracker?"),
     ],
 )
