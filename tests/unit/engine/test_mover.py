@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -247,3 +249,36 @@ def test_a_value_out_of_range_is_refused_with_its_key(key: str, values: dict[str
     with pytest.raises(ConfigError) as caught:
         MoverConfig(**values)
     assert caught.value.key_path == f"mover.{key}"
+
+
+@pytest.mark.parametrize(("call_s", "sizes_mib"), [(0.001, {2, 4, 8}), (0.5, {2}), (None, {2})])
+def test_batches_follow_how_long_the_call_takes_and_not_what_we_do_around_it(
+    monkeypatch: pytest.MonkeyPatch, call_s: float | None, sizes_mib: set[int]
+) -> None:
+    """The call holds the target's lock; the rest of a batch, on a clock where that takes a second, holds up nobody."""
+    monkeypatch.setattr("memtier_engine.mover.mover.CALL_TARGET_S", 0.02)
+    clock = itertools.count()
+    monkeypatch.setattr("memtier_engine.mover.mover.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    kernel = Kernel(lambda handle, part, node: BatchResult(moved_bytes=part.total_bytes, call_s=call_s))
+    moving = mover(kernel)
+    moving.add(task((0, 40 * MIB // PAGE_BYTES)))
+    pump_all(moving)
+    moved = [sum(end - first for first, end in pages) * PAGE_BYTES // MIB for _, pages, _ in kernel.calls]
+    assert set(moved[:-1]) == sizes_mib
+
+
+def test_what_was_put_off_of_a_process_that_ends_is_forgotten_too() -> None:
+    gone: list[bool] = []
+
+    def answer(handle: ProcessHandle, part: Spans, node: int) -> BatchResult:
+        if gone:
+            raise ProcessGone("process exited", errno.ESRCH)
+        gone.append(True)
+        return BatchResult(stuck=part, busy=part)
+
+    moving = mover(Kernel(answer))
+    moving.add(task((0, 4)))
+    moving.add(task((8, 12)))
+    moving.pump(0.0)
+    assert len(gone) == 1
+    assert not moving.has_work
