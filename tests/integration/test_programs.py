@@ -246,3 +246,15 @@ def test_the_exerciser_refuses_bad_values_with_1() -> None:
     assert done.returncode == 1
     assert done.stderr == "memtier-meme: invalid size '8X': write an integer and k, M or G, such as 64M\n"
     assert run("memtier-meme", "-zz").returncode == 2
+
+
+@pytest.mark.parametrize(("program", "words"), [("memtier", ["check"]), ("memtierd", ["-c", "help"])])
+def test_a_full_disk_behind_standard_output_is_one_line(program: str, words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [BIN / program, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=WAIT_S
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"{program}: cannot write to standard output: No space left on device\n",
+    )

@@ -7,6 +7,8 @@ terminal SIGINT (Ctrl-C) ends the command that is running instead.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from io import StringIO, TextIOWrapper
 from pathlib import Path
@@ -52,6 +54,11 @@ def main() -> int:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output is gone; nobody reads a complaint either
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"memtierd: cannot write to standard output: {error.strerror}", file=sys.stderr)
+        os._exit(1)  # the interpreter's own end would try to write once more, and complain
     except KeyboardInterrupt:
         return 0  # before anything was started: later, signals are heard
 
