@@ -38,10 +38,11 @@ def test_by_the_kernel_s_ages_cold_memory_goes_and_hot_memory_stays(vm: VmSessio
 
 
 def test_without_ages_little_goes_and_what_comes_back_stops_it(vm: VmSession) -> None:
-    """Of 80 MiB 70 are in use: what is taken of them is wanted back."""
+    """Of 80 MiB 70 are in use: what is taken of them is wanted back. Idle are 10, and most of its interpreter's 6."""
     found = scenario(vm, "by-feedback")
     assert found["tracker"] == "none"
-    assert 0 < found["moved"] <= 12 * MIB
+    assert 0 < found["moved"] <= 20 * MIB
+    assert found["refaults"] <= 0.1 * found["moved"]
     assert found["hot_out"] <= 0.1
 
 
