@@ -134,6 +134,7 @@ class Scene:
 def scene(tmp_path: Path) -> Iterator[Scene]:
     made = Scene(tmp_path)
     made.fleet.start()
+    assert made.fleet.settle(), "what a test puts into the run directory is not of an earlier run"
     yield made
     made.fleet.stop()
 
