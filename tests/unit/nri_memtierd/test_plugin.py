@@ -112,14 +112,15 @@ def run(
         chosen = {"config": CONFIG, "cgroup_root": tmp_path, "check_template": accept, "again_s": 600.0, **options}
         plugin = MemtierdPlugin(fleet, **chosen)  # type: ignore[arg-type]
         plugin.index, plugin.name = "45", "nri-memtierd"
-        async with FakeRuntime(tmp_path / "nri.sock", **(runtime or {})) as fake:
+        patient = {"registration_timeout_s": 600.0, "request_timeout_s": 600.0}
+        async with FakeRuntime(tmp_path / "nri.sock", **{**patient, **(runtime or {})}) as fake:
             stub = Stub(plugin, socket_path=fake.path, backoff=Backoff(least_s=0.01))
             task = asyncio.ensure_future(stub.run())
             try:
-                yield Scene(fleet, plugin, fake, await fake.connected(), task)
+                yield Scene(fleet, plugin, fake, await fake.connected(120), task)
             finally:
                 stub.stop()
-                await asyncio.wait_for(asyncio.wait({task}), 5)
+                await asyncio.wait_for(asyncio.wait({task}), 120)
 
     async def main() -> None:
         async with connected() as scene:
