@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loguru import logger
 
 from memtier_cli.nri_memtierd.config import PluginConfig
 from memtier_cli.nri_memtierd.container_cgroup import ContainerCgroup
+from memtier_cli.nri_memtierd.launch import inprocess as inprocess_module
 from memtier_cli.nri_memtierd.launch import process as process_module
 from memtier_cli.nri_memtierd.launch.base import Job
 from memtier_cli.nri_memtierd.launch.inprocess import InProcessLauncher, PinnedTarget
 from memtier_cli.nri_memtierd.launch.process import ProcessLauncher, find_leftovers
-from memtier_cli.nri_memtierd.rundir import CONFIG_NAME, PID_NAME, Place, RunDirectory
+from memtier_cli.nri_memtierd.rundir import CONFIG_NAME, PID_NAME, ContainerDirectory, Place, RunDirectory
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import ProcessId
 
@@ -32,6 +37,9 @@ policy:
     pidwatcher: {{name: cgroups, config: {{cgroups: [{cgroup}]}}}}
     tracker: {{name: refs, config: {{scanintervalms: 50}}}}
 """
+
+
+WAITS = "import sys; sys.stdin.read()"
 
 
 def until(what: Callable[[], object]) -> None:
@@ -84,6 +92,40 @@ def test_nor_if_it_is_replaced_while_the_target_reads(cgroup: ContainerCgroup) -
     assert PinnedTarget(Target(lambda: replaced(cgroup)), cgroup).poll() == frozenset()
 
 
+def test_a_target_whose_cgroup_is_gone_is_not_even_read(cgroup: ContainerCgroup) -> None:
+    def refuse() -> None:
+        raise AssertionError("what is there now is somebody else's")
+
+    replaced(cgroup)
+    assert PinnedTarget(Target(refuse), cgroup).poll() == frozenset()
+
+
+def test_a_pinned_target_tells_the_run_time_where_the_target_knows_it(cgroup: ContainerCgroup) -> None:
+    class Timed(Target):
+        def run_time_us(self) -> int:
+            return 5
+
+    assert PinnedTarget(Timed(), cgroup).run_time_us() == 5
+    assert PinnedTarget(Target(), cgroup).run_time_us() is None
+
+
+def test_an_engine_sees_no_process_of_a_later_cgroup_of_the_same_name(
+    run_directory: RunDirectory, cgroup: ContainerCgroup
+) -> None:
+    launcher = InProcessLauncher(Host(), workers=0)  # no step is taken
+    process = subprocess.Popen([sys.executable, "-c", WAITS], stdin=subprocess.PIPE)
+    try:
+        (cgroup.path / "cgroup.procs").write_text(f"{process.pid}\n")
+        engine = launcher.launch(a_job(run_directory, cgroup))
+        assert [found.pid for found in engine._engine.target.poll()] == [process.pid]
+        replaced(cgroup)
+        (cgroup.path / "cgroup.procs").write_text(f"{process.pid}\n")
+        assert engine._engine.target.poll() == frozenset()
+    finally:
+        launcher.close(1.0)
+        process.communicate()
+
+
 @pytest.fixture
 def in_process(tmp_path: Path) -> Iterator[InProcessLauncher]:
     made = InProcessLauncher(Host(), debug_output=True)
@@ -119,6 +161,73 @@ def test_after_a_stop_nothing_is_written_to_a_directory_that_is_somebody_elses_n
     assert list(run_directory.directory(PLACE).iterdir()) == []
 
 
+def test_a_stopped_engine_is_not_run_again(run_directory: RunDirectory, cgroup: ContainerCgroup) -> None:
+    """It would go on with the container's memory, and with its cgroup."""
+    launcher = InProcessLauncher(Host(), workers=0)
+    engine = launcher.launch(a_job(run_directory, cgroup))
+    assert list(launcher._runner._entries) == [engine._engine]
+    close, closed = engine._engine.close, threading.Event()
+
+    def note() -> None:
+        close()
+        closed.set()
+
+    engine._engine.close = note  # type: ignore[method-assign]
+    engine.stop()
+    assert closed.is_set()
+    assert launcher._runner._entries == {}
+    assert launcher._runner._queue == []
+    launcher.close(1.0)
+
+
+def test_a_stopped_engine_is_let_go_of_at_once(run_directory: RunDirectory, cgroup: ContainerCgroup) -> None:
+    """Its page tables are large, and the garbage collector comes seldom."""
+    launcher = InProcessLauncher(Host(), workers=0)
+    gc.collect()
+    gc.disable()
+    try:
+        engine = launcher.launch(a_job(run_directory, cgroup))
+        gone = weakref.ref(engine), weakref.ref(engine._engine)
+        engine.stop()
+        del engine
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
+        launcher.close(1.0)
+
+
+def test_a_stop_waits_for_what_is_being_written(
+    run_directory: RunDirectory, cgroup: ContainerCgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory is looked up by name: a moment later that may be the next container's."""
+    monkeypatch.setattr(inprocess_module, "LOCK_S", 600.0)
+    launcher = InProcessLauncher(Host(), workers=0)
+    engine = launcher.launch(a_job(run_directory, cgroup))
+    inside, go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow(files: ContainerDirectory, text: str) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        order.append("written")
+
+    def stop() -> None:
+        engine.stop()
+        order.append("stopped")
+
+    monkeypatch.setattr(ContainerDirectory, "append_output", slow)
+    writing, stopping = threading.Thread(target=engine._write, args=("x",)), threading.Thread(target=stop)
+    writing.start()
+    assert inside.wait(60)
+    stopping.start()
+    stopping.join(0.2)  # only if it were wrong would it end
+    go_on.set()
+    writing.join()
+    stopping.join()
+    assert order == ["written", "stopped"]
+    launcher.close(1.0)
+
+
 def test_a_stop_does_not_wait_for_a_disk_that_hangs(
     in_process: InProcessLauncher, run_directory: RunDirectory, cgroup: ContainerCgroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +258,38 @@ def test_bandwidth_and_scan_budget_of_the_node_change_with_the_configuration(in_
     assert wait_s() == 0
 
 
+def test_a_ceiling_that_a_reload_sets_holds_for_engines_that_run(
+    run_directory: RunDirectory, cgroup: ContainerCgroup
+) -> None:
+    launcher = InProcessLauncher(Host(), workers=0)
+    engine = launcher.launch(a_job(run_directory, cgroup))._engine
+    later_s = engine.clock.now_s() + 1000.0
+
+    def allowed_bytes() -> int:
+        return engine.mover.allowed_bytes(later_s) or 0
+
+    assert allowed_bytes() > 1 << 20, "its own ceiling only"
+    launcher.configure(PluginConfig(bandwidth_mib_per_s=0.001))
+    assert allowed_bytes() < 1 << 20
+    launcher.configure(PluginConfig())
+    assert allowed_bytes() > 1 << 20
+    launcher.close(1.0)
+
+
+def test_that_processes_share_no_ceiling_is_told_with_the_configuration_that_wants_one() -> None:
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(str(message)), format="{message}", level="WARNING")
+    try:
+        ProcessLauncher().configure(PluginConfig())
+        assert lines == []
+        ProcessLauncher().configure(PluginConfig(bandwidth_mib_per_s=9))
+    finally:
+        logger.remove(sink)
+    assert len(lines) == 1
+    assert "bandwidth" in lines[0]
+    assert "has no effect here" in lines[0]
+
+
 def test_an_output_is_cut_when_there_is_less_room_for_each(
     in_process: InProcessLauncher, run_directory: RunDirectory, cgroup: ContainerCgroup
 ) -> None:
@@ -175,6 +316,7 @@ def program(base: Path, name: str, handler: str = "") -> str:
 
 
 IGNORES = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+CLEANS_UP = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
 
 
 def test_a_stopped_process_is_waited_for(tmp_path: Path, run_directory: RunDirectory, cgroup: ContainerCgroup) -> None:
@@ -186,6 +328,23 @@ def test_a_stopped_process_is_waited_for(tmp_path: Path, run_directory: RunDirec
     engine.stop()
     until(lambda: not launcher.tend())
     assert not Path(f"/proc/{pid}").exists(), "reaped"
+
+
+@pytest.mark.parametrize("end", ["tend", "close"])
+def test_a_process_gets_the_time_to_end_in_its_own_way(
+    tmp_path: Path, run_directory: RunDirectory, cgroup: ContainerCgroup, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(process_module, "TERMINATE_S", 600.0)
+    launcher = ProcessLauncher(program=program(tmp_path, "cleans-up", CLEANS_UP))
+    engine = launcher.launch(a_job(run_directory, cgroup))
+    output = run_directory.directory(PLACE) / "memtierd.output"
+    until(lambda: output.read_text() == "up\n")
+    engine.stop()
+    if end == "tend":
+        until(lambda: not launcher.tend())
+    else:
+        launcher.close(600.0)
+    assert engine._process.returncode == 7
 
 
 def test_a_process_that_does_not_end_is_killed(
@@ -242,6 +401,44 @@ def test_a_leftover_is_looked_at_again_before_it_is_ended(
         leftover.wait(0.2)
 
 
+def test_a_leftover_is_looked_at_once_it_cannot_be_another_any_more(
+    leftover: subprocess.Popen[bytes], run_directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look before its pidfd is open says nothing about the process that is then signalled."""
+    others: list[subprocess.Popen[bytes]] = []
+
+    def opened(pid: int) -> int:
+        """Just before, the number was given to a process of somebody else."""
+        others.append(subprocess.Popen([sys.executable, "-c", WAITS], stdin=subprocess.PIPE))
+        return pidfd_open(others[0].pid)
+
+    def is_ours(process: Path, path: Path) -> bool:
+        return not others
+
+    pidfd_open = os.pidfd_open
+    monkeypatch.setattr(os, "pidfd_open", opened)
+    monkeypatch.setattr(process_module, "_is_ours", is_ours)
+    process_module._kill_leftover(leftover.pid, run_directory.path)
+    others[0].communicate()
+    assert others[0].returncode == 0, "not ended by us"
+
+
+def test_a_leftover_that_does_not_end_is_killed(
+    tmp_path: Path, run_directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_module, "TERMINATE_S", 0.05)
+    config = run_directory.create(PLACE).path / CONFIG_NAME
+    words = [program(tmp_path, "stays", IGNORES), "-c", "", "-config", str(config)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as left:
+        try:
+            assert left.stdout is not None
+            assert left.stdout.readline() == b"up\n"
+            ProcessLauncher().clean(run_directory)
+            assert left.wait(60) == -signal.SIGKILL
+        finally:
+            left.kill()
+
+
 def test_a_command_line_of_terabytes_is_not_read_to_its_end(tmp_path: Path, run_directory: RunDirectory) -> None:
     own = tmp_path / "proc" / "7"
     own.mkdir(parents=True)
@@ -261,6 +458,8 @@ def test_one_of_another_root_is_somebody_elses(
     own.mkdir(parents=True)
     (own / "cmdline").write_bytes(Path(f"/proc/{leftover.pid}/cmdline").read_bytes())
     (own / "root").symlink_to("/")
+    assert find_leftovers(run_directory.path, proc) == [leftover.pid]
+    (proc / str(os.getpid())).symlink_to(own)  # we are none, whatever we were called with
     assert find_leftovers(run_directory.path, proc) == [leftover.pid]
     (own / "root").unlink()
     (own / "root").symlink_to(tmp_path)
