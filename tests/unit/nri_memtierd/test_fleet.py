@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from memtier_cli.nri_memtierd.care import HEALTHY_S, RETRY_MOST_S
+from memtier_cli.nri_memtierd.care import HEALTHY_S, RETRY_MOST_S, retry_s
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
 from memtier_cli.nri_memtierd.events import ContainerInfo, Listed, Reconfigured, Started, Stopped
-from memtier_cli.nri_memtierd.fleet import Fleet
+from memtier_cli.nri_memtierd.fleet import CHECK_S, Fleet
 from memtier_cli.nri_memtierd.launch.base import Job, RunningEngine
 from memtier_cli.nri_memtierd.rundir import OUTPUTS_BYTES_MAX, Place, RunDirectory
 from memtier_cli.nri_memtierd.runpath import RunDirError
@@ -33,6 +33,7 @@ class FakeEngine:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.stopped = False
+        self.had_files_at_stop = False
         self.why: str | None = None
         self.is_stuck = False
 
@@ -42,6 +43,7 @@ class FakeEngine:
     def stop(self) -> None:
         assert not self.stopped
         self.stopped = True
+        self.had_files_at_stop = self.job.files.config_path.exists()
 
     def tend(self) -> None:
         pass
@@ -56,11 +58,15 @@ class FakeLauncher:
         self.refuse: str | None = None
         self.attempts = 0
         self.configured: list[PluginConfig] = []
+        self.leaving = 0
+        """How many more times it wants to be called for what was stopped."""
+        self.left_at_clean: list[Place] = []
+        self.left_at_close: list[list[str]] = []
         self.gate = threading.Event()
         self.gate.set()
 
     def clean(self, run_directory: RunDirectory) -> None:
-        pass
+        self.left_at_clean += run_directory.leftovers()
 
     def configure(self, config: PluginConfig) -> None:
         self.configured.append(config)
@@ -74,10 +80,11 @@ class FakeLauncher:
         return self.engines[-1]
 
     def tend(self) -> bool:
-        return False
+        self.leaving = max(0, self.leaving - 1)
+        return self.leaving > 0
 
     def close(self, timeout_s: float) -> None:
-        assert all(engine.stopped or engine.why for engine in self.engines)
+        self.left_at_close.append(self.live())
 
     def live(self) -> list[str]:
         return [engine.job.label for engine in self.engines if not engine.stopped and engine.why is None]
@@ -146,6 +153,7 @@ def test_a_started_container_gets_an_engine_with_the_variables_replaced(scene: S
     assert engine.job.text == f"cgroup: {scene.root}/pods/a\nstats: {scene.runs}/default/pod/c0/memtierd.stats\n"
     assert (scene.runs / "default/pod/c0/memtierd.config.yaml").read_text() == engine.job.text
     assert scene.fleet.managed() == {"a": "swap"}
+    assert scene.launcher.configured == [CONFIG], "before the first engine: its ceiling holds from the start"
 
 
 def test_a_stopped_container_leaves_neither_engine_nor_directory(scene: Scene) -> None:
@@ -378,16 +386,44 @@ def test_a_cgroup_that_appears_late_is_found(scene: Scene) -> None:
 
 def test_after_the_end_of_a_container_nothing_of_it_is_remembered(scene: Scene) -> None:
     """A node sees millions of them."""
+    fleet = scene.fleet
     for number in range(100):
         container = scene.container(f"b{number}", f"n{number}")
+        if number % 2:  # else the stop overtakes the start
+            scene.tell(Started(container))
+            assert fleet._cares._by_names
         scene.tell(Started(container), Stopped(container.id), Stopped(container.id))
         scene.tell(Stopped(f"never heard of {number}"))
-    fleet = scene.fleet
     assert not fleet._gone
     assert not fleet._cares._by_id
     assert not fleet._cares._by_names
     assert not fleet._litter._left
     assert not fleet._stuck
+
+
+def test_a_stuck_engine_of_a_container_that_is_gone_is_remembered_until_its_step_returns(scene: Scene) -> None:
+    scene.tell(Started(scene.container("a")))
+    (engine,) = scene.launcher.engines
+    engine.is_stuck = True
+    scene.tell(Stopped("a"))
+    scene.later(60)
+    assert list(scene.fleet._stuck) == ["a"]
+    engine.is_stuck = False
+    scene.later(60)
+    assert not scene.fleet._stuck
+
+
+def test_what_was_stopped_is_looked_after_until_it_has_ended(scene: Scene) -> None:
+    """Though no container is left: a process that has ended would be a zombie until somebody waits for it."""
+    scene.tell(Started(scene.container("a")))
+    scene.later(1.0)
+    scene.launcher.leaving = 3
+    scene.tell(Stopped("a"))
+    for left in (2, 1, 0):
+        assert scene.fleet._wait_s() <= CHECK_S, "it comes back soon by itself"
+        scene.later(1.0)
+        assert scene.launcher.leaving == left
+    assert scene.fleet._wait_s() > CHECK_S
 
 
 def test_waits_grow_to_a_limit_and_no_further(scene: Scene) -> None:
@@ -403,6 +439,7 @@ def test_waits_grow_to_a_limit_and_no_further(scene: Scene) -> None:
     assert waits[:4] == [2, 4, 8, 16]
     assert max(waits) == RETRY_MOST_S
     assert waits[-3:] == [RETRY_MOST_S] * 3
+    assert retry_s(1_000_000) == RETRY_MOST_S, "also after as many as a float cannot count in powers of two"
 
 
 def test_failures_are_forgotten_after_a_healthy_while(scene: Scene) -> None:
@@ -582,15 +619,38 @@ def test_hostile_names_get_no_engine_and_no_file(scene: Scene, tmp_path: Path) -
 def test_the_end_stops_everything_and_leaves_no_files(scene: Scene) -> None:
     scene.tell(*(Started(scene.container(key, key)) for key in "abc"))
     assert scene.fleet.stop()
-    assert scene.launcher.live() == []
+    assert scene.launcher.left_at_close == [[]], "asked to end first, then waited for"
+    assert scene.namespaces() == []
+
+
+@pytest.mark.parametrize("how", ["stop", "reload", "list", "no cgroup", "end"])
+def test_an_engine_is_stopped_before_its_directory_goes(scene: Scene, how: str) -> None:
+    """Else it could write into that of the next container of its names."""
+    scene.tell(Started(scene.container("a")))
+    if how == "stop":
+        scene.tell(Stopped("a"))
+    elif how == "reload":
+        scene.tell(Reconfigured(PluginConfig((TRACK,))))
+    elif how == "list":
+        scene.tell(Listed(()))
+    elif how == "no cgroup":
+        (scene.root / "pods/a").rmdir()
+        scene.later(60)
+    else:
+        assert scene.fleet.stop()
+    (engine,) = scene.launcher.engines
+    assert engine.stopped
+    assert engine.had_files_at_stop
     assert scene.namespaces() == []
 
 
 def test_what_a_crash_left_is_removed_before_anything_is_adopted(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
-    scene.run_directory.create(Place("old", "pod", "c")).append_output("left")
+    left = Place("old", "pod", "c")
+    scene.run_directory.create(left).append_output("left")
     scene.fleet.start()
     scene.tell(Listed((scene.container("a"),)))
+    assert scene.launcher.left_at_clean == [left], "its engine was ended while its directory was there"
     assert scene.files() == ["default/pod/c0/memtierd.config.yaml"]
     scene.fleet.stop()
 
