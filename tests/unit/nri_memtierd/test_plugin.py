@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from loguru import logger
 from memtier_cli.nri_memtierd.classify import ContainerRefused, classify, read_annotations
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass
 from memtier_cli.nri_memtierd.events import ContainerInfo, Event, Listed, Reconfigured, Started, Stopped, Synchronized
-from memtier_cli.nri_memtierd.inventory import describe
-from memtier_cli.nri_memtierd.plugin import MemtierdPlugin
+from memtier_cli.nri_memtierd.inventory import Inventory, describe
+from memtier_cli.nri_memtierd.plugin import AGAIN_MOST_S, AGAIN_S, MemtierdPlugin
 from memtier_engine.errors import ConfigError
 from nri_core import Backoff, Code, Container, ContainerState, EventMask, Pod, RpcError, Stub
 from nri_core.api.model import Allowance, pod_from_bytes
@@ -410,6 +411,49 @@ def test_values_that_a_runtime_refuses_are_tried_again_until_they_hold(tmp_path:
 
     there = [container("c0", ContainerState.RUNNING)]
     run(tmp_path, body, again_s=0.001, runtime={"pods": [POD], "containers": there, "on_update": write})
+
+
+def test_a_runtime_that_refuses_for_ever_is_asked_ever_less_often_up_to_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pods" / "c0" / "memory.swap.max"
+    file.parent.mkdir(parents=True)
+    file.write_text("0\n")
+    sleep, waits = asyncio.sleep, list[float]()
+
+    async def sleep_not_at_all(seconds: float) -> None:
+        task = asyncio.current_task()
+        if task is None or "_send_missing" not in repr(task.get_coro()):
+            await sleep(seconds)
+            return
+        waits.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep_not_at_all)
+    sent = Sent(tmp_path / "pods", refused={"id-c0"})
+
+    async def body(scene: Scene) -> None:
+        await sent.settled(lambda: len(waits) >= 12)
+
+    there = [container("c0", ContainerState.RUNNING)]
+    run(tmp_path, body, again_s=AGAIN_S, runtime={"pods": [POD], "containers": there, "on_update": sent.take})
+    assert waits[1:12] == [min(AGAIN_MOST_S, AGAIN_S * 2**number) for number in range(11)]
+    assert AGAIN_MOST_S in waits
+
+
+def test_of_a_list_that_was_read_nothing_else_is_kept() -> None:
+    """It is what the runtime sent, of all pods of the node."""
+
+    class Sent(list[Any]):
+        """One that can be seen to be let go of."""
+
+    pods, containers = Sent([POD]), Sent([container("c0", ContainerState.RUNNING), container("c4", pod="p2")])
+    gone = weakref.ref(pods), weakref.ref(containers)
+    inventory = Inventory(pods, containers)
+    del pods, containers
+    assert [info.id for info in inventory.running()] == ["id-c0"]
+    assert [ref() for ref in gone] == [None, None]
+    assert [info.id for info in inventory.listed(adopt=True).running] == ["id-c0"]
 
 
 def test_a_container_that_was_being_created_when_the_configuration_changed_gets_its_values(tmp_path: Path) -> None:
