@@ -276,6 +276,16 @@ def test_the_second_look_sees_who_took_a_read_lock_between_ours_and_the_first(
         pass
 
 
+def test_who_sees_another_at_the_first_look_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those who come in vain would make others step back from a claim that is free in a moment."""
+    tmp_path.chmod(0o700)
+    path = tmp_path / "nri.sock"
+    with claim(path, "50", "a"):
+        monkeypatch.setattr(claims, "_take", lambda descriptor, offset: pytest.fail("it was to be left alone"))
+        with pytest.raises(PluginAlreadyRunning):
+            Claim(path, "50", "a").take()
+
+
 def test_of_two_that_step_back_from_each_other_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one was seen at the second look, and had gone at the next try."""
     tmp_path.chmod(0o700)

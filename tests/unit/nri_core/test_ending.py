@@ -354,6 +354,30 @@ def test_a_runtime_that_drops_us_after_each_synchronize_is_asked_ever_less_often
     assert attempts[:5] == ([0] * 5 if healthy else [0, 1, 2, 3, 4])
 
 
+def test_attempts_that_make_no_connection_do_not_count_as_the_healthy_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime was stopped: the first wait is a short one, the others grow."""
+    attempts: list[int] = []
+
+    def wait_s(self: Backoff, attempt: int, chance: float) -> float:
+        attempts.append(attempt)
+        return 0.0
+
+    monkeypatch.setattr(Backoff, "wait_s", wait_s)
+
+    async def play(runtime: FakeRuntime, peer: PluginConnection, stub: Stub) -> None:
+        while stub._serving_since_s is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        stub._serving_since_s -= 100
+        await runtime.stop()
+        while len(attempts) < 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    scene(tmp_path, Hooked(), play)
+    assert attempts[:5] == [0, 1, 2, 3, 4]
+
+
 def test_the_time_that_a_connection_served_is_counted_from_synchronize_on(tmp_path: Path) -> None:
     async def play(runtime: FakeRuntime, peer: PluginConnection, stub: Stub) -> None:
         loop = asyncio.get_running_loop()
