@@ -33,11 +33,12 @@ SHARED_MM = _HEAD + f"say(os.getpid(), clone({CLONE_VM}))\ntime.sleep(1000)\n"
 FORKS = (
     _HEAD
     + """
-kids = []
+kids, parent = [], os.getpid()
 for _ in range(int(sys.argv[1])):
     kid = os.fork()
     if not kid:
         libc.prctl(1, signal.SIGKILL)
+        if os.getppid() != parent: os._exit(0)  # it was gone before that
         time.sleep(1000)
     kids.append(kid)
 say(os.getpid(), *kids)

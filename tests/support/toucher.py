@@ -56,9 +56,10 @@ print(address, flush=True)
 for line in sys.stdin:
     verb, *numbers = line.split()
     if verb == "fork":
-        child = os.fork()
+        parent, child = os.getpid(), os.fork()
         if child == 0:
             libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: go with the parent
+            if os.getppid() != parent: os._exit(0)  # it was gone before that
             signal.pause()
         print(child, flush=True)
         continue
