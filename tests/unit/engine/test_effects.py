@@ -174,9 +174,25 @@ def test_where_reclaim_takes_others_memory_it_is_left_alone_for_longer_and_longe
     machine.effects.free(0.0)
     assert len(machine.asked) == 1, "no further step of the same slice"
     assert machine.others <= STEP_BYTES
-    for tenth in range(36_000):
+    looks: list[str] = []
+    stat = Cgroup.stat
+
+    def counted(cgroup: Cgroup, name: str = "memory.stat") -> dict[str, int]:
+        looks.append(name)
+        return stat(cgroup, name)
+
+    monkeypatch.setattr(Cgroup, "stat", counted)
+    for tenth in range(100):
+        machine.effects.free(tenth / 10)
+    assert (machine.effects.wait_s() or 0.0) > 1.0
+    machine.now_s = 10.0
+    machine.cached += 4 * MIB
+    machine.batch(4 * MIB)
+    assert machine.effects.wait_s() == 0.0, "more went out: another look"
+    for tenth in range(100, 36_000):
         machine.effects.free(tenth / 10)
     assert len(machine.asked) <= 10 + 3600 / RECLAIM_S_MAX
+    assert len(looks) <= 5 * len(machine.asked), "nor is it looked at meanwhile"
 
 
 def test_without_a_v2_cgroup_it_is_written_and_not_yet_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

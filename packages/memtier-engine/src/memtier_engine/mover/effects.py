@@ -10,6 +10,7 @@ others; what it took is measured each time, and where it was others' memory it i
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import time
@@ -84,6 +85,13 @@ class _Place:
     cgroup: Cgroup | None  # None: the machine
     turn: _Turn = field(default_factory=_Turn)
     nodes: dict[int, _Turn] = field(default_factory=dict)
+    quiet_until_s: float = -math.inf
+    """Nothing can be asked before, unless more goes out."""
+
+    @property
+    def due_s(self) -> float:
+        """When to look at it next."""
+        return max(self.turn.due_s, self.quiet_until_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +147,8 @@ class Effects:
             self._looked_s = now_s
             self._kinds, self._zswap = read_swap_kinds(self._host), zswap_is_on(self._host)
             self.at_once = frees_at_once(self._kinds, self._zswap)
-            self._cpus = {node: node_cpus(self._host, node) for node in memory_nodes(self._host)}
+            if not self.at_once:
+                self._cpus = {node: node_cpus(self._host, node) for node in memory_nodes(self._host)}
             zrams = [kind.device for kind in self._kinds if kind.kind is Swap.ZRAM]
             self._zrams = [str(self._host.path("sys/block", device, "mm_stat")) for device in zrams]
             self._is_told = all(kind.kind is not Swap.MEMORY for kind in self._kinds)
@@ -154,6 +163,8 @@ class Effects:
         if self.at_once:
             return Effect(moved_bytes, taken)
         place = self._place(files)
+        if moved_bytes:
+            place.quiet_until_s = -math.inf
         cached = self._swap_cached(place)
         return Effect(None if cached is None else place.held.moved(moved_bytes, cached), taken)
 
@@ -165,7 +176,7 @@ class Effects:
 
     def wait_s(self) -> float | None:
         """Seconds until `free` can do something; None: there is nothing to do."""
-        due = [place.turn.due_s for place in self._places.values() if self._can_be_asked(place)]
+        due = [place.due_s for place in self._places.values() if self._can_be_asked(place)]
         return max(0.0, min(due) - self._now_s) if due else None
 
     def free(self, now_s: float) -> int:
@@ -173,7 +184,7 @@ class Effects:
         self._now_s = now_s
         freed = 0
         for key, place in list(self._places.items()):
-            if place.cgroup is None or not self._can_be_asked(place) or now_s < place.turn.due_s:
+            if place.cgroup is None or not self._can_be_asked(place) or now_s < place.due_s:
                 continue
             try:
                 brought = self._reclaim(place, place.cgroup, now_s)
@@ -194,18 +205,26 @@ class Effects:
         """What was freed since the last time; None: nothing can be asked of this cgroup."""
         freed, end_s = 0, time.monotonic() + SLICE_S
         are_ours: bool | None = None
+        place.turn.due_s = now_s + place.turn.pause_s
         while True:
             before = cgroup.stat()
             if "swapcached" not in before:
                 return None
             freed += place.held.moved(0, before["swapcached"])
+            written = place.held.ours - before.get("file_writeback", 0) - self._left_bytes
+            nodes = self._full_nodes(cgroup, before["swapcached"])
+            due = [node for node in nodes if now_s >= place.nodes.setdefault(node, _Turn()).due_s]
+            if not due:
+                place.quiet_until_s = min((place.nodes[node].due_s for node in nodes), default=now_s + RECLAIM_S_MAX)
+                return freed
+            node = max(due, key=nodes.__getitem__)
+            wanted = min(written, STEP_BYTES, nodes[node] - self._left_bytes)
+            if wanted < STEP_BYTES_LEAST:
+                return freed
             if are_ours is None:
                 are_ours = self.are_ours(frozenset(cgroup.pids()))
                 place.turn.done(now_s, well=are_ours)
-            written = place.held.ours - before.get("file_writeback", 0) - self._left_bytes
-            node, on_node = self._fullest(place, cgroup, before["swapcached"], now_s)
-            wanted = min(written, STEP_BYTES, on_node - self._left_bytes)
-            if wanted < STEP_BYTES_LEAST or not are_ours:
+            if not are_ours:
                 return freed
             swap_before = cgroup.read_int("memory.swap.current") or 0
             with near(self._cpus.get(node, ())):
@@ -224,20 +243,15 @@ class Effects:
             if time.monotonic() >= end_s:
                 return freed
 
-    def _fullest(self, place: _Place, cgroup: Cgroup, swap_cached: int, now_s: float) -> tuple[int, int]:
-        """(node, bytes): where most of the swap cache is, of the nodes that may be asked now; 0 bytes: of none."""
+    def _full_nodes(self, cgroup: Cgroup, swap_cached: int) -> dict[int, int]:
+        """Bytes of the swap cache by node, of those that have enough of it to be asked for."""
         found = {0: swap_cached}
         if len(self._cpus) > 1:
             lines = (cgroup.read_text("memory.numa_stat") or "").splitlines()
             line = next((line for line in lines if line.startswith("swapcached ")), None)
             if line is not None:
                 found = {int(node): int(size) for node, size in _ON_NODE.findall(line)}
-        turns = {node: place.nodes.setdefault(node, _Turn()) for node in found}
-        return max(
-            ((node, size) for node, size in found.items() if now_s >= turns[node].due_s),
-            key=lambda each: each[1],
-            default=(0, 0),
-        )
+        return {node: size for node, size in found.items() if size >= self._left_bytes + STEP_BYTES_LEAST}
 
     def _ask(self, cgroup: Cgroup, wanted: int) -> bool:
         """False: this kernel or these rights have no memory.reclaim."""
