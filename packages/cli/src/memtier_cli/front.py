@@ -1,9 +1,11 @@
-"""What every program with Go's flags does before its own work: usage, wrong flags, version."""
+"""What programs do around their own work: usage, wrong flags and version before it; a standard output that is full."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from memtier_cli.flags import Flag, HelpWanted, Parsed, UsageError, parse, usage, version_text
 
@@ -33,3 +35,9 @@ def read_flags(program: str, flags: Sequence[Flag], check: Callable[[Parsed], No
     if parsed.rest:
         print(f"{program}: ignored: {' '.join(parsed.rest)} (no flag is read {BEHIND})", file=sys.stderr)
     return parsed
+
+
+def output_is_full(program: str, error: OSError) -> NoReturn:
+    """End the program, whose standard output takes no more, with one line."""
+    print(f"{program}: cannot write to standard output: {error.strerror}", file=sys.stderr)
+    os._exit(1)  # the interpreter's own end would try to write once more, and complain

@@ -7,7 +7,6 @@ Exit status: 0 done, 1 a configuration or kernel call failed, 2 wrong usage, 3 (
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -63,8 +62,9 @@ def main() -> None:
         from memtier_engine.errors import MemtierError  # here: importing it costs `--version` a third
 
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the output: files have errors of ours
-            print(f"memtier: cannot write to standard output: {error.strerror}", file=sys.stderr)
-            os._exit(1)  # the interpreter's own end would try to write once more, and complain
+            from memtier_cli.front import output_is_full
+
+            output_is_full("memtier", error)
         if not isinstance(error, MemtierError):
             raise
         print(f"memtier: {error}", file=sys.stderr)

@@ -8,14 +8,13 @@ terminal SIGINT (Ctrl-C) ends the command that is running instead.
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from memtier_cli.flags import Flag, Parsed
-from memtier_cli.front import read_flags
+from memtier_cli.front import output_is_full, read_flags
 
 if TYPE_CHECKING:
     from memtier_cli.memtierd.prompt.state import Prompt
@@ -57,8 +56,7 @@ def main() -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"memtierd: cannot write to standard output: {error.strerror}", file=sys.stderr)
-        os._exit(1)  # the interpreter's own end would try to write once more, and complain
+        output_is_full("memtierd", error)
     except KeyboardInterrupt:
         return 0  # before anything was started: later, signals are heard
 
