@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from bench.measure import ratio_line
+from bench.measure import holder, ratio_line
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import PAGE_IS_HUGE, PAGE_IS_PRESENT
 from memtier_engine.engine.loop import Engine
@@ -60,21 +58,8 @@ sys.stdin.read()
 @contextmanager
 def half_random(size_bytes: int, pages: str) -> Iterator[tuple[int, Spans]]:
     """(pid, where) of a process whose pages, "4k" or "huge", compress to about a half."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(size_bytes), pages],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        start = int(process.stdout.readline())
-        yield process.pid, Spans(np.array([start], np.uint64), np.array([start + size_bytes], np.uint64))
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait()
+    with holder(size_bytes, pages, program=_HOLDER) as (pid, start):
+        yield pid, Spans(np.array([start], np.uint64), np.array([start + size_bytes], np.uint64))
 
 
 @dataclass(slots=True)

@@ -46,10 +46,13 @@ sys.stdin.read()
 
 
 @contextmanager
-def holder(size_bytes: int, pages: str = "4k") -> Iterator[tuple[int, int]]:
-    """(pid, address) of a process that holds `size_bytes` of touched private memory."""
+def holder(size_bytes: int, pages: str = "4k", *, program: str = _HOLDER) -> Iterator[tuple[int, int]]:
+    """(pid, address) of a process that holds `size_bytes` of touched private memory.
+
+    `program`: Python that fills it, prints the address and waits for the end of its input.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(size_bytes), pages],
+        [sys.executable, "-c", program, str(size_bytes), pages],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
