@@ -331,18 +331,24 @@ def test_waits_are_short_again_only_after_a_while_that_was_healthy() -> None:
     assert backoff.attempt_after(7, 1e9) == 0
 
 
-@pytest.mark.parametrize("healthy", [False, True])
-def test_a_runtime_that_drops_us_after_each_synchronize_is_asked_ever_less_often(
-    tmp_path: Path, healthy: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """2.3 connections a second, for ever. The clock of the connection is the test's."""
-    attempts: list[int] = []
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Which attempt in a row each wait was for. None of them takes any time."""
+    found: list[int] = []
 
     def wait_s(self: Backoff, attempt: int, chance: float) -> float:
-        attempts.append(attempt)
+        found.append(attempt)
         return 0.0
 
     monkeypatch.setattr(Backoff, "wait_s", wait_s)
+    return found
+
+
+@pytest.mark.parametrize("healthy", [False, True])
+def test_a_runtime_that_drops_us_after_each_synchronize_is_asked_ever_less_often(
+    tmp_path: Path, healthy: bool, monkeypatch: pytest.MonkeyPatch, attempts: list[int]
+) -> None:
+    """2.3 connections a second, for ever. The clock of the connection is the test's."""
     monkeypatch.setattr(Stub, "_served_s", lambda self: 0.0 if self._serving_since_s is None else 11.0 * healthy)
 
     async def play(runtime: FakeRuntime, peer: PluginConnection, stub: Stub) -> None:
@@ -355,16 +361,9 @@ def test_a_runtime_that_drops_us_after_each_synchronize_is_asked_ever_less_often
 
 
 def test_attempts_that_make_no_connection_do_not_count_as_the_healthy_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, attempts: list[int]
 ) -> None:
     """The runtime was stopped: the first wait is a short one, the others grow."""
-    attempts: list[int] = []
-
-    def wait_s(self: Backoff, attempt: int, chance: float) -> float:
-        attempts.append(attempt)
-        return 0.0
-
-    monkeypatch.setattr(Backoff, "wait_s", wait_s)
 
     async def play(runtime: FakeRuntime, peer: PluginConnection, stub: Stub) -> None:
         while stub._serving_since_s is None:  # noqa: ASYNC110
