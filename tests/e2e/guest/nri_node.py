@@ -101,6 +101,13 @@ class Containerd:
         command = ["ctr", "-n", "k8s.io", "images", "import", "--snapshotter", "overlayfs", str(path)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
+    def import_images(self) -> None:
+        """The guest's two, if they are not there yet."""
+        images = self.call("ListImages", cri.ListImagesRequest(), "ImageService").images
+        if not any(BUSYBOX in image.repo_tags for image in images):
+            for name in ("pause", "busybox"):
+                self.import_image(Path(f"/opt/images/{name}.tar"))
+
 
 class Pod:
     """A pod sandbox and its containers."""
@@ -298,10 +305,7 @@ def node(config: str | None = None, *arguments: str, start: bool = True) -> Iter
     runtime, plugin = Containerd(), NriPlugin(config)
     runtime.start()
     try:
-        images = runtime.call("ListImages", cri.ListImagesRequest(), "ImageService").images
-        if not any(BUSYBOX in image.repo_tags for image in images):
-            for name in ("pause", "busybox"):
-                runtime.import_image(Path(f"/opt/images/{name}.tar"))
+        runtime.import_images()
         if start:
             plugin.start(*arguments)
         yield runtime, plugin

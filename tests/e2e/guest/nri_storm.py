@@ -14,16 +14,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from random import Random, SystemRandom
 
-from nri_node import BUSYBOX, CriError, remove_pods, say
+from nri_node import CriError, remove_pods, say
 from storm_churn import Churn
 from storm_node import BASE, SHARED, Configs, Keeper, Runtime, Volume
 from storm_verdict import Look, defects, look, look_around, open_files, usage
 from storm_weather import Weather
-
-from vm.guest import cri_pb2 as cri
 
 ROUND_S = (45.0, 110.0)
 PAUSE_S = (0.3, 5.0)
@@ -143,10 +140,7 @@ def node() -> Iterator[tuple[Runtime, Volume]]:
     runtime, volume = Runtime(), Volume()
     runtime.start()
     try:
-        images = runtime.call("ListImages", cri.ListImagesRequest(), "ImageService").images
-        if not any(BUSYBOX in image.repo_tags for image in images):
-            for name in ("pause", "busybox"):
-                runtime.import_image(Path(f"/opt/images/{name}.tar"))
+        runtime.import_images()
         yield runtime, volume
     finally:
         remove_pods(runtime)
