@@ -47,13 +47,19 @@ class VmResult:
         return self
 
     def records(self) -> list[dict[str, Any]]:
-        """The output's lines that are JSON objects, in order; other lines are a script's free text."""
+        """The output's lines that are JSON objects, in order; other lines are a script's free text.
+
+        Raises:
+            AssertionError: a line begins as a scenario's record and is none: two were written into each other.
+        """
         found = []
         for line in self.output.splitlines():
             if line.startswith("{"):
                 try:
                     value = json.loads(line)
-                except ValueError:
+                except ValueError as error:
+                    if line.startswith('{"kind":'):
+                        raise AssertionError(f"a record that cannot be read ({error}):\n{line}") from None
                     continue
                 found.append(value)
         return found

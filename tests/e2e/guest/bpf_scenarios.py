@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scene import daemon_log, main, meme, memtierd, say, wait_for
+from saying import say
+from scene import daemon_log, main, meme, memtierd, wait_for
 
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import MADV_PAGEOUT

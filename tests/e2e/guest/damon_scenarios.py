@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from reference_policies import pids, policy
 from reference_scene import Daemon, Load, places, setting, share_on
-from scene import main, say, wait_for
+from saying import say
+from scene import main, wait_for
 
 from memtier_engine.errors import MemtierError, TrackerUnavailable
 from memtier_engine.hostfs.host import Host

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from scene import CGROUPS, cgroup, main, meme, say
+from saying import say
+from scene import CGROUPS, cgroup, main, meme
 
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id

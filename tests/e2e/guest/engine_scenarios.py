@@ -10,7 +10,8 @@ import sys
 import time
 
 import numpy as np
-from scene import cgroup, main, meme, memtierd, say, swap_used, wait_for
+from saying import say
+from scene import cgroup, main, meme, memtierd, swap_used, wait_for
 
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id

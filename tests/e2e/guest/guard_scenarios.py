@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scene import CGROUPS, daemon_log, meme, memtierd, say, swap_used, wait_for
+from saying import say
+from scene import CGROUPS, daemon_log, meme, memtierd, swap_used, wait_for
 
 from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
 from memtier_engine.guards.base import Thresholds

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from scene import cgroup, main, say, share_out, wait_for
+from saying import say
+from scene import cgroup, main, share_out, wait_for
 
 from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.engine.node import Node, NodeConfig

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nri_node import Containerd as NodeContainerd
-from nri_node import CriError, Pod, memory_value, pids_of, say, wait_for
+from nri_node import CriError, Pod, memory_value, pids_of, wait_for
 from nri_node import node as bare_node
+from saying import say
 
 from vm.guest import cri_pb2 as cri
 

@@ -27,10 +27,10 @@ from nri_node import (
     orphans,
     quick_config,
     sample_config,
-    say,
     swapped_kib,
     wait_for,
 )
+from saying import say
 
 from vm.guest import cri_pb2 as cri
 

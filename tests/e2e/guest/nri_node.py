@@ -6,7 +6,6 @@ Runs in the test VM. Nothing is left: a scenario removes its pods, and `containe
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -34,11 +33,6 @@ CLASS = "class.memtierd.nri.io"
 
 class CriError(Exception):
     """What the runtime answered instead of doing it."""
-
-
-def say(**values: object) -> None:
-    """One JSON line for the test on the host."""
-    print(json.dumps(values), flush=True)
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float, every_s: float = 0.2) -> float | None:

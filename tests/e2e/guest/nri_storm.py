@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from random import Random, SystemRandom
 
-from nri_node import CriError, remove_pods, say
+from nri_node import CriError, remove_pods
+from saying import say
 from storm_churn import Churn
 from storm_node import BASE, SHARED, Configs, Keeper, Runtime, Volume
 from storm_verdict import Look, defects, look, look_around, open_files, usage

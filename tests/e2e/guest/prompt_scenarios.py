@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scene import main, say, wait_for
+from saying import say
+from scene import main, wait_for
 
 from memtier_engine.model import PAGE_BYTES
 from support.prompt import Daemon, memtierd

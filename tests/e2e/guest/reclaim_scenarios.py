@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from scene import CGROUPS, cgroup, main, meme, say
+from saying import say
+from scene import CGROUPS, cgroup, main, meme
 
 from memtier_engine.config.files import parse
 from memtier_engine.engine.loop import StepReport

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scene import say
+from saying import say
 
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.locate import PageLocator

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from reference_policies import PAGED, pids, policy
 from reference_scene import MIB, UNGUARDED, Daemon, Load, block, places, share_on
-from scene import cgroup, main, say, wait_for
+from saying import say
+from scene import cgroup, main, wait_for
 
 from memtier_engine.abi import syscalls
 from memtier_engine.config.files import parse

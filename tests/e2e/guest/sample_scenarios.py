@@ -7,7 +7,8 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from scene import cgroup, main, say
+from saying import say
+from scene import cgroup, main
 
 from memtier_engine.errors import MemtierError
 from memtier_engine.hostfs.host import Host

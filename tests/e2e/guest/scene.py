@@ -20,16 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from saying import say
 
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.pagemap import Pagemap
 
 CGROUPS = Path("/sys/fs/cgroup")
-
-
-def say(**values: object) -> None:
-    """One JSON line for the test on the host."""
-    print(json.dumps(values), flush=True)
 
 
 def share_out(pid: int, ranges: list[tuple[int, int]]) -> float:
