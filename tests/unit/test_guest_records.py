@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support.vm import VmResult
 
 GUEST = Path(__file__).parents[1] / "e2e" / "guest"
