@@ -3,19 +3,14 @@
 To see what is touched, an observer clears the accessed bits of a process. Two of them on one address space each take
 what the other has yet to see, and pages in use look idle to both, also where one of them only looks (`--dry-run`).
 
-One file for all observers, `/run/memtier/observers/by-pid`; whoever observes process N holds a write lock of its byte N
-(fcntl(2), F_SETLK). So it takes one file descriptor, however many processes; the kernel says who holds a lock; and
-it lets go when the holder ends, by SIGKILL too. A container takes part if it has the host's /run/memtier and its pids.
+One file for all observers, `/run/memtier/observers/by-pid`; whoever observes process N has its byte N locked. A
+container takes part if it has the host's /run/memtier and its pids.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
-import stat
-import struct
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -26,15 +21,12 @@ from loguru import logger
 
 from memtier_engine.closing import Closing
 from memtier_engine.errors import KernelCallError, Unavailable
+from memtier_engine.hostfs.bytelocks import ByteLocks
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import ProcessId
 
 DIRECTORY = "run/memtier/observers"
 FILE = "by-pid"
-_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_OPEN_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-_FLOCK = struct.Struct("@hhqqi4x")  # struct flock with 64-bit off_t: type, whence, start, length, pid
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _PROGRAM_CHARACTERS = 100
 _INTERPRETER = re.compile(r"python[0-9.]*")
 
@@ -126,15 +118,15 @@ class _Table:
         self.owners: dict[int, tuple[ProcessId, Claim]] = {}
         self._directory = directory
         self._lock = threading.Lock()
-        self._fd = -1
+        self._file: ByteLocks | None = None
         self.open()
 
     def open(self) -> None:
         """If it could not be opened yet."""
         with self._lock:
-            if self._fd < 0:
+            if self._file is None:
                 try:
-                    self._fd, self.why_alone = _open_file(self._directory), None
+                    self._file, self.why_alone = ByteLocks(self._directory / FILE), None
                 except Unavailable as failure:
                     if self.why_alone != str(failure):
                         logger.warning("{}", failure)
@@ -153,10 +145,9 @@ class _Table:
             for process in processes:
                 if process.pid in self.owners:
                     continue
-                holder = self._lock_byte(process.pid)
+                holder = None if self._file is None else self._file.take(process.pid)
                 if holder is not None:
-                    for pid in locked:
-                        self._unlock_byte(pid)
+                    self._unlock(locked)
                     return process, holder or None
                 locked.append(process.pid)
             self.owners.update((process.pid, (process, claim)) for process in processes)
@@ -168,7 +159,7 @@ class _Table:
                 owned = self.owners.get(process.pid)
                 if owned is not None and owned[1] is claim:
                     del self.owners[process.pid]
-                    self._unlock_byte(process.pid)
+                    self._unlock([process.pid])
 
     def has(self, claim: Claim) -> bool:
         """Whether any of it is still held."""
@@ -180,45 +171,15 @@ class _Table:
         self._lock = threading.Lock()
         self.owners.clear()
 
-    def _lock_byte(self, pid: int) -> int | None:
-        """None: it is ours now; else the pid of who has it, 0 if it cannot be seen from here."""
-        while self._fd >= 0:
-            try:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, pid)
-                return None
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    return None  # no locks to be had (ENOLCK): better observed by two than not at all
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, pid, 1, 0)
-            kind, _, _, _, holder = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_GETLK, asked))
-            if kind != fcntl.F_UNLCK:  # else it was released meanwhile
-                return int(max(holder, 0))
-        return None
-
-    def _unlock_byte(self, pid: int) -> None:
-        if self._fd >= 0:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, pid)
+    def _unlock(self, pids: Sequence[int]) -> None:
+        if self._file is not None:
+            for pid in pids:
+                self._file.release(pid)
 
     def _look_whether_it_is_there(self) -> None:
-        """If somebody removed the file, others lock a new one: so do we."""
-        if self._fd < 0:
-            return
-        try:
-            now, ours = os.stat(self._directory / FILE), os.fstat(self._fd)
-            if (now.st_dev, now.st_ino) == (ours.st_dev, ours.st_ino):
-                return
-        except FileNotFoundError:
-            pass
-        except OSError:
-            return
-        try:
-            fd = _open_file(self._directory)
-        except Unavailable:
-            return
-        os.dup2(fd, self._fd, inheritable=False)
-        os.close(fd)
-        for pid in self.owners:
-            self._lock_byte(pid)
+        if self._file is not None and self._file.reopened():
+            for pid in self.owners:
+                self._file.take(pid)
 
 
 _tables: dict[Path, _Table] = {}
@@ -245,57 +206,6 @@ def _table_of(directory: Path) -> _Table:
             table = _tables[where] = _Table(where)
     table.open()
     return table
-
-
-def _open_file(directory: Path) -> int:
-    """The lock file below a directory that only this user can write to; what is missing is made.
-
-    Raises:
-        Unavailable: it cannot be made, or is not safe.
-    """
-    what = directory
-    try:
-        existing = directory
-        missing: list[str] = []
-        while len(missing) < 2 and existing != existing.parent:
-            missing.insert(0, existing.name)
-            existing = existing.parent
-        fd = os.open(existing, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            for name in missing:
-                what = existing = existing / name
-                try:
-                    os.mkdir(name, 0o700, dir_fd=fd)
-                except FileExistsError:
-                    pass
-                below = os.open(name, _OPEN_DIRECTORY, dir_fd=fd)
-                os.close(fd)
-                fd = below
-                _check(fd, what)
-            what = directory / FILE
-            file = os.open(FILE, _OPEN_FILE, 0o600, dir_fd=fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise Unavailable(
-            f"{what}: {os.strerror(error.errno or errno.EIO)}: other observers cannot be seen",
-            hint="see that no process is tracked twice",
-        ) from None
-    try:
-        _check(file, what)
-    except BaseException:
-        os.close(file)
-        raise
-    return file
-
-
-def _check(fd: int, path: Path) -> None:
-    found = os.fstat(fd)
-    if found.st_uid != os.geteuid() or found.st_mode & _WRITABLE_BY_OTHERS:
-        raise Unavailable(
-            f"{path} is user {found.st_uid}'s, mode {stat.S_IMODE(found.st_mode):o}: other observers cannot be seen",
-            hint=f"remove it; it has to be user {os.geteuid()}'s, and written to by nobody else",
-        )
 
 
 def _default_directory(host: Host) -> Path:
