@@ -95,6 +95,30 @@ def test_two_processes_of_one_mm_are_one_address_space(shared_mm: Path) -> None:
             os.kill(kid, signal.SIGKILL)
 
 
+def test_two_processes_of_one_mm_have_one_observer_also_where_each_engine_knows_one_of_them(shared_mm: Path) -> None:
+    with subprocess.Popen([shared_mm], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        kid = int(child.stdout.readline())
+        first, second = engine_on(child.pid), engine_on(kid)
+        try:
+            time.sleep(1.2)
+            assert first.step().processes == 1
+            report = second.step()
+            assert report.processes == 0
+            assert f"process {kid} has the address space of process {child.pid}" in report.errors[0]
+            command = [str(RUN), "run", "--pid", str(kid), "--idle-after", "1h", "--dry-run", "--duration", "1s"]
+            told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+            assert f"process {kid} has the address space of process {child.pid}" in told.stdout + told.stderr
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+            first.step()
+            assert second.step().processes == 1
+        finally:
+            first.close()
+            second.close()
+            os.kill(kid, signal.SIGKILL)
+
+
 def test_a_second_engine_leaves_it_alone_until_the_first_is_gone() -> None:
     with sleeper() as pid:
         first, second = engine_on(pid), engine_on(pid)

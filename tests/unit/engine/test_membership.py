@@ -24,11 +24,11 @@ class Occupied(Observers):
         super().__init__(host, directory=directory.root / "memtier/observers")
         self.others: dict[int, Holder] = {}
 
-    def claim(self, *processes: ProcessId) -> Claim | Holder:
+    def claim(self, *processes: ProcessId, layout: bytes = b"") -> Claim | Holder:
         for process in processes:
             if process.pid in self.others:
                 return self.others[process.pid]
-        return super().claim(*processes)
+        return super().claim(*processes, layout=layout)
 
 
 @pytest.fixture
@@ -92,4 +92,36 @@ def test_what_the_target_does_not_mean_any_more_is_free_for_others(folder: HostF
     assert isinstance(theirs.claim(processes[1]), Claim)
     assert isinstance(theirs.claim(processes[0]), Holder)
     membership.close()
+    theirs.close()
+
+
+def test_who_executes_a_program_is_claimed_with_its_new_layout(folder: HostFolder) -> None:
+    """What had its parent's memory at the time of the claim has its own after that, and may share it with others."""
+    claimed: list[bytes] = []
+
+    class Noting(Observers):
+        def claim(self, *processes: ProcessId, layout: bytes = b"") -> Claim | Holder:
+            claimed.append(layout)
+            return super().claim(*processes, layout=layout)
+
+    def executes(text_begin: int) -> None:
+        folder.process(1000, start_ticks=5)
+        stat = (folder.root / "proc/1000/stat").read_text().rstrip()
+        folder.write("proc/1000/stat", f"{stat} {text_begin} 9000 {' '.join(['7'] * 24)}\n")  # fields 26 to 51
+
+    theirs = Observers(folder.host, directory=folder.root / "memtier/observers")
+    membership = Membership(
+        folder.host,
+        Spaces(ProcessPages),
+        lambda text: None,
+        observers=Noting(folder.host, directory=folder.root / "memtier/observers"),
+    )
+    for begin in (4096, 4096, 8192, 8192):
+        executes(begin)
+        membership.follow([ProcessId(1000, 5)])
+    assert len(claimed) == 2
+    assert len(set(claimed)) == 2
+    assert isinstance(theirs.claim(ProcessId(1000, 5)), Holder)
+    membership.close()
+    assert isinstance(theirs.claim(ProcessId(1000, 5)), Claim)
     theirs.close()

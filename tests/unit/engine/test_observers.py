@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -10,14 +11,16 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from memtier_engine.errors import KernelCallError
+from memtier_engine.hostfs.bytelocks import ByteLocks
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.observers import Claim, Holder, Observers, program_words
+from memtier_engine.hostfs.observers import PID_END, Claim, Holder, Observers, program_words
 from memtier_engine.model import ProcessId
 
 HOST = Host()
@@ -35,7 +38,8 @@ claims = {}
 for line in sys.stdin:
     verb, *pids = line.split()
     if verb == "claim":
-        claims[pids[0]] = observers.claim(*(ProcessId(int(pid), 5) for pid in pids))
+        layout = b"the layout" if "alike" in pids else b""
+        claims[pids[0]] = observers.claim(*(ProcessId(int(pid), 5) for pid in pids if pid != "alike"), layout=layout)
     else:
         claims[pids[0]].release()
     print(type(claims[pids[0]]).__name__, claims[pids[0]] if verb == "claim" else "", flush=True)
@@ -89,6 +93,144 @@ def test_a_second_program_is_told_who_is_there(directory: Path) -> None:
         assert f"(pid {os.getpid()})" in other.ask("claim 1002")
         claim.release()
         assert other.ask("claim 1002").startswith("Claim")
+
+
+LAYOUT = b"the layout"
+
+
+def of_one_mm(*pids: int) -> Callable[[int, int], int]:
+    """A kcmp(2) of which only `pids`, and a process with itself, have one address space."""
+    return lambda one, other: int(one != other and not {one, other} <= set(pids))
+
+
+class Living(Host):
+    """A host where every process has memory."""
+
+    def read_proc(self, pid: int, name: str) -> bytes:
+        return b"100 10 5 1 0 20 0\n"
+
+
+def test_who_shares_an_address_space_is_found_among_the_engines_of_a_program(directory: Path) -> None:
+    compare = of_one_mm(1001, 1002)
+    first = Observers(Living(), directory=directory, compare=compare)
+    second = Observers(Living(), directory=directory, compare=compare)
+    with first, second:
+        claim = first.claim(ONE, layout=LAYOUT)
+        assert isinstance(claim, Claim)
+        held = second.claim(TWO, layout=LAYOUT)
+        assert isinstance(held, Holder)
+        assert str(held) == (
+            "process 1002 has the address space of process 1001, which is observed already by another engine "
+            "of this program"
+        )
+        assert isinstance(second.claim(THREE, layout=LAYOUT), Claim), "a fork has its own"
+        assert isinstance(first.claim(TWO, layout=LAYOUT), Claim), "what one engine knows as one is one to it"
+        claim.release()
+        first.close()
+        assert isinstance(second.claim(TWO, layout=LAYOUT), Claim)
+
+
+def test_who_shares_an_address_space_is_found_among_programs(directory: Path) -> None:
+    with (
+        Observers(Living(), directory=directory, compare=of_one_mm(1001, 1002)) as ours,
+        other_program(directory) as other,
+    ):
+        for pid in (1000, 1001, 1005):  # neighbours are one lock to the kernel
+            assert other.ask(f"claim {pid} alike").startswith("Claim")
+        held = ours.claim(TWO, layout=LAYOUT)
+        assert isinstance(held, Holder)
+        assert held.through == 1001
+        assert held.pid == other.popen.pid
+        assert str(held).startswith("process 1002 has the address space of process 1001, which is observed already by")
+        assert isinstance(ours.claim(TWO, layout=b"another"), Claim), "it executed a program: it has its own now"
+        assert isinstance(ours.claim(THREE, layout=LAYOUT), Claim)
+        other.ask("release 1001")
+        assert isinstance(ours.claim(ONE, layout=LAYOUT), Claim)
+
+
+def test_a_refused_claim_holds_nothing(directory: Path) -> None:
+    with (
+        Observers(Living(), directory=directory, compare=of_one_mm(1001, 1002)) as ours,
+        other_program(directory) as other,
+    ):
+        other.ask("claim 1001 alike")
+        assert isinstance(ours.claim(TWO, layout=LAYOUT), Holder)
+        assert other.ask("claim 1002 alike").startswith("Claim")
+
+
+def test_what_is_released_leaves_no_lock(directory: Path) -> None:
+    with Observers(HOST, directory=directory), other_program(directory) as other:
+        other.ask("claim 1001 alike")
+        other.ask("claim 1002 alike")
+        for pid in (1001, 1002):
+            assert locked_by_others(directory)
+            other.ask(f"release {pid}")
+        assert not locked_by_others(directory)
+
+
+def locked_by_others(directory: Path) -> bool:
+    """Whether any byte of the list is; asked with a file of its own, which closes no lock of ours but in a child."""
+    child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            with open(directory / "by-pid", "r+b") as file:
+                asked = struct.pack("@hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+                status = int(struct.unpack("@hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK)
+        finally:
+            os._exit(status)
+    answer = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert answer in (0, 1)
+    return answer == 1
+
+
+def test_a_list_that_was_removed_and_made_anew_still_tells_who_shares(directory: Path) -> None:
+    with (
+        Observers(Living(), directory=directory, compare=of_one_mm(1001, 1002)) as ours,
+        other_program(directory) as other,
+    ):
+        other.ask("claim 1001 alike")
+        (directory / "by-pid").unlink()
+        other.ask("claim 1005")  # it notices
+        assert isinstance(ours.claim(TWO, layout=LAYOUT), Holder)
+
+
+def test_a_process_without_memory_shares_with_nobody(directory: Path) -> None:
+    """Only its first thread has ended: to the kernel all such have the same, which is none."""
+
+    class Ended(Living):
+        def read_proc(self, pid: int, name: str) -> bytes:
+            return b"0 0 0 0 0 0 0\n"
+
+    compare = of_one_mm(1001, 1002)
+    first, second = (Observers(Ended(), directory=directory, compare=compare) for _ in range(2))
+    with first, second:
+        assert isinstance(first.claim(ONE, layout=LAYOUT), Claim)
+        assert isinstance(second.claim(TWO, layout=LAYOUT), Claim)
+
+
+def test_all_that_others_have_locked_is_listed_whatever_the_order_that_the_kernel_tells_it_in(directory: Path) -> None:
+    with other_program(directory) as one, other_program(directory) as two:
+        for other, pids in ((one, (1010, 1030)), (two, (1005, 1020, 1021, 1040))):
+            for pid in pids:
+                other.ask(f"claim {pid}")
+        with ByteLocks(directory / "by-pid") as locks:
+            found = sorted(locks.others(0, PID_END))
+            assert found == sorted(
+                [(pid, one.popen.pid) for pid in (1010, 1030)]
+                + [(pid, two.popen.pid) for pid in (1005, 1020, 1021, 1040)]
+            )
+            assert sorted(pid for pid, _ in locks.others(1010, 1021)) == [1010, 1020]
+
+
+def test_where_the_kernel_does_not_tell_nobody_is_taken_to_share(directory: Path) -> None:
+    def refused(one: int, other: int) -> int:
+        raise KernelCallError(f"kcmp({one}, {other})", errno.EPERM)
+
+    first, second = (Observers(Living(), directory=directory, compare=refused) for _ in range(2))
+    with first, second:
+        assert isinstance(first.claim(ONE, layout=LAYOUT), Claim)
+        assert isinstance(second.claim(TWO, layout=LAYOUT), Claim)
 
 
 def test_what_is_released_or_whose_observer_was_killed_is_free(directory: Path) -> None:

@@ -98,9 +98,12 @@ class Membership:
         if self._observers is None:
             return None
         for process in group.processes:
-            if process in self._claims:
+            claim = self._claims.get(process)
+            if claim is not None and claim.layout == group.layout:
                 continue
-            taken = self._observers.claim(process)
+            if claim is not None:  # it has executed a program since, and may share that one's memory
+                self._claims.pop(process).release()
+            taken = self._observers.claim(process, layout=group.layout)
             if isinstance(taken, Holder):
                 return taken
             self._claims[process] = taken

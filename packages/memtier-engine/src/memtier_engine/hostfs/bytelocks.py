@@ -7,13 +7,16 @@ program loses all of that program's locks, so it stays open.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
+from memtier_engine.closing import Closing
 from memtier_engine.errors import Unavailable
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -22,7 +25,7 @@ _FLOCK = struct.Struct("@hhqqi4x")  # struct flock with 64-bit off_t: type, when
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
-class ByteLocks:
+class ByteLocks(Closing):
     """The locks of this program in one file. One thread at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -47,9 +50,35 @@ class ByteLocks:
             if found is not None:  # else it was released meanwhile
                 return found[2]
 
+    def share(self, byte: int) -> bool:
+        """Lock a byte that others may have locked likewise. Whether any has."""
+        with contextlib.suppress(OSError):  # no locks to be had
+            fcntl.lockf(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, byte)
+        return self._other(byte, byte + 1) is not None
+
+    def others(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """(byte, pid of who has it, 0 if it cannot be seen) of all in [first, end) that other programs have locked."""
+        left = [(first, end)]
+        while left:
+            first, end = left.pop()
+            found = self._other(first, end) if first < end else None
+            if found is None:
+                continue
+            # The kernel names any that conflicts, not the first; neighbours of one holder are one lock.
+            start, stop, holder = max(first, found[0]), min(end, found[1]), found[2]
+            left += [(first, start), (stop, end)]
+            for byte in range(start, stop):
+                yield byte, holder
+
     def release(self, byte: int) -> None:
         """Unlock a byte."""
         fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, byte)
+
+    def close(self) -> None:
+        """Unlock all. Safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def reopened(self) -> bool:
         """If somebody removed the file, others lock a new one: so do we. Whether that is so: then no byte is locked."""

@@ -5,6 +5,10 @@ what the other has yet to see, and pages in use look idle to both, also where on
 
 One file for all observers, `/run/memtier/observers/by-pid`; whoever observes process N has its byte N locked. A
 container takes part if it has the host's /run/memtier and its pids.
+
+Processes with one address space may be observed by different programs, each of which knows only its own. So a byte
+further up stands for where program and stack lie (`mm.MmGroup.layout`), which such processes have in common with
+each other and with few others: where another program has it locked too, the kernel is asked process by process.
 """
 
 from __future__ import annotations
@@ -13,21 +17,28 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loguru import logger
 
+from memtier_engine.abi import syscalls
 from memtier_engine.closing import Closing
-from memtier_engine.errors import KernelCallError, Unavailable
+from memtier_engine.errors import KernelCallError, MemtierError, Unavailable
 from memtier_engine.hostfs.bytelocks import ByteLocks
 from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.mm import Compare
 from memtier_engine.model import ProcessId
 
 DIRECTORY = "run/memtier/observers"
 FILE = "by-pid"
+PID_END = 1 << 22
+"""No pid is higher: PID_MAX_LIMIT of include/linux/threads.h."""
 _PROGRAM_CHARACTERS = 100
+_Taken = tuple[ProcessId, int | None, int | None]
+"""What cannot be had, who observes it, and through which process if not through this."""
 _INTERPRETER = re.compile(r"python[0-9.]*")
 
 
@@ -41,6 +52,8 @@ class Holder:
     """The observer's. None: it is of a pid namespace that we do not see."""
     program: str
     """Its command line, in short."""
+    through: int | None = None
+    """The process that shares its address space and is observed. None: it is that itself."""
 
     @property
     def observer(self) -> str:
@@ -52,15 +65,22 @@ class Holder:
         return f"`{self.program}` (pid {self.pid})" if self.program else f"pid {self.pid}"
 
     def __str__(self) -> str:
-        return f"process {self.process.pid} is observed already by {self.observer}"
+        if self.through is None:
+            return f"process {self.process.pid} is observed already by {self.observer}"
+        return (
+            f"process {self.process.pid} has the address space of process {self.through}, "
+            f"which is observed already by {self.observer}"
+        )
 
 
 class Claim(Closing):
     """The right to observe some processes, until it is released or this program ends."""
 
-    def __init__(self, table: _Table, processes: tuple[ProcessId, ...]) -> None:
+    def __init__(self, table: _Table, owner: object, processes: tuple[ProcessId, ...], layout: bytes) -> None:
         """Not to be called; see `Observers.claim`."""
+        self.owner = owner
         self.processes = processes
+        self.layout = layout
         self._table = table
 
     def release(self) -> None:
@@ -73,12 +93,13 @@ class Claim(Closing):
 class Observers(Closing):
     """The machine's list of who observes what. Methods may be called from any thread."""
 
-    def __init__(self, host: Host, *, directory: Path | None = None) -> None:
+    def __init__(self, host: Host, *, directory: Path | None = None, compare: Compare = syscalls.kcmp_vm) -> None:
         """Open the list; `directory` is made where it is missing. None: the one of the machine, for root.
 
         Others cannot make theirs in it and have one for each user, where only programs of that user are seen.
         """
         self._host = host
+        self._compare = compare
         self.directory = directory or _default_directory(host)
         self._table = _table_of(self.directory)
         self._claims: set[Claim] = set()
@@ -88,20 +109,33 @@ class Observers(Closing):
         """Why only engines of this program are seen; None: all are."""
         return self._table.why_alone
 
-    def claim(self, *processes: ProcessId) -> Claim | Holder:
+    def claim(self, *processes: ProcessId, layout: bytes = b"") -> Claim | Holder:
         """The right to observe `processes`, all of them (those of one address space): a `Claim`, or who has one.
+
+        `layout` is their address space's (`mm.MmGroup.layout`); with it, processes that are observed elsewhere and
+        share the address space are found too. What is claimed here is taken to have address spaces of its own.
 
         A dead process whose pid is another's by now counts as not observed if its observer is this program; another
         program has it until that notices.
         """
-        taken = self._table.take(processes)
+        taken = self._table.take(self, processes, layout, self._same)
         if isinstance(taken, Claim):
             self._claims.add(taken)
             if len(self._claims) > 2 * max(64, len(self._table.owners)):
                 self._claims = {claim for claim in self._claims if self._table.has(claim)}
             return taken
-        process, pid = taken
-        return Holder(process, pid, "" if pid is None else _program(pid))
+        process, pid, through = taken
+        return Holder(process, pid, "" if pid is None else _program(pid), through)
+
+    def _same(self, one: int, other: int) -> bool:
+        """Whether two processes have one address space; False where the kernel does not tell."""
+        if not self._host.own_namespace:
+            return False
+        try:
+            # Where only a process's first thread has ended, that one has no memory, as that of any other such.
+            return self._compare(one, other) == 0 and self._host.read_proc(one, "statm").split()[0] != b"0"
+        except MemtierError:
+            return False
 
     def close(self) -> None:
         """Release all claims that were made here. Safe to call twice."""
@@ -116,6 +150,7 @@ class _Table:
     def __init__(self, directory: Path) -> None:
         self.why_alone: str | None = None
         self.owners: dict[int, tuple[ProcessId, Claim]] = {}
+        self._layouts: dict[bytes, set[Claim]] = {}
         self._directory = directory
         self._lock = threading.Lock()
         self._file: ByteLocks | None = None
@@ -132,15 +167,17 @@ class _Table:
                         logger.warning("{}", failure)
                     self.why_alone = str(failure)
 
-    def take(self, processes: tuple[ProcessId, ...]) -> Claim | tuple[ProcessId, int | None]:
+    def take(
+        self, owner: Observers, processes: tuple[ProcessId, ...], layout: bytes, same: Callable[[int, int], bool]
+    ) -> Claim | _Taken:
         with self._lock:
             self._look_whether_it_is_there()
             for process in processes:
                 owned = self.owners.get(process.pid)
                 # Another start time: the process that was claimed is no more, and we have the lock already.
                 if owned is not None and owned[0] == process:
-                    return process, os.getpid()
-            claim = Claim(self, processes)
+                    return process, os.getpid(), None
+            claim = Claim(self, owner, processes, layout)
             locked: list[int] = []
             for process in processes:
                 if process.pid in self.owners:
@@ -148,8 +185,12 @@ class _Table:
                 holder = None if self._file is None else self._file.take(process.pid)
                 if holder is not None:
                     self._unlock(locked)
-                    return process, holder or None
+                    return process, holder or None, None
                 locked.append(process.pid)
+            found = self._elsewhere(claim, same) if layout and processes else None
+            if found is not None:
+                self._unlock(locked)
+                return found
             self.owners.update((process.pid, (process, claim)) for process in processes)
             return claim
 
@@ -160,6 +201,33 @@ class _Table:
                 if owned is not None and owned[1] is claim:
                     del self.owners[process.pid]
                     self._unlock([process.pid])
+            self._forget_layout(claim)
+
+    def _elsewhere(self, claim: Claim, same: Callable[[int, int], bool]) -> _Taken | None:
+        """Whether its address space is observed through another process. None: no; then its layout is locked."""
+        first = claim.processes[0]
+        alike = self._layouts.setdefault(claim.layout, set())
+        found: _Taken | None = None
+        for other in alike:
+            if other.owner is not claim.owner:
+                for process in other.processes:
+                    if self.owners.get(process.pid, (None, None))[1] is other and same(first.pid, process.pid):
+                        found = first, os.getpid(), process.pid
+        alike.add(claim)
+        if found is None and self._file is not None and self._file.share(_byte_of(claim.layout)):
+            for pid, holder in self._file.others(0, PID_END):
+                if same(first.pid, pid):
+                    found = first, holder or None, pid
+                    break
+        if found is not None:
+            self._forget_layout(claim)
+        return found
+
+    def _forget_layout(self, claim: Claim) -> None:
+        alike = self._layouts.get(claim.layout, set())
+        alike.discard(claim)
+        if not alike and self._layouts.pop(claim.layout, None) is not None and self._file is not None:
+            self._file.release(_byte_of(claim.layout))
 
     def has(self, claim: Claim) -> bool:
         """Whether any of it is still held."""
@@ -170,6 +238,7 @@ class _Table:
         """In the child of a fork, which has none of its parent's locks."""
         self._lock = threading.Lock()
         self.owners.clear()
+        self._layouts.clear()
 
     def _unlock(self, pids: Sequence[int]) -> None:
         if self._file is not None:
@@ -180,6 +249,13 @@ class _Table:
         if self._file is not None and self._file.reopened():
             for pid in self.owners:
                 self._file.take(pid)
+            for layout in self._layouts:
+                self._file.share(_byte_of(layout))
+
+
+def _byte_of(layout: bytes) -> int:
+    """The byte that stands for a layout. Two may have one: then the kernel is asked more often than needed."""
+    return PID_END + zlib.crc32(layout)
 
 
 _tables: dict[Path, _Table] = {}
