@@ -23,8 +23,11 @@ KEPT_S: Mapping[Why, float] = {
 }
 """After which pages that could not be paged out are tried again, at first; twice as long each time it is in vain."""
 KEPT_MOST_S = 3600.0
-NO_ROOM_MOST_S = 60.0
-"""Swap is turned on by a person, who then looks whether it helps."""
+KEPT_LESS_S: Mapping[Why, float] = {
+    Why.NO_ROOM: 60.0,  # swap is turned on by a person, who then looks whether it helps
+    Why.SHARED: 300.0,  # a child that saves its parent's data (redis) ends; asking costs 7 ms per GiB
+}
+"""The longest wait of those for which `KEPT_MOST_S` is too long."""
 
 
 @dataclass(slots=True)
@@ -90,7 +93,7 @@ class AddressSpace:
             if known is None:
                 self._backoffs[kept.why] = _Backoff(KEPT_S[kept.why], now_s + KEPT_S[kept.why])
             elif now_s >= known.until_s:  # in vain again
-                known.wait_s = min(NO_ROOM_MOST_S if kept.why is Why.NO_ROOM else KEPT_MOST_S, 2 * known.wait_s)
+                known.wait_s = min(KEPT_LESS_S.get(kept.why, KEPT_MOST_S), 2 * known.wait_s)
                 known.until_s = now_s + known.wait_s
 
     def retry(self, now_s: float) -> None:
