@@ -29,8 +29,9 @@ LOST_S = 60.0
 """A connection that was lost is expected back so soon, as runtimes restart: until then the program counts as ready."""
 LATE_STEP_S = 1.0
 STUCK_STEP_S = 30.0
-STUCK_MOST = 32
-"""With so many steps stuck the node has another problem, and a fresh start of this program is worth a try."""
+STUCK_TOLD_FROM = 32
+"""With so many steps stuck the node has another problem. It is told and no more: others' engines go on, a fresh start
+helps no step that waits in the kernel, and no tenant shall be able to have this program started anew."""
 NAMED_MOST = 1000
 
 Steps = Callable[[], Iterable[tuple[Mapping[str, str], float]]]
@@ -184,10 +185,10 @@ class Supervisor:
         late: list[dict[str, Any]] = [
             {**context, "seconds": round(seconds, 1)} for context, seconds in self._steps() if seconds > LATE_STEP_S
         ]
-        stuck = [step for step in late if step["seconds"] > STUCK_STEP_S]
-        if len(stuck) >= STUCK_MOST:
-            problems.append(f"{len(stuck)} engines are in steps that do not return")
         healthy = not problems
+        stuck = sum(step["seconds"] > STUCK_STEP_S for step in late)
+        if stuck >= STUCK_TOLD_FROM:
+            problems.append(f"many engines are in steps that do not return: {stuck}")
         if not self.connection.is_ready():
             problems.append(str(self.connection))
         return Status(healthy, healthy and self.connection.is_ready(), tuple(problems), lambda: self._details(late))
