@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memtier_engine.abi import syscalls
@@ -324,6 +324,7 @@ def test_what_was_touched_since_the_decision_stays(kernel: Kernel) -> None:
     limit=st.none() | st.integers(1, 40),
     shape=st.sampled_from([[(0, 30)], [(3, 27)], [(0, 10), (10, 20)], [(1, 4), (8, 30)]]),
 )
+@example(stays={3, 4, 26}, locked=set(), touched=None, limit=21, shape=[(3, 27)])  # just what can go, and one more
 def test_whatever_stays_the_rest_goes(
     stays: set[int], locked: set[int], touched: set[int] | None, limit: int | None, shape: list[tuple[int, int]]
 ) -> None:
@@ -340,7 +341,7 @@ def test_whatever_stays_the_rest_goes(
         result = page_out(kernel.handle(), spans(*shape), look=look, limit_bytes=limit_bytes)
     asked = sorted(_numbers(spans(*shape)))
     can = [page for page in asked if page not in stays]
-    if limit is not None and limit < len(can):
+    if limit is not None and limit <= len(can):
         asked = asked[: asked.index(can[limit - 1]) + 1]
     in_use = set() if touched is None else touched & set(asked) - stays
     wanted = set(asked) - stays - in_use
