@@ -9,7 +9,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("memtier", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("memtier", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.register_profile("search", settings.get_profile("memtier"), derandomize=False, max_examples=2000)
+# A run tries the same cases as the one before: what a change broke shows with the change. For new ones there is
+# `make test PYTEST_ARGS=--hypothesis-profile=search`; what it finds becomes an @example.
 settings.load_profile("memtier")
 
 for _number, _default in (
