@@ -37,6 +37,12 @@ _UNITS_NS: Mapping[str, int] = {
     "h": 3600 * 10**9,
     "d": 86400 * 10**9,
 }
+_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("sec", "secs", "second", "seconds"), "s"),
+    **dict.fromkeys(("min", "mins", "minute", "minutes"), "m"),
+    **dict.fromkeys(("hr", "hrs", "hour", "hours"), "h"),
+    **dict.fromkeys(("day", "days"), "d"),
+}
 _PREFIXES = "kMGTPE"
 _BEYOND = Fraction(1 << 1100)
 _RATES_MIB_PER_S: Mapping[str, Fraction] = {
@@ -65,13 +71,18 @@ class Durations:
     """Numbers without a fraction only."""
     loose: bool = False
     """A blank between number and unit, and powers of ten (1e3s), as Go's strconv.ParseFloat takes them."""
+    words: bool = False
+    """As people type them: blanks between the parts, and units like min and seconds."""
 
     def nanoseconds(self, text: str, *, key_path: str | None = None) -> int:
         """Raises ConfigError."""
         number, blank = _WHOLE if self.whole else _NUMBER, ""
         if self.loose:
             number, blank = number + _POWER_OF_TEN, r"\s*"
-        units = "|".join(unit for unit in sorted(_UNITS_NS, key=len, reverse=True) if self.days or unit != "d")
+        names = {**{unit: unit for unit in _UNITS_NS}, **(_WORDS if self.words else {})}
+        if self.words:
+            blank = r"\s*"
+        units = "|".join(name for name in sorted(names, key=len, reverse=True) if self.days or names[name] != "d")
         plain = _plain(text)
         minus, rest = plain.startswith("-"), plain[1:] if plain[:1] in ("-", "+") else plain
         part = f"({number}){blank}({units})"
@@ -82,7 +93,9 @@ class Durations:
             parts = re.findall(part, rest)
         elif re.fullmatch(number, rest) and (self.bare is not None or _value(rest) == 0):
             parts = [(rest, self.bare or "ns")]
-        total = sum(_nanoseconds(written, _UNITS_NS[unit]) for written, unit in parts)
+        elif re.fullmatch(number, rest):
+            raise ConfigError(f"{_short(text)!r} has no unit", key_path=key_path, hint=self.hint)
+        total = sum(_nanoseconds(written, _UNITS_NS[names.get(unit, unit)]) for written, unit in parts)
         if not parts or (self.above_zero and total == 0):
             raise _refusal(text, "no duration" + (" above 0" if self.above_zero else ""), self.hint, key_path)
         if total > INT64_MAX + minus:
@@ -143,14 +156,21 @@ class Rates:
     """What may be written, for the error."""
     bare: str | None = None
     """The unit of a number without one. None: there must be one."""
+    loose: bool = False
+    """As people type them: without /s, in small letters, without B (a letter then is a power of 1024, as of sizes)."""
 
     def mib_per_s(self, text: str, *, key_path: str | None = None) -> float:
         """Raises ConfigError."""
-        found = re.fullmatch(f"({_NUMBER})(?: ?({'|'.join(_RATES_MIB_PER_S)}))?", _plain(text))
-        unit = None if found is None else found[2] or self.bare
-        if found is None or unit is None or _value(found[1]) == 0:
+        plain = _plain(text)
+        found = re.fullmatch(f"({_NUMBER})(?: ?({'|'.join(_RATES_MIB_PER_S)}))?", plain)
+        number, unit = ("0", None) if found is None else (found[1], found[2] or self.bare)
+        if self.loose and unit is None and (typed := _typed_rate(plain)) is not None:
+            number, unit = typed
+        if _value(number) == 0:
             raise _refusal(text, "no rate above 0", self.hint, key_path)
-        return float(_value(found[1]) * _RATES_MIB_PER_S[unit])
+        if unit is None:
+            raise ConfigError(f"{_short(text)!r} has no unit", key_path=key_path, hint=self.hint)
+        return float(_value(number) * _RATES_MIB_PER_S[unit])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +226,17 @@ def _plain(text: str) -> str:
     """The text without blanks around it; of what is too long, something that is nothing."""
     stripped = text.strip()
     return stripped if len(stripped) <= TEXT_MOST else "too long"
+
+
+def _typed_rate(text: str) -> tuple[str, str] | None:
+    """(number, unit) of a rate as people type it; a small b behind a capital stands for bits, which nobody means."""
+    found = re.fullmatch(rf"({_NUMBER})\s*([kKmMgG])(i?)([bB]?)(?:/s|ps)?", text)
+    if found is None or (found[4] == "b" and found[2].isupper()):
+        return None
+    letter, is_binary = found[2].upper(), found[3] or not found[4]
+    if is_binary:
+        return found[1], f"{letter}iB/s"
+    return found[1], f"{'k' if letter == 'K' else letter}B/s"
 
 
 def _nanoseconds(number: str, unit_ns: int) -> int:

@@ -7,12 +7,12 @@ import click
 from memtier_engine.errors import ConfigError
 from memtier_engine.units import Durations, Rates
 
-_DURATIONS = Durations(above_zero=True)
-_RATES = Rates(hint="write it like 50MiB/s, or none")
+_DURATIONS = Durations(above_zero=True, words=True)
+_RATES = Rates(hint="write it like 50MiB/s, or none", loose=True)
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.2 on
-    """`500ms`, `10s`, `5m`, `1h30m`: seconds as a float."""
+    """`500ms`, `10s`, `5 min`, `1h30m`: seconds as a float."""
 
     name = "duration"
 
@@ -27,7 +27,7 @@ class Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
 
 
 class Bandwidth(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """`50MiB/s`, or `none`: MiB per second as a float, None for no limit."""
+    """`50MiB/s`, `50MB`, or `none`: MiB per second as a float, None for no limit."""
 
     name = "bandwidth"
 
@@ -35,7 +35,7 @@ class Bandwidth(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         """MiB/s, more than 0."""
         if isinstance(value, float):
             return value
-        if str(value).strip() == "none":
+        if str(value).strip().lower() == "none":
             return None
         try:
             return _RATES.mib_per_s(str(value))
