@@ -177,19 +177,35 @@ class Engine:
 
     @classmethod
     def for_pid(cls, pid: int, *, idle_after_s: float, config: EngineConfig | None = None) -> Engine:
-        """An engine that pages out what `pid` has not touched for `idle_after_s`."""
+        """An engine that pages out what `pid` has not touched for `idle_after_s`.
+
+        Raises:
+            MemtierError: there is no such process, or it may not be looked at.
+        """
+        from memtier_engine.targets.asked import check_pid
         from memtier_engine.targets.pids import PidsTarget
 
         host = Host()
+        check_pid(host, pid)
         return cls(PidsTarget(host, [pid]), swap_config(config, idle_after_s), host=host)
 
     @classmethod
     def for_cgroup(cls, path: str | Path, *, idle_after_s: float, config: EngineConfig | None = None) -> Engine:
-        """An engine for all processes in the cgroup directory `path` and below."""
+        """An engine for all processes in the cgroup directory `path` and below.
+
+        One that is to be waited for, and the root of a hierarchy, take an `Engine` with a `CgroupsTarget`.
+
+        Raises:
+            MemtierError: there is no such cgroup, it is the root, or there is no process in it to look at.
+        """
+        from memtier_engine.targets.asked import check_cgroup, check_processes
         from memtier_engine.targets.cgroups import CgroupsTarget
 
         host = Host()
-        return cls(CgroupsTarget(host, [Path(path)]), swap_config(config, idle_after_s), host=host)
+        check_cgroup(host, str(path))
+        target = CgroupsTarget(host, [Path(path)])
+        check_processes(host, target.poll())
+        return cls(target, swap_config(config, idle_after_s), host=host)
 
     def _claim_effects(self) -> None:
         own: Engine = weakref.proxy(self)
