@@ -7,6 +7,7 @@ Exit status: 0 done, 1 a configuration or kernel call failed, 2 wrong usage, 3 (
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -34,6 +35,19 @@ class LazyGroup(click.Group):
         command: click.Command = import_module(f"memtier_cli.memtier.{cmd_name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click, with a suggestion for a name that is misspelt."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+            others = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(COMMANDS))}"
+            ctx.fail(f"no command is named {name!r}: {others}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Names and help texts, without importing anything."""
         with formatter.section("Commands"):
@@ -48,6 +62,7 @@ def memtier() -> None:
 
 def main() -> None:
     """Entry point of `memtier`."""
+    _occupy_standard_files()
     try:
         status = memtier.main(standalone_mode=False)
     except click.UsageError as error:
@@ -70,3 +85,13 @@ def main() -> None:
         print(f"memtier: {error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _occupy_standard_files() -> None:
+    """Open those that the caller has closed: else the next file that is opened gets what is meant for them."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            setattr(sys, name, os.fdopen(number, mode))
