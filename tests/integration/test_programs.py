@@ -122,7 +122,7 @@ def test_sigterm_ends_a_run_cleanly() -> None:
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["run"], 2, "give one of --cgroup, --pid and --config"),
+        (["run"], 2, "give one of --cgroup, --pid, --all and --config"),
         (["run", "--pid", "0"], 2, "--pid"),
         (["run", "--pid", "1", "--idle-after", "10"], 2, "write it like 500ms"),
         (["run", "--pid", "1", "--bandwidth", "fast"], 2, "write it like 50MiB/s"),

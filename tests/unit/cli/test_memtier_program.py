@@ -16,6 +16,9 @@ from memtier_cli.memtier.program import memtier
         (["status"], "no command is named 'status': there are check, demo, run"),
         (["run", "--idle-afer", "1s"], "'--idle-after'"),
         (["run", "--idle-after", "60"], "'60' has no unit; write it like 500ms, 10s, 5m or 1m30s"),
+        (["run"], "give one of --cgroup, --pid, --all and --config"),
+        (["run", "--all", "--pid", "1"], "give one of --cgroup, --pid, --all and --config"),
+        (["run", "--pid", "1", "--quiet", "--verbose"], "give one of --quiet and --verbose"),
     ],
 )
 def test_wrong_usage_says_what_would_be_right(words: list[str], said: str) -> None:

@@ -68,6 +68,18 @@ def configure_daemon(queue: LogQueue, *, debug: bool = False, trace: bool = Fals
     sys.unraisablehook = _unraisable
 
 
+def configure_console(put: Callable[[str], None], *, level: str = "INFO", as_json: bool = False) -> None:
+    """Messages of a command that a person runs to `put`, which may be called in any thread: lines with their time."""
+    logger.remove()
+    as_text = json_line if as_json else text_line
+
+    def sink(message: Message) -> None:
+        put(as_text(message.record))
+
+    logger.add(sink, level=level, format="{message}", backtrace=False, diagnose=False)
+    _enable_libraries(level == "DEBUG")
+
+
 def text_line(record: Record) -> str:
     """A line for people."""
     level = record["level"].name

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import click
 from memtier_cli.memtier.values import Bandwidth, Duration
 
 if TYPE_CHECKING:
-    from memtier_engine.engine.loop import Engine, StepReport
+    from memtier_engine.engine.loop import Engine
 
 IDLE_AFTER_S = 60.0
 BANDWIDTH_MIB_PER_S = 100.0
@@ -24,10 +23,10 @@ SHARED_TOLD_BYTES = 8 << 20
     "--cgroup",
     "cgroups",
     multiple=True,
-    type=click.Path(path_type=Path),
     help="A cgroup directory; repeatable.",
 )
 @click.option("--pid", "pids", multiple=True, type=click.IntRange(min=1), help="A process; repeatable.")
+@click.option("--all", "everything", is_flag=True, help="All processes; with --cgroup: also the root of a hierarchy.")
 @click.option(
     "--idle-after",
     type=Duration(),
@@ -56,9 +55,20 @@ SHARED_TOLD_BYTES = 8 << 20
     type=click.Path(path_type=Path, dir_okay=False),
     help="A configuration file as memtierd takes it, instead of the options above.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print states and result as JSON, one object a line.")
+@click.option("--quiet", is_flag=True, help="Print warnings and the result only.")
+@click.option("--verbose", is_flag=True, help="Print also what helps to find faults.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Of messages, on standard error.",
+)
 def command(
-    cgroups: tuple[Path, ...],
+    cgroups: tuple[str, ...],
     pids: tuple[int, ...],
+    everything: bool,
     idle_after: float,
     bandwidth: float | None,
     tracker: str,
@@ -66,70 +76,64 @@ def command(
     dry_run: bool,
     duration: float | None,
     config_file: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    log_format: str,
 ) -> int:
     """Run the engine on cgroups or processes and page out what they do not use.
 
-    A line per scan tells the state. It ends by itself when all processes given by --pid have. What is swapped out
-    stays so at the end, and is read back when it is needed.
-    Exit status: 0 also after Ctrl-C or SIGTERM, 1 if a cgroup, process, tracker or swap is missing.
+    A line per scan tells the state; an output that is full or closed ends nothing. It ends by itself when all
+    processes given by --pid have. What is swapped out stays so at the end, and is read back when it is needed.
+    Init, sshd, kubelet, container runtimes and memtier itself are left alone, unless --pid names them or --cgroup
+    the very cgroup they are in.
+    Exit status: 0 also after Ctrl-C or SIGTERM, 1 if a cgroup, process, tracker or swap is missing, or no process
+    could be looked at.
     """
-    from memtier_cli.logs import configure
+    from memtier_cli.logs import configure_console
+    from memtier_cli.memtier.screen import Screen
+    from memtier_cli.memtier.states import Told
     from memtier_cli.signals import stop_on_signals
+    from memtier_engine.errors import MemtierError
     from memtier_engine.hostfs.limits import raise_open_files
 
-    given = [bool(cgroups), bool(pids), config_file is not None]
-    if sum(given) != 1:
-        raise click.UsageError("give one of --cgroup, --pid and --config")
+    if sum([bool(cgroups) or everything, bool(pids), config_file is not None]) != 1:
+        raise click.UsageError("give one of --cgroup, --pid, --all and --config")
+    if quiet and verbose:
+        raise click.UsageError("give one of --quiet and --verbose")
     raise_open_files()
-    configure()  # the engine says what goes wrong by itself, on stderr
-    with stop_on_signals() as stop:
+    with Screen(in_place=not as_json) as screen, stop_on_signals() as stop:
+        # The engine says what goes wrong by itself, on stderr.
+        level = "WARNING" if quiet else "DEBUG" if verbose else "INFO"
+        configure_console(screen.message, level=level, as_json=log_format == "json")
         if config_file is not None:
             engine = _from_file(config_file, dry_run)
         else:
-            engine = _from_options(cgroups, pids, idle_after, bandwidth, tracker, interval, dry_run)
-        last = None
-        line = ProgressLine()
-        would_move_bytes, told_shared = 0, False
+            engine = _from_options(cgroups, pids, everything, idle_after, bandwidth, tracker, interval, dry_run)
+        told = Told(engine.config, dry_run=dry_run)
+        told_shared = False
         for report in engine.run(duration_s=duration, stop=stop):
             if report.processes and not told_shared:
                 told_shared = True
                 _tell_shared(engine)
-            line.show(_line(report, engine, dry_run))
-            would_move_bytes = max(would_move_bytes, report.candidate_bytes)
-            last = report
+            told.add(report)
+            if as_json and not quiet:
+                screen.state(json.dumps(told.as_dict(report)))
+            elif not quiet:
+                screen.state(told.line(report, screen.width if screen.in_place else None))
             if pids and not engine.target.poll():
                 stop.set()
-        line.end()
-    if last is not None:
-        click.echo(_summary(last, would_move_bytes if dry_run else None))
+        if told.last is not None and config_file is None and told.nothing_seen(ended=not engine.target.poll()):
+            raise MemtierError(told.why_nothing)
+        if told.last is not None:
+            screen.result(json.dumps(told.result()) if as_json else told.summary())
     return 0
 
 
-class ProgressLine:
-    """One line that changes in place on a terminal; one line after the other elsewhere."""
-
-    def __init__(self) -> None:
-        self._in_place = sys.stdout.isatty()
-        self._open = False
-
-    def show(self, text: str) -> None:
-        """Show the state."""
-        if self._in_place:
-            width = shutil.get_terminal_size().columns
-            click.echo(f"{text[: width - 1]}\x1b[K\r", nl=False)  # log messages go over it
-            self._open = True
-        else:
-            click.echo(text)
-
-    def end(self) -> None:
-        """Leave the last state standing."""
-        if self._open:
-            click.echo()
-
-
 def _from_options(
-    cgroups: tuple[Path, ...],
+    cgroups: tuple[str, ...],
     pids: tuple[int, ...],
+    everything: bool,
     idle_after_s: float,
     bandwidth_mib_per_s: float | None,
     tracker: str,
@@ -138,28 +142,34 @@ def _from_options(
 ) -> Engine:
     from memtier_engine.engine.loop import Engine, EngineConfig
     from memtier_engine.errors import MemtierError
-    from memtier_engine.hostfs.cgroup import find_cgroup
     from memtier_engine.hostfs.host import Host
     from memtier_engine.hostfs.proc import read_swaps
     from memtier_engine.mover.mover import MoverConfig
     from memtier_engine.policies.age import AgePolicyConfig
-    from memtier_engine.targets.base import Target, why_not
+    from memtier_engine.targets.asked import check_cgroup, check_pid, check_processes
+    from memtier_engine.targets.base import Target
     from memtier_engine.targets.cgroups import CgroupsTarget
     from memtier_engine.targets.pids import PidsTarget
+    from memtier_engine.targets.proc import ProcTarget
+    from memtier_engine.targets.sparing import SparingTarget
 
     host = Host()
     target: Target
-    if cgroups:
-        for cgroup in cgroups:
-            if not find_cgroup(host, str(cgroup)).is_dir():
-                raise MemtierError(f"--cgroup {cgroup}: no such cgroup", hint="list them with: systemd-cgls")
-        target = CgroupsTarget(host, cgroups)
-    else:
+    if pids:
         for pid in pids:
-            why = why_not(host, pid)
-            if why is not None:
-                raise MemtierError(f"--pid {pid}: {why}", hint="list them with: ps -e")
+            check_pid(host, pid)
         target = PidsTarget(host, pids)
+    else:
+        named = [check_cgroup(host, name, root_allowed=everything) for name in cgroups]
+        target = sparing = SparingTarget(
+            host, CgroupsTarget(host, cgroups) if cgroups else ProcTarget(host), named=() if everything else named
+        )
+        found = target.poll()
+        if not found:
+            where = f"cgroup {', '.join(map(repr, cgroups))}" if cgroups else "this machine"
+            but = f" but what is left alone unless named: {', '.join(sorted(sparing.spared))}" if sparing.spared else ""
+            raise MemtierError(f"{where}: there is no process{but}")
+        check_processes(host, found)
     if not dry_run and not read_swaps(host):
         raise MemtierError(
             "there is no swap to page out to",
@@ -203,41 +213,3 @@ def _tell_shared(engine: Engine) -> None:
             most_pid,
             most_bytes / (1 << 20),
         )
-
-
-def _line(report: StepReport, engine: Engine, dry_run: bool) -> str:
-    parts = [
-        f"{report.processes} processes",
-        f"resident {_mib(report.resident_bytes)}",
-        f"idle {_mib(report.idle_bytes((engine.config.policy.swap_out_ms or 0) / 1000))}",
-        f"paged out {_mib(report.paged_out_bytes)}",
-        f"refaults {_mib(report.refault_bytes_total)}",
-        f"scan {report.scan_seconds * 1000:.0f} ms",
-        f"CPU {report.cpu_seconds_total:.2f} s",
-    ]
-    if report.not_yet_freed_bytes:
-        parts[3] += f" (of that {_mib(report.not_yet_freed_bytes)} written, not yet free)"
-    if report.held_back_by:
-        parts.append("waits for " + "; ".join(report.held_back_by))
-    if report.skipped:
-        pid, why = min(report.skipped.items())
-        more = f" (and {len(report.skipped) - 1} more)" if len(report.skipped) > 1 else ""
-        parts.append(f"leaves alone, or takes less of: pid {pid}: {why}{more}")
-    if dry_run:
-        parts[3] = f"would move {_mib(report.candidate_bytes)}"
-    return f"[{report.tracker}] " + ", ".join(parts)
-
-
-def _summary(report: StepReport, would_move_bytes: int | None) -> str:
-    if would_move_bytes is not None:
-        return f"dry run: nothing was moved; {_mib(would_move_bytes)} would have been"
-    held = report.not_yet_freed_bytes
-    return (
-        f"moved {_mib(report.moved_bytes_total)}, {_mib(report.refault_bytes_total)} of it came back"
-        f"{f', {_mib(held)} of it is written to swap and not yet free' if held else ''};"
-        f" {report.cpu_seconds_total:.2f} s of CPU in {report.scans} scans"
-    )
-
-
-def _mib(amount_bytes: int) -> str:
-    return f"{amount_bytes / (1 << 20):.1f} MiB"
