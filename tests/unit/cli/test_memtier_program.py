@@ -17,6 +17,7 @@ from memtier_cli.memtier.program import memtier
         (["run", "--idle-afer", "1s"], "'--idle-after'"),
         (["run", "--idle-after", "60"], "'60' has no unit; write it like 500ms, 10s, 5m or 1m30s"),
         (["run"], "give one of --cgroup, --pid, --all and --config"),
+        (["run", "--config", "x", "--bandwidth", "1M", "--tracker", "refs"], "leave out --bandwidth, --tracker"),
         (["run", "--all", "--pid", "1"], "give one of --cgroup, --pid, --all and --config"),
         (["run", "--pid", "1", "--quiet", "--verbose"], "give one of --quiet and --verbose"),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from memtier_cli.memtier.values import Bandwidth, Duration
 
@@ -99,6 +100,8 @@ def command(
 
     if sum([bool(cgroups) or everything, bool(pids), config_file is not None]) != 1:
         raise click.UsageError("give one of --cgroup, --pid, --all and --config")
+    if config_file is not None and (unused := _given("idle_after", "bandwidth", "tracker", "interval")):
+        raise click.UsageError(f"--config has its own: leave out {', '.join(unused)}")
     if quiet and verbose:
         raise click.UsageError("give one of --quiet and --verbose")
     raise_open_files()
@@ -128,6 +131,13 @@ def command(
         if told.last is not None:
             screen.result(json.dumps(told.result()) if as_json else told.summary())
     return 0
+
+
+def _given(*names: str) -> list[str]:
+    """The flags of those of the options that stand on the command line."""
+    context = click.get_current_context()
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [f"--{name.replace('_', '-')}" for name in names if sources[name] == ParameterSource.COMMANDLINE]
 
 
 def _from_options(
