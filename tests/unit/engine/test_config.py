@@ -120,7 +120,7 @@ BAD = [
     ("swapoutms: 5000", "idlenumas: [3, x]", 5, "policy.config.idlenumas[1]", ["'x'"]),
     ("swapoutms: 5000", "pids: [1]", 5, "policy.config.pids", ["gone", "pidwatcher"]),
     ("swapoutms: 5000", "cgroups: [/x]", 5, "policy.config.cgroups", ["gone", "pidwatcher"]),
-    ("pids: [4242]", "pids: []", 9, "policy.config.pidwatcher.config.pids", ["empty"]),
+    ("pids: [4242]", "pids:", 9, "policy.config.pidwatcher.config.pids", ["missing"]),
     ("pids: [4242]", "pids: [0]", 9, "policy.config.pidwatcher.config.pids[0]", ["out of range"]),
     ("name: pidlist", "name: pidlst", 7, "policy.config.pidwatcher.name", ["did you mean pidlist?"]),
     ("name: idlepage", "name: idelpage", 11, "policy.config.tracker.name", ["idlepage", "softdirty"]),

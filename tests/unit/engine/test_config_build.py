@@ -33,6 +33,7 @@ from memtier_engine.policies.goals import Goal
 from memtier_engine.routines.statactions import StatActions
 from memtier_engine.routines.stub import StubRoutine
 from memtier_engine.stats.recorder import Statistics
+from memtier_engine.trackers.finder import FinderConfig
 from support.configs import base, placed, text_of
 from support.hostfolder import HostFolder
 
@@ -335,7 +336,7 @@ def test_an_interval_of_zero_is_refused_or_means_the_default(policy: str) -> Non
     if policy == "ratio":
         assert parse(text).policy == parse(file_of("policy.ratio")).policy
         return
-    with pytest.raises(ConfigError, match=r"intervalms: 0 is out of range \(use a number from 1"):
+    with pytest.raises(ConfigError, match=r"intervalms: 0 is out of range \(use a number (of 1 or more|from 1)"):
         parse(text)
 
 
@@ -412,8 +413,60 @@ def test_shares_may_have_decimals() -> None:
         parse(file_of("policy.avoid-oom", startfreeingmemory="17%"))
 
 
+DAYS_MS = 24 * 3600 * 1000
+
+
+@pytest.mark.parametrize(
+    ("component", "keys"),
+    [
+        ("pidwatcher.pidlist", {"pids": []}),
+        ("pidwatcher.proc", {"intervalms": 2 * DAYS_MS}),
+        ("pidwatcher.cgroups", {"intervalms": 2 * DAYS_MS}),
+        ("policy.age", {"intervalms": 2 * DAYS_MS}),
+        ("policy.heat", {"intervalms": 2 * DAYS_MS}),
+        ("policy.ratio", {"intervalms": 2 * DAYS_MS}),
+        ("policy.ratio", {"ratio": 1e-8}),
+        ("policy.demote-idle", {"intervalms": 2 * DAYS_MS}),
+        ("policy.avoid-oom", {"intervalms": 2 * DAYS_MS}),
+        ("tracker.idlepage", {"scanintervalms": 2 * DAYS_MS, "regionsupdatems": 2 * DAYS_MS}),
+        ("tracker.softdirty", {"scanintervalms": 2 * DAYS_MS, "regionsupdatems": 2 * DAYS_MS}),
+        ("tracker.finder", {"regionsupdatems": 2 * DAYS_MS}),
+        ("mover", {"intervalms": 60_001}),
+    ],
+)
+def test_odd_values_that_the_reference_takes_are_taken(component: str, keys: dict[str, Any]) -> None:
+    """A list that is filled later, intervals that mean never."""
+    parse(file_of(component, **keys))
+
+
+def test_a_pidlist_without_pids_follows_nobody(machine: HostFolder) -> None:
+    engine = from_yaml(file_of("pidwatcher.pidlist", pids=[]), host=machine.host)
+    assert engine.target.poll() == frozenset()
+    engine.close()
+
+
+def test_a_negative_size_of_a_filter_lets_every_process_pass(machine: HostFolder) -> None:
+    source = {"name": "pidlist", "config": {"pids": [4242]}}
+    keys = ("minvmsizekb", "minvmrsskb", "minprivatedirtykb")
+    text = file_of("pidwatcher.filter", source=source, filters=[dict.fromkeys(keys, -5)])
+    engine = from_yaml(text, host=machine.host)
+    assert {process.pid for process in engine.target.poll()} == {4242}
+    engine.close()
+
+
+def test_a_tab_behind_a_colon_is_a_blank() -> None:
+    text = (
+        "policy:\t\n  name:\tage\n  config: |\n    intervalms:\t1000\n    pidwatcher:\n      name:\tpidlist\n"
+        "      config: |\n        pids:\t[1]\n    tracker: {name:\tfinder, config: 'reportaccesses:\t5'}\n"
+    )
+    spec = parse(text)
+    assert (spec.target.pids, spec.tracker.options) == ((1,), FinderConfig(report_accesses=5))
+    with pytest.raises(ConfigError, match="cannot start any token"):
+        parse("policy:\n\tname: stub\n")
+
+
 def test_a_ratio_above_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"1\.5 is out of range \(use a number from 0\.0001 to 1\)"):
+    with pytest.raises(ConfigError, match=r"1\.5 is out of range \(use a number from 1e-37 to 1\)"):
         parse(file_of("policy.ratio", ratio=1.5))
 
 

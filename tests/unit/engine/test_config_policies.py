@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from loguru import logger
 
 from memtier_engine.config.files import Spec, parse
 from memtier_engine.config.parts import TRACKERS
@@ -50,6 +52,15 @@ mover: {intervalms: 20, bandwidth: 200}
 """
 
 
+@pytest.fixture
+def warnings_of() -> Iterator[list[str]]:
+    """What is warned of."""
+    found: list[str] = []
+    sink = logger.add(lambda message: found.append(message.record["message"]), level="WARNING")
+    yield found
+    logger.remove(sink)
+
+
 def failure(text: str) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         parse(text, file="m.yaml")
@@ -79,6 +90,14 @@ def test_a_json_configuration_has_numbers_as_text_keys_and_any_case() -> None:
     assert spec.swaps
 
 
+def test_a_heat_class_that_there_is_not_has_no_effect_and_is_told(warnings_of: list[str]) -> None:
+    spec = parse(file_of("heat", HEAT.replace("3: [0,1]}", "3: [0,1], 4: [1], -1: [1]}") + WATCHER + IDLEPAGE))
+    assert isinstance(spec.policy, HeatPolicyConfig)
+    assert spec.policy.heat_numas == {0: (2, 3), 3: (0, 1)}
+    assert [text.split(": ", 1)[0].rpartition(".")[2] for text in warnings_of] == ["4", "-1"]
+    assert all(text.endswith("they go from 0 to 3") for text in warnings_of)
+
+
 def test_missing_heatmap_keys_have_the_object_s_defaults_and_not_zero() -> None:
     spec = parse(file_of("heat", "heatnumas: {9: [0]}\n" + WATCHER + IDLEPAGE))
     assert isinstance(spec.policy, HeatPolicyConfig)
@@ -88,7 +107,6 @@ def test_missing_heatmap_keys_have_the_object_s_defaults_and_not_zero() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("{0: [2,3], 3: [0,1]}", "{4: [0]}"), ["heatnumas.4", "4 is out of range", "from 0 to 3"]),
         (("{0: [2,3], 3: [0,1]}", "{hot: [0]}"), ["heatnumas.hot", "no number"]),
         (("{0: [2,3], 3: [0,1]}", "{0: [-2]}"), ["heatnumas.0[0]", "out of range"]),
         (("0: 1G", "0: 1X"), ["numasize.0", "'1X' is no size"]),
@@ -271,7 +289,7 @@ filters:
         ("filters: [{}]", ["source", "missing"]),
         ("source: {name: proc}\nfilters: []", ["filters", "is empty"]),
         ("source: {name: proc}\nfilters: [{procexeregexp: '('}]", ["filters[0].procexeregexp", "regular expression"]),
-        ("source: {name: proc}\nfilters: [{minvmrsskb: -1}]", ["filters[0].minvmrsskb", "out of range"]),
+        ("source: {name: proc}\nfilters: [{minvmrsskb: -9999999999999999}]", ["filters[0].minvmrsskb", "out of range"]),
         ("source: {name: proc}\nfilters: [{or: [{minrss: 1}]}]", ["filters[0].or[0].minrss", "not a key"]),
     ],
 )

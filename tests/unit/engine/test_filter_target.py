@@ -150,6 +150,13 @@ def test_a_paced_target_asks_once_per_interval() -> None:
         (r"\bcat\b", "a cat", "cats"),
         (r"\d", "7", "\u0667"),
         (r"\$", "$", "a"),
+        (r"^\pL+$", "aé", "a1"),
+        (r"^\p{Lu}", "Éa", "éA"),
+        (r"^\P{Sc}$", "a", "€"),
+        (r"^\p{^L}$", "1", "a"),
+        (r"^\P{^L}$", "a", "1"),
+        (r"^[\p{Sc}x]$", "€", "y"),
+        (r"^\p{Any}$", "€", ""),
     ],
 )
 def test_go_regular_expressions_mean_what_they_mean_in_go(pattern: str, matching: str, other: str) -> None:
@@ -164,7 +171,21 @@ def test_go_regular_expressions_mean_what_they_mean_in_go(pattern: str, matching
     "pattern",
     [
         *("(?=a)", "(?!a)", "(?<=a)b", "(?<!a)b", r"(a)\1", "(?P<n>a)(?P=n)", "(?>a)", "a++", "a*+", "(?#x)", "("),
-        *("[a", "a(?i)b", "(?-i)a", "(?U)a", "(?(1)a)", r"\pL", r"\Z", r"\x{zz}", "[[:nope:]]", "*a", "a{5}+"),
+        *(
+            "[a",
+            "a(?i)b",
+            "(?-i)a",
+            "(?U)a",
+            "(?(1)a)",
+            r"\pX",
+            r"\p{Greek}",
+            r"\p",
+            r"\Z",
+            r"\x{zz}",
+            "[[:nope:]]",
+            "*a",
+            "a{5}+",
+        ),
     ],
 )
 def test_what_go_and_python_do_not_share_is_refused_with_the_pattern(pattern: str) -> None:

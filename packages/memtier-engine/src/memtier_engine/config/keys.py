@@ -15,8 +15,9 @@ PID_MAX = 1 << 22
 """Source: include/linux/threads.h PID_MAX_LIMIT on 64-bit."""
 NODE_MAX = 1023
 INTERVAL_MAX_MS = 24 * 3600 * 1000
+LONG_MAX_MS = 1000 * INTERVAL_MAX_MS
+"""Of the reference's intervals, some of which are set so long that they mean never."""
 INT64_MAX = (1 << 63) - 1
-_DURATION_MAX_MS = 1000 * INTERVAL_MAX_MS
 _US_MAX = 1000 * INTERVAL_MAX_MS
 _KIB_MAX = 1 << 53
 
@@ -114,19 +115,19 @@ _RUNNERS = ("", "exec", "memtier", "memtier-prompt")
 
 
 def _interval(default: int, *, go: str = "IntervalMs", zero_is_default: bool = False) -> Key:
-    least = 0 if zero_is_default else 1
-    return _integer("intervalms", go, default, least, INTERVAL_MAX_MS, zero_is_default=zero_is_default)
+    least, most = 0 if zero_is_default else 1, LONG_MAX_MS if go else INTERVAL_MAX_MS
+    return _integer("intervalms", go, default, least, most, zero_is_default=zero_is_default)
 
 
 def _duration(name: str, go: str) -> Key:
-    return _integer(name, go, None, 0, _DURATION_MAX_MS)
+    return _integer(name, go, None, 0, LONG_MAX_MS)
 
 
 _PAGED = (
     _integer("pagesinregion", "PagesInRegion", 512, 1, 1 << 30),
     _integer("maxcountperregion", "MaxCountPerRegion", 1, 0, 1 << 30),
-    _integer("scanintervalms", "ScanIntervalMs", 5000, 1, INTERVAL_MAX_MS),
-    _integer("regionsupdatems", "RegionsUpdateMs", 10_000, 0, INTERVAL_MAX_MS),
+    _integer("scanintervalms", "ScanIntervalMs", 5000, 1, LONG_MAX_MS),
+    _integer("regionsupdatems", "RegionsUpdateMs", 10_000, 0, LONG_MAX_MS),
 )
 _OWN_TRACKER = (
     _integer("pagesinregion", "", 512, 1, 1 << 30),
@@ -208,7 +209,7 @@ COMPONENTS: Mapping[str, tuple[Key, ...]] = {
         _TRACKER_OPTIONAL,
         _MOVER,
         _interval(5000, zero_is_default=True),
-        _number("ratio", "Ratio", None, 0.0001, 1, required=True),
+        _number("ratio", "Ratio", None, 1e-37, 1, required=True),
         _nodes("ratiotargets", "RatioTargets"),
         *_GONE,
     ),
@@ -222,7 +223,7 @@ COMPONENTS: Mapping[str, tuple[Key, ...]] = {
         _text("ages", default="auto", choices=("auto", "mglru", "none")),
     ),
     "mover": (
-        _integer("intervalms", "IntervalMs", 10, 1, 60_000),
+        _integer("intervalms", "IntervalMs", 10, 1, INTERVAL_MAX_MS),
         _integer("bandwidth", "Bandwidth", 100, 1, 1 << 20),
     ),
     "heatmap": (
@@ -242,9 +243,9 @@ COMPONENTS: Mapping[str, tuple[Key, ...]] = {
     "pidwatcher.proc": (_interval(5000, zero_is_default=True),),
     "filter": (
         _text("procexeregexp", "ProcExeRegexp"),
-        _integer("minvmsizekb", "MinVmSizeKb", 0, 0, _KIB_MAX),
-        _integer("minvmrsskb", "MinVmRssKb", 0, 0, _KIB_MAX),
-        _integer("minprivatedirtykb", "MinPrivateDirtyKb", 0, 0, _KIB_MAX),
+        _integer("minvmsizekb", "MinVmSizeKb", 0, -_KIB_MAX, _KIB_MAX),
+        _integer("minvmrsskb", "MinVmRSSKb", 0, -_KIB_MAX, _KIB_MAX),
+        _integer("minprivatedirtykb", "MinPrivateDirtyKb", 0, -_KIB_MAX, _KIB_MAX),
         _of(Kind.SECTIONS, "and", "And"),
         _of(Kind.SECTIONS, "or", "Or"),
         _of(Kind.SECTION, "not", "Not"),
@@ -276,7 +277,7 @@ COMPONENTS: Mapping[str, tuple[Key, ...]] = {
     ),
     "tracker.finder": (
         # None: as often as the policy decides; the reference's 0, never again, makes no sense for a policy.
-        _integer("regionsupdatems", "RegionsUpdateMs", None, 0, INTERVAL_MAX_MS),
+        _integer("regionsupdatems", "RegionsUpdateMs", None, 0, LONG_MAX_MS),
         _integer("reportaccesses", "ReportAccesses", 0, 0, (1 << 31) - 1),
         _flag("pagemapbitexclusive", "PagemapBitExclusive"),
         _flag("pagemapbitpresent", "PagemapBitPresent"),
@@ -310,7 +311,7 @@ COMPONENTS: Mapping[str, tuple[Key, ...]] = {
         _flag("hideheatzero", "HideHeatZero", False),
     ),
     "routine.statactions": (
-        _integer("intervalms", "IntervalMs", None, 1, INTERVAL_MAX_MS, required=True),
+        _integer("intervalms", "IntervalMs", None, 1, LONG_MAX_MS, required=True),
         _of(Kind.TEXTS, "intervalcommand", "IntervalCommand"),
         _text("intervalcommandrunner", "IntervalCommandRunner", "", _RUNNERS),
         _integer("pageoutmb", "PageOutMB", 0, 0, 1 << 40),

@@ -155,10 +155,9 @@ def decode_target(section: Section, key: str = "pidwatcher") -> TargetSpec:
 
 def _pidlist(block: Section) -> TargetSpec:
     section = required_config(block, "pidwatcher.pidlist")
-    pids = section.integers("pids")
-    if not pids:
-        raise section.error("pids", "is empty", "a list of process ids")
-    return TargetSpec("pidlist", pids=pids)
+    if not section.has("pids"):
+        raise section.error("pids", "is missing", "a list of process ids, which may be empty")
+    return TargetSpec("pidlist", pids=section.integers("pids"))
 
 
 def _cgroups(block: Section) -> TargetSpec:
@@ -212,9 +211,9 @@ def _process_filter(section: Section) -> ProcessFilter:
     other = section.section("not")
     return ProcessFilter(
         exe_regexp=compiled,
-        min_vm_size_kib=section.integer("minvmsizekb"),
-        min_vm_rss_kib=section.integer("minvmrsskb"),
-        min_private_dirty_kib=section.integer("minprivatedirtykb"),
+        min_vm_size_kib=max(0, section.integer("minvmsizekb")),  # negative ones ask for nothing, as in the reference
+        min_vm_rss_kib=max(0, section.integer("minvmrsskb")),
+        min_private_dirty_kib=max(0, section.integer("minprivatedirtykb")),
         and_filters=tuple(map(_process_filter, section.sections("and"))),
         or_filters=tuple(map(_process_filter, section.sections("or"))),
         not_filter=None if other is None else _process_filter(other),

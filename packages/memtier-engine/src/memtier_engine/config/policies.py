@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypedDict
 
+from loguru import logger
+
 from memtier_engine.config.keys import NODE_MAX
 from memtier_engine.config.parts import (
     NO_TARGET,
@@ -42,6 +44,8 @@ from memtier_engine.policies.stub import StubPolicy
 from memtier_engine.reclaim.policy import ReclaimPolicyConfig
 from memtier_engine.units import parse_size
 
+_CLASS_MOST = 1 << 31
+"""Classes above those that there are have no effect, as in the reference."""
 _GOALS = "write it like psi: 0.1%, refaults: 0.2%/min, free: 2GiB or save: 30%"
 
 
@@ -284,9 +288,11 @@ def _numbered(section: Section, key: str, least: int, most: int) -> list[tuple[i
 
 def _heat_numas(section: Section, classes: int) -> dict[int, tuple[int, ...]]:
     found = {}
-    for number, name, table in _numbered(section, "heatnumas", 0, classes - 1):
+    for number, name, table in _numbered(section, "heatnumas", -_CLASS_MOST, _CLASS_MOST):
         nodes = table.integers(name, least=SWAP_NODE, most=NODE_MAX)
-        if nodes:
+        if not 0 <= number < classes:
+            logger.warning("{}: no memory has this heat class, they go from 0 to {}", table.at(name), classes - 1)
+        elif nodes:
             found[number] = nodes
     return found
 

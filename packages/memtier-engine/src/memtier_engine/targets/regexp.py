@@ -7,6 +7,9 @@ can take long on a long text, so what it is run on must be short.
 from __future__ import annotations
 
 import re
+import sys
+import unicodedata
+from functools import cache
 
 from memtier_engine.errors import ConfigError
 
@@ -52,6 +55,10 @@ def compile_re2(pattern: str, *, key_path: str | None = None) -> re.Pattern[str]
         raise ConfigError(f"{pattern!r} has {reason}", key_path=key_path, hint="use RE2 syntax without it") from None
     except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{pattern!r} is no regular expression: {error}", key_path=key_path) from None
+
+
+_CATEGORY = re.compile("C[cfos]?|L[lmotu]?|M[cen]?|N[dlo]?|P[cdefios]?|S[ckmo]?|Z[lps]?")
+_UNICODE_CLASS = re.compile(r"\\([pP])(?:\{(\^?)([A-Za-z_]+)\}|([A-Z]))")
 
 
 class _NotTheSame(Exception):
@@ -119,9 +126,39 @@ def _escape(pattern: str, at: int, in_class: bool) -> tuple[str, int]:
             raise _NotTheSame("a character number that is none") from None
     if two[1:].isdigit() and two != r"\0":
         raise _NotTheSame("a back-reference")
-    if two[1:] in ("Z", "C", "p", "P") or (two == r"\E" and not in_class):
+    if two in (r"\p", r"\P"):
+        return _unicode_class(pattern, at, in_class)
+    if two[1:] in ("Z", "C") or (two == r"\E" and not in_class):
         raise _NotTheSame(two)
     return two, at + 2
+
+
+def _unicode_class(pattern: str, at: int, in_class: bool) -> tuple[str, int]:
+    r"""\pL, \p{Lu}, \P{^M}: characters by their general category."""
+    found = _UNICODE_CLASS.match(pattern, at)
+    if found is None:
+        raise _NotTheSame("a class of Unicode without its name")
+    not_in, turned, name = found[1] == "P", bool(found[2]), found[3] or found[4]
+    if name != "Any" and not _CATEGORY.fullmatch(name):
+        raise _NotTheSame(f"{found[0]}, which is no general category of Unicode, such as L, Lu or Sc")
+    ranges = _ranges_of("" if name == "Any" else name, without=not_in != turned)
+    return (ranges if in_class else f"[{ranges}]"), found.end()
+
+
+@cache
+def _ranges_of(category: str, *, without: bool) -> str:
+    """All characters whose category begins so, or all others, as they stand in brackets."""
+    codes = range(sys.maxunicode + 1)
+    chosen = [code for code in codes if unicodedata.category(chr(code)).startswith(category) != without]
+    spans: list[list[int]] = []
+    for code in chosen:
+        if spans and spans[-1][1] == code - 1:
+            spans[-1][1] = code
+        else:
+            spans.append([code, code])
+    if not spans:
+        raise _NotTheSame("a class of no character")
+    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in spans)
 
 
 def _group(pattern: str, at: int) -> tuple[str, int, bool]:
