@@ -31,6 +31,13 @@ def test_a_new_policy_takes_less_than_50_lines() -> None:
     assert len((EXAMPLES / "new_policy.py").read_text().splitlines()) < 50
 
 
+def test_the_new_policy_says_what_it_wants() -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "new_policy.py")], capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert (done.returncode, done.stderr) == (1, "usage: new_policy.py PID MIB [SECONDS]\n")
+
+
 def test_the_new_policy_keeps_a_process_within_its_size() -> None:
     """64 MiB held, 20 MiB allowed: the rest goes out."""
     if os.geteuid() != 0:

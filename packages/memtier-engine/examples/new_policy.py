@@ -1,6 +1,6 @@
 """A policy of one's own: let each process keep so many MiB in RAM, and page out the longest idle beyond that.
 
-Run it: python new_policy.py PID MIB
+Run it: python new_policy.py PID MIB [SECONDS]
 """
 
 import sys
@@ -38,6 +38,8 @@ class KeepPolicy(BasePolicy):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: new_policy.py PID MIB [SECONDS]")
     host, pid, mib = Host(), int(sys.argv[1]), float(sys.argv[2])
     config = EngineConfig(scan_interval_ms=1000, guards=GuardsConfig(memory_psi_node=None, io_psi_node=None))
     engine = Engine(PidsTarget(host, [pid]), config, host=host, policy=KeepPolicy(int(mib * 2**20)))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,3 +121,18 @@ def test_a_pod_cannot_name_a_cgroup_outside_the_tree(folder: HostFolder) -> None
     folder.cgroup("/secret", [1])
     with pytest.raises(ConfigError, match=r"\.\."):
         find_cgroup(folder.host, "/pod/../../../../secret")
+
+
+def test_a_directory_that_one_may_not_look_into_is_not_there(
+    folder: HostFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As whoever is not root: it ended the thread that follows processes."""
+    real, closed = os.stat, str(folder.host.path("/root"))
+
+    def stat(path: str | os.PathLike[str], *args: Any, **options: Any) -> os.stat_result:
+        if os.fspath(path).startswith(closed):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert find_cgroup(folder.host, "/root") == folder.host.cgroup2_root / "root"

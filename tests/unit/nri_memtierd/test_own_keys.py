@@ -8,6 +8,7 @@ import pytest
 
 from memtier_cli.nri_memtierd.config import load, load_file, render
 from memtier_cli.nri_memtierd.launch.inprocess import check_template
+from memtier_cli.nri_memtierd.launch.process import check_template as check_template_of_a_process
 from memtier_engine.config.files import Spec, parse
 from memtier_engine.errors import ConfigError
 from memtier_engine.policies.auto import AutoPolicyConfig
@@ -77,12 +78,24 @@ def test_a_wrong_one_is_refused_with_the_plugin_s_file_and_line(old: str, new: s
     assert (caught.value.file, caught.value.line) == ("config.yaml", wanted)
 
 
-def test_templates_run_no_programs() -> None:
-    """A class's routine would run them as root for every pod that names the class."""
-    text = AS_TEXT + "    allowprograms: true\n    routines:\n    - name: statactions\n      config: |\n"
-    text += "        intervalms: 1000\n        intervalcommand: [date]\n"
-    with pytest.raises(ConfigError, match="only `intervalcommandrunner: memtier` is supported here"):
-        load(text, check_template)
+_RUNS_DATE = "    routines:\n    - name: statactions\n      config: |\n        intervalms: 1000\n"
+_RUNS_DATE += "        intervalcommand: [date]\n"
+
+
+@pytest.mark.parametrize("switch", ["", "    allowprograms: true\n"])
+def test_templates_run_no_programs(switch: str) -> None:
+    """A class's routine would run them as root for every pod that names the class. No switch is named: none helps."""
+    with pytest.raises(ConfigError, match="only `intervalcommandrunner: memtier` is supported here") as caught:
+        load(AS_TEXT + switch + _RUNS_DATE, check_template)
+    assert "allow" not in str(caught.value).replace("whatever allows them", "")
+
+
+def test_templates_for_memtierd_processes_run_programs_where_they_say_so() -> None:
+    load(AS_TEXT + "    allowprograms: true\n" + _RUNS_DATE, check_template_of_a_process)
+    with pytest.raises(ConfigError, match="put `allowprograms: true` at the top of the template") as caught:
+        load(AS_TEXT + _RUNS_DATE, check_template_of_a_process)
+    assert "-allow-programs" not in str(caught.value)  # nobody can give the flag there
+    assert caught.value.line == (AS_TEXT + _RUNS_DATE).count("\n")
 
 
 def test_the_sample_has_a_class_with_both() -> None:

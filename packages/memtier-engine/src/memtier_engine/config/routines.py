@@ -13,8 +13,10 @@ from memtier_engine.routines.statactions import RunLine, RunWords, StatActions, 
 from memtier_engine.routines.stub import StubRoutine
 from memtier_engine.stats.recorder import Statistics
 
-ALLOW_PROGRAMS = "`allowprograms: true` at the top of the file, or memtierd -allow-programs"
+ALLOW_PROGRAMS = "memtierd -allow-programs, or `allowprograms: true` at the top of the file"
 """How a person lets routines run programs."""
+NOT_ALLOWED = "or put `allowprograms: true` at the top of the file: without either, a file runs no programs"
+"""The hint of the error where a person has not."""
 ROUTINES = ("statactions", "stub")
 _PAIRS = (("intervalcommand", "intervalcommandrunner"), ("pageoutcommand", "pageoutcommandrunner"))
 
@@ -81,7 +83,7 @@ def decode_routine(block: Section, *, allow_programs: bool = False) -> RoutineSp
             raise section.error(key, "begins with an empty word", "a list: the command and its arguments")
         if command and runners[runner] in ("", "exec") and not allow_programs:
             raise section.error(
-                key, f"runs the program {command[0]!r}, which is switched off", f"allow it: {ALLOW_PROGRAMS}"
+                key, f"start memtierd with -allow-programs: this runs the program {command[0]!r}", NOT_ALLOWED
             )
     try:
         config = StatActionsConfig(

@@ -60,6 +60,10 @@ class StdioForecaster:
         try:
             self._start()
         except OSError as error:
+            if self._stderr and error.filename == self._stderr:
+                raise ConfigError(
+                    f"cannot open {self._stderr!r}: {error.strerror}", key_path="stderr", hint="a file to append to"
+                ) from None
             reason = f"cannot start {self._command[0]!r}: {error.strerror}"
             raise ConfigError(reason, key_path="command", hint="an executable file, found in PATH") from None
 
@@ -89,7 +93,7 @@ class StdioForecaster:
                 logger.warning("forecaster {} exited with status {}, starting it again", self._command[0], status)
                 continue
             except OSError as error:
-                raise ForecastError(f"{self._command[0]}: {error.strerror}") from None
+                raise ForecastError(f"{error.filename or self._command[0]}: {error.strerror}") from None
             except ForecastError:
                 self._kill()
                 raise

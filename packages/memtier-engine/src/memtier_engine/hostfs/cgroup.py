@@ -41,7 +41,7 @@ def find_cgroup(host: Host, name: str) -> Path:
     """
     check_cgroup_name(name)
     as_given = host.path(name)
-    if name.startswith("/") and (as_given / "cgroup.procs").exists():
+    if name.startswith("/") and os.path.exists(as_given / "cgroup.procs"):  # Path.exists raises for lack of rights
         return as_given
     root = host.cgroup2_root
     parts = Path(name).parts

@@ -17,7 +17,8 @@ from memtier_cli.nri_memtierd.config import PluginConfig
 from memtier_cli.nri_memtierd.launch.base import Job
 from memtier_cli.nri_memtierd.rundir import CONFIG_NAME, OUTPUT_NAME, PID_NAME, ContainerDirectory, RunDirectory
 from memtier_engine.config.files import parse
-from memtier_engine.errors import MemtierError
+from memtier_engine.config.routines import NOT_ALLOWED
+from memtier_engine.errors import ConfigError, MemtierError
 
 PROGRAM = "memtierd"
 _ARGUMENTS = ("-c", "", "-config")
@@ -29,7 +30,18 @@ TERMINATE_S = 2.0
 
 def check_template(text: str) -> None:
     """Whether memtierd takes a template with values in it: all that it does, programs too. Raises: ConfigError."""
-    parse(text)
+    try:
+        parse(text)
+    except ConfigError as failure:
+        if failure.hint != NOT_ALLOWED:
+            raise
+        raise ConfigError(
+            "put `allowprograms: true` at the top of the template: a routine runs a program",
+            key_path=failure.key_path,
+            file=failure.file,
+            line=failure.line,
+            hint="memtierd runs it as root for every pod that names the class",
+        ) from None
 
 
 class LaunchError(MemtierError):

@@ -52,7 +52,11 @@ def check_routines(specs: Sequence[RoutineSpec]) -> None:
         if spec.config is None:
             continue
         if spec.config.pageout_command or spec.config.interval_command_runner != "memtier":
-            raise ConfigError("only `intervalcommandrunner: memtier` is supported here", key_path="routines")
+            raise ConfigError(
+                "only `intervalcommandrunner: memtier` is supported here",
+                key_path="routines",
+                hint="engines in one process run no programs, whatever allows them",
+            )
         _dump_of(spec.config.interval_command)
 
 
