@@ -65,6 +65,12 @@ def test_address_ranges_are_selected_split_and_filtered(shared_daemon: Daemon, c
     assert lines[0] == f"{child.address:x}-{child.address + (512 << 12):x} (2097152 B)"
     assert lines[-1] == "selected address ranges: 4"
     assert shared_daemon.ask("arange -pid 99999999").startswith("error selecting aranges for pid 99999999: ")
+    # What `pages` has looked at is selected for `arange` too.
+    shared_daemon.ask(f"pages -pid {pid} -ranges {child.address:x}+64k")
+    assert shared_daemon.ask("arange -ls").splitlines() == [
+        f"{child.address:x}-{child.address + (64 << 10):x} (65536 B)",
+        "selected address ranges: 1",
+    ]
 
 
 def test_pages_are_selected_and_counted_by_node(shared_daemon: Daemon, child: Toucher) -> None:
@@ -103,8 +109,15 @@ def test_ranges_and_pagemap_bits_are_shown(shared_daemon: Daemon, child: Toucher
 
 def test_attributes_that_contradict_or_do_not_exist_are_told(shared_daemon: Daemon, child: Toucher) -> None:
     line = f"pages -pid {child.process.pid} -attrs "
-    assert shared_daemon.ask(line + "InHeap").startswith('unknown page attribute "InHeap"')
+    shown = shared_daemon.ask(line + "InHeap").splitlines()
+    assert shown[-2].startswith("aranges = <")  # they are looked at last
+    assert shown[-1].startswith('invalid -attrs: unknown page attribute "InHeap"')
     assert "contradict" in shared_daemon.ask(line + "Dirty,NotDirty")
+    none = ["using 0 address ranges", "no address ranges from which to find pages"]
+    for command in ("pages", "swap"):
+        assert shared_daemon.ask(f"{command} -pid {child.process.pid} -ranges 0").splitlines()[-2:] == none
+        wrong = shared_daemon.ask(f"{command} -pid 99999999").splitlines()[-1]
+        assert wrong.startswith("error reading address ranges of process 99999999: ")
 
 
 def test_the_selected_pages_are_moved_and_the_statistics_say_so(shared_daemon: Daemon, child: Toucher) -> None:
@@ -128,7 +141,7 @@ def test_a_node_that_does_not_exist_is_an_error_in_the_log_and_the_mover_goes_on
     shared_daemon.ask(f"pages -pid {child.process.pid} -ranges {wanted(child)}")
     assert shared_daemon.ask("mover -pages-to 77 -wait") == "mover wait received: AllDone\n"
     assert shared_daemon.ask("mover -tasks") == ""
-    assert re.search(r"^ +1 .* move_pages\(\.\.\.\) error: No such device", shared_daemon.ask("stats -t events"), re.M)
+    assert re.search(r"^ +1 .* move_pages\(\.\.\.\) error: no such device$", shared_daemon.ask("stats -t events"), re.M)
 
 
 def test_a_finder_reports_at_once(shared_daemon: Daemon, child: Toucher) -> None:
@@ -221,20 +234,20 @@ def test_memory_is_swapped_out_and_in(shared_daemon: Daemon, child: Toucher) -> 
     half = f"{child.address:x}+{PAGES * PAGE_BYTES // 2 >> 10}k"
     with temporary_zram_swap(64 << 20):
         child.read(range(PAGES))
-        assert shared_daemon.ask(f"swap -pid {pid} -ranges {half} -out") == ""
+        assert shared_daemon.ask(f"swap -pid {pid} -ranges {half} -out") == "using 1 address ranges\n"
         assert PAGES // 2 - LEFT_IN_BATCHES <= swapped_pages(child) <= PAGES // 2
         shared_daemon.ask(f"{line} -out")
         out = swapped_pages(child)
         assert PAGES - LEFT_IN_BATCHES <= out <= PAGES
         percent = f"{100 * out / PAGES:.1f}"
-        assert shared_daemon.ask(f"{line} -status") == (
-            f"{pid} {out} / {PAGES} pages, {out * PAGE_BYTES >> 20} / 8 MB ({percent} %) swapped out\n"
-        )
-        first = shared_daemon.ask(f"{line} -vaddrs").splitlines()
+        status = f"{pid} {out} / {PAGES} pages, {out * PAGE_BYTES >> 20} / 8 MB ({percent} %) swapped out"
+        assert shared_daemon.ask(f"{line} -status").splitlines() == ["using 1 address ranges", status]
+        used, *first, last = shared_daemon.ask(f"{line} -vaddrs").splitlines()
+        assert (used, last) == ("using 1 address ranges", status)
         assert sum(int(re.findall(r"\((\d+) B\)", each)[0]) for each in first) == out * PAGE_BYTES
         advice = shared_daemon.ask("stats -t process_madvise -f csv")
         assert re.search(rf"^{pid},\d+,{PAGES + PAGES // 2},", advice, re.M)
-        assert shared_daemon.ask(f"{line} -in") == ""
+        assert shared_daemon.ask(f"{line} -in") == "using 1 address ranges\n"
         assert swapped_pages(child) == 0
 
 
@@ -310,7 +323,8 @@ def test_a_policy_is_created_asked_and_stopped(shared_daemon: Daemon, child: Tou
     assert shared_daemon.ask("policy -start") == "start failed: already started\n"
     assert shared_daemon.ask("policy -config 'intervalms: 0'").startswith("config failed: line 1: policy.config.")
     assert shared_daemon.ask("policy -stop") == "policy stopped\n"
-    assert shared_daemon.ask("policy -dump accessed 0,1") == "policy is not started\n"
+    # What it saw last is still there.
+    assert f"{pid:8d}         0.000     3600.000" in shared_daemon.ask("policy -dump accessed 0,1h,0")
     assert shared_daemon.ask("policy -start") == ""
     shared_daemon.ask_until("policy -dump accessed 0,1h,0", f"{pid:8d} ")
     assert shared_daemon.ask("policy -stop") == "policy stopped\n"
@@ -350,6 +364,32 @@ def test_heat_is_looked_into(shared_daemon: Daemon, child: Toucher) -> None:
     assert re.fullmatch(rf"   0 {pid:8d} +\d+M +\d+M       0M", numa[1])
     assert shared_daemon.ask("policy -dump forecast") == "no forecaster\n\n"
     assert shared_daemon.ask("policy -dump") == "dump <forecast [PARAMS]|heatmap|heatgram [CLASSES]|numa>\n\n"
+    shared_daemon.ask("policy -stop")
+    assert f"pid: {pid}: 0 {{" in shared_daemon.ask("policy -dump heatmap")
+    assert re.search(rf"^{pid:8d}  +0\.\d{{4}}$", shared_daemon.ask("policy -dump heatgram"), re.M)
+
+
+def test_a_finder_of_a_policy_counts_the_same_however_often_it_looked(shared_daemon: Daemon, child: Toucher) -> None:
+    pid = child.process.pid
+    config = (
+        "{intervalms: 50, swapoutms: 3600000, pidwatcher: {name: pidlist, config: {pids: [" + str(pid) + "]}}, "
+        "tracker: {name: finder, config: {regionsupdatems: 50, reportaccesses: 3}}}"
+    )
+    shared_daemon.ask(f"policy -create age -config '{config}' -start")
+    assert shared_daemon.ask("tracker -config-dump").startswith('{"RegionsUpdateMs":50,"ReportAccesses":3,')
+    assert shared_daemon.ask("pidwatcher -config-dump") == f'{{"Pids":[{pid}]}}\n'
+
+    def scans() -> int:
+        found = re.search(rf"^{pid},(\d+),", shared_daemon.ask("stats -t memory_scans -f csv"), re.M)
+        return int(found[1]) if found else 0
+
+    before = scans()
+    until(lambda: scans() >= before + 3)
+    row = f"a=3 r=0 w=0 AddrRanges{{pid={pid} ranges={mapping(child)}}}\n"
+    shown = shared_daemon.ask("tracker -counters")
+    assert row in shown
+    assert {line.split(" r=")[0] for line in shown.splitlines()} == {"a=3"}
+    assert mapping(child) in shared_daemon.ask("tracker -dump regions")
     shared_daemon.ask("policy -stop")
 
 

@@ -45,6 +45,11 @@ def test_a_text_runs_to_its_end_and_says_so(prompt: Prompt) -> None:
     )
 
 
+def test_an_end_of_line_at_the_end_of_a_text_makes_one_more_line(prompt: Prompt) -> None:
+    run_session(prompt, TextLines("nop\n"))
+    assert shown(prompt) == "memtierd> memtierd> memtierd> quit: EOF\nquit.\n"
+
+
 def test_echo_prints_each_line_behind_the_prompt(prompt: Prompt) -> None:
     run_session(prompt, TextLines("nop  x\nq"), echo=True)
     assert shown(prompt) == "memtierd> nop  x\nmemtierd> q\nquit.\n"
@@ -110,6 +115,17 @@ def test_help_lists_all_commands_in_the_layout_of_the_reference(prompt: Prompt) 
     assert all(line[:8] == " " * 8 and line[20] == " " and line[21] != " " for line in lines[1:15])
     assert lines[15] == "Syntax:"
     assert len(lines) == 19
+
+
+def test_help_and_nop_do_not_look_at_what_stands_behind_them(prompt: Prompt, capfd: pytest.CaptureFixture[str]) -> None:
+    for line in ("help -h", "help -x", "help"):
+        run_line(prompt, line)
+    assert shown(prompt).count("Available commands:") == 3
+    before = shown(prompt)
+    for line in ("nop -h", "nop -x y"):
+        run_line(prompt, line)
+    assert shown(prompt) == before
+    assert capfd.readouterr().err == ""
 
 
 def test_a_pipe_gets_the_output_and_its_output_is_ours(prompt: Prompt) -> None:

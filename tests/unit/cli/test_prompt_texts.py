@@ -158,7 +158,7 @@ def test_the_heatmap_and_its_classes() -> None:
             "pidwatcher: {name: proc}\ntracker: {name: refs, config: 'scanintervalms: 5'}\n"
             "heatnumas: {0: [2], 3: [0, 1]}\nnumasize: {2: 1G}\nheatmap: {heatmax: 0.01}",
             '{"PidWatcher":{"Name":"proc","Config":""},"Tracker":{"Name":"refs","Config":"{\\"scanintervalms\\":5}"},'
-            '"Heatmap":{"HeatMax":0.01,"HeatRetention":0.9513,"HeatClasses":10},"Forecaster":{"Name":"","Config":""},'
+            '"Heatmap":{"HeatMax":0.01,"HeatRetention":0.9513,"HeatClasses":10},"Forecaster":null,'
             '"Mover":{"IntervalMs":10,"Bandwidth":100},"Cgroups":null,"Pids":null,"IntervalMs":10000,'
             '"HeatNumas":{"0":[2],"3":[0,1]},"NumaSize":{"2":"1G"}}',
         ),
@@ -169,7 +169,41 @@ def test_the_heatmap_and_its_classes() -> None:
             '{"IntervalMs":5,"IntervalCommand":["a","\\u003cb\\u003e"],"IntervalCommandRunner":"","PageOutMB":0,'
             '"PageOutCommand":null,"PageOutCommandRunner":"","Timestamp":"","TimestampAfter":""}',
         ),
-        ("tracker", "idlepage", None, ""),
+        (
+            "tracker",
+            "idlepage",
+            None,
+            '{"PagesInRegion":512,"MaxCountPerRegion":1,"ScanIntervalMs":5000,"RegionsUpdateMs":10000,'
+            '"PagemapReadahead":0,"KpageflagsReadahead":0,"BitmapReadahead":0}',
+        ),
+        (
+            "tracker",
+            "softdirty",
+            None,
+            '{"PagesInRegion":512,"MaxCountPerRegion":1,"ScanIntervalMs":5000,"RegionsUpdateMs":10000,'
+            '"SkipPageProb":0,"PagemapReadahead":0,"TrackReferenced":false}',
+        ),
+        ("tracker", "damon", None, ""),
+        ("tracker", "multi", None, ""),
+        ("pidwatcher", "proc", None, '{"IntervalMs":5000}'),
+        ("pidwatcher", "cgroups", None, ""),
+        ("pidwatcher", "pidlist", "pids: []", '{"Pids":[]}'),
+        (
+            "pidwatcher",
+            "filter",
+            '{"Source":{"Name":"proc","Config":"{}"},"Filters":[{"MinVmSizeKb":-5,"Not":{"MinVmRSSKb":100}}]}',
+            '{"Source":{"Name":"proc","Config":"{}"},"Filters":[{"ProcExeRegexp":"","MinVmSizeKb":-5,"MinVmRSSKb":0,'
+            '"MinPrivateDirtyKb":0,"And":null,"Or":null,"Not":{"ProcExeRegexp":"","MinVmSizeKb":0,"MinVmRSSKb":100,'
+            '"MinPrivateDirtyKb":0,"And":null,"Or":null,"Not":null}}]}',
+        ),
+        (
+            "policy",
+            "ratio",
+            "pidwatcher: {name: proc}\nratio: 1.0\nratiotargets: []\npids: []",
+            '{"PidWatcher":{"Name":"proc","Config":""},"Tracker":{"Name":"","Config":""},'
+            '"Mover":{"IntervalMs":10,"Bandwidth":100},"IntervalMs":5000,"Ratio":1,"RatioTargets":[-1],'
+            '"Cgroups":null,"Pids":[]}',
+        ),
         ("tracker", "stub", "anything", ""),
     ],
 )
@@ -229,11 +263,57 @@ def test_unknown_tables_and_formats(prompt: Prompt) -> None:
     assert output(prompt, "stats -t events -f csv") == "table: events\ncount,timeint[s],latest[s ago],name\n"
 
 
+def test_a_policy_that_was_never_started_has_empty_tables(prompt: Prompt) -> None:
+    config = "{intervalms: 1000, pidwatcher: {name: proc}, tracker: {name: refs}, heatnumas: {0: [0]}}"
+    assert output(prompt, f"policy -create heat -config '{config}'") == "policy created\n"
+    assert output(prompt, "policy -dump heatmap") == "heatmap:\n\n"
+    assert output(prompt, "policy -dump heatgram") == (
+        "\ntable: maximum heat in heatmaps\n     pid  maxHeat\n\ntable: memory in heat classes\n\n"
+    )
+    assert output(prompt, "policy -dump numa") == "node      pid pageData numaUsed numaSize\n\n"
+    output(prompt, "policy -create avoid-oom -config '{intervalms: 1000, cgroups: [/x]}'")
+    assert output(prompt, "policy -dump balance") == output(prompt, "policy -dump cands") == "\n\n"
+
+
+def test_the_tracker_and_the_watcher_of_a_policy_show_their_configuration(prompt: Prompt) -> None:
+    config = (
+        "{intervalms: 1000, pidwatcher: {name: proc, config: {intervalms: 77}}, "
+        "tracker: {name: idlepage, config: {scanintervalms: 99}}}"
+    )
+    assert output(prompt, f"policy -create age -config '{config}'") == "policy created\n"
+    assert output(prompt, "pidwatcher -config-dump") == '{"IntervalMs":77}\n'
+    assert '"ScanIntervalMs":99,' in output(prompt, "tracker -config-dump")
+    output(prompt, "policy -create ratio -config '{ratio: 0.5, pidwatcher: {name: proc}}'")
+    assert '"ScanIntervalMs":5000,' in output(prompt, "tracker -config-dump")  # the default of ratio, idlepage
+    assert output(prompt, "pidwatcher -config-dump") == '{"IntervalMs":5000}\n'
+
+
+def test_the_first_policy_is_there_also_if_its_configuration_is_refused(prompt: Prompt) -> None:
+    assert output(prompt, "policy -create age -config 'x: 1'").startswith("policy created\nconfig failed: ")
+    config = "{intervalms: 1000, pidwatcher: {name: proc}, tracker: {name: refs}}"
+    assert output(prompt, f"policy -config '{config}' -config-dump").startswith('{"PidWatcher":')
+
+
+def test_idle_bits_and_flags_of_frames(prompt: Prompt, tmp_path: Path) -> None:
+    assert output(prompt, "pages -pi 1").startswith("failed to open idle bitmap: ")
+    bitmap, flags = tmp_path / "sys/kernel/mm/page_idle/bitmap", tmp_path / "proc/kpageflags"
+    bitmap.parent.mkdir(parents=True)
+    bitmap.write_bytes(bytes(8))
+    assert output(prompt, "pages -pi 3 -si 5") == "PFN 3 idle: false\n"  # both, as told
+    assert output(prompt, "pages -pi 5") == "PFN 5 idle: true\n"
+    flags.parent.mkdir(exist_ok=True)
+    flags.write_bytes(bytes(8) + (1 << 5).to_bytes(8, "little"))
+    assert "LRU           1\n" in output(prompt, "pages -pk 1")
+    for frame in ("2", str(1 << 54)):
+        assert output(prompt, f"pages -pk {frame}").startswith(f"reading flags of PFN {frame} from kpageflags failed: ")
+
+
 @pytest.mark.parametrize(
     ("line", "text"),
     [
         ("arange -ls", "no aranges selected, use -pid PID\n"),
         ("pages", "no pages selelected, try pages -pid PID\n"),
+        ("pages -pid 0", "missing -pid=PID\n"),
         ("pages -node 1", "missing -pid=PID\n"),
         ("mover -pages-to 1", "mover error: set pages before moving\n"),
         ("mover -pages-to -1 -tasks", "mover error: -pages-to takes a node; to page out, use swap -out -mover\n"),
@@ -256,7 +336,7 @@ def test_unknown_tables_and_formats(prompt: Prompt) -> None:
         ("routines -create stub -use 3", "routine 0 created, started using it\ninvalid routine 3, the last one is 0\n"),
         ("routines -create stub -stop", "routine 0 created, started using it\nroutine 0 stopped\n"),
         ("swap -out", "missing pids, add -pid=PID, -pids=PID,PID or -pid-cgroups=PATH\n"),
-        ("swap -pids 1,x -status", 'invalid pid: "x"\n'),
+        ("swap -pids 1,x -status", 'invalid pid "x": not a process id\n'),
         ("swap -pid-cgroups /nonexistent* -status", "could not find any matching cgroups\n"),
     ],
 )

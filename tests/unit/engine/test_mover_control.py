@@ -93,12 +93,14 @@ def test_another_pace_keeps_what_is_pending() -> None:
 
 
 def test_statuses_have_the_references_names(thread: MoverThread) -> None:
-    """Nothing to do is done, paused or not; what is not started says so instead of waiting for ever."""
+    """A pause counts before what there is to do; what is not started says so instead of waiting for ever."""
     assert thread.wait(DONE, WAIT_S) is MoverStatus.NOT_RUNNING
     assert thread.start()
     assert not thread.start()
     assert thread.wait(DONE, WAIT_S) is MoverStatus.ALL_DONE
     thread.pause()
+    assert thread.wait(DONE, WAIT_S) is MoverStatus.PAUSED
+    thread.pause(False)
     assert thread.status() is MoverStatus.ALL_DONE
     assert thread.stop()
     assert thread.status() is MoverStatus.NOT_RUNNING

@@ -159,11 +159,18 @@ def test_a_program_gets_its_words_and_no_shell(tmp_path: Path) -> None:
     statistics = Statistics()
     StatActions(config, statistics, now_s=0.0, allow_programs=True).advance(1.0)
     assert file.read_text() == "$HOME *"
-    assert f"RoutineStatActions.command.exec: {sys.executable}... status: exit status 0" in statistics.events
+    name = f"RoutineStatActions.command.exec: {sys.executable}... status: exit status 0 error: <nil>"
+    assert name in statistics.events
 
 
 @pytest.mark.parametrize(
-    ("command", "status"), [(("false",), "exit status 1"), (("/nonexistent/x",), "No such file or directory")]
+    ("command", "status"),
+    [
+        (("false",), "exit status 1 error: exit status 1"),
+        (("sh", "-c", "kill -9 $$"), "signal: killed error: signal: killed"),
+        (("/nonexistent/x",), "<nil> error: no such file or directory"),
+        (("/etc/passwd",), "<nil> error: permission denied"),
+    ],
 )
 def test_a_program_that_fails_is_counted_with_its_status(command: tuple[str, ...], status: str) -> None:
     statistics = Statistics()

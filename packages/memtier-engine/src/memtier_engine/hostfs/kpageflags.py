@@ -32,6 +32,13 @@ class KpageFlags(OpenFile):
         self._path = host.path(KPAGEFLAGS)
         self._fd = host.open(self._path)
 
+    def has(self, pfn: int) -> bool:
+        """Whether there is such a frame."""
+        try:
+            return len(os.pread(self._fd, WORD_BYTES, pfn * WORD_BYTES)) == WORD_BYTES
+        except (OSError, OverflowError):
+            return False
+
     def read(self, pfns: U64) -> U64:
         """The flags of frames, neighbours in one read.
 

@@ -75,13 +75,13 @@ class MoverControl:
             return found
 
     def status(self) -> MoverStatus:
-        """What it is at. Paused with nothing to do is done."""
+        """What it is at. A pause counts before what there is to do."""
         with self._condition:
             if not self._running():
                 return MoverStatus.NOT_RUNNING
-            if not self.mover.has_work:
-                return MoverStatus.ALL_DONE
-            return MoverStatus.PAUSED if self.mover.paused else MoverStatus.BUSY
+            if self.mover.paused:
+                return MoverStatus.PAUSED
+            return MoverStatus.BUSY if self.mover.has_work else MoverStatus.ALL_DONE
 
     def wait(self, wanted: Collection[MoverStatus], timeout_s: float) -> MoverStatus:
         """Wait until the status is one of `wanted`, it stops running, or time is over. Returns the status then."""

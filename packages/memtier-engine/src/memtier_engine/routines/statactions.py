@@ -6,6 +6,7 @@ configuration file alone does not get to run anything.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -181,25 +182,25 @@ class StatActions:
             status = self._run_line(command[0])
             self._statistics.event(f'{prefix}.memtier-prompt: "{command[0]}" status: {status}')
         else:
-            error = self._run_program(command)
-            self._statistics.event(f"{prefix}.exec: {command[0]}... status: {error or 'exit status 0'}")
+            self._statistics.event(f"{prefix}.exec: {command[0]}... status: {self._run_program(command)}")
 
-    def _run_program(self, command: tuple[str, ...]) -> str | None:
-        """What went wrong, or None."""
+    def _run_program(self, command: tuple[str, ...]) -> str:
+        """How it ended and what went wrong, as the reference names events: each may be `<nil>`."""
         try:
             with self._child_lock:
                 if self._closed:
-                    return "stopped"
+                    return "<nil> error: stopped"
                 self._child = subprocess.Popen(
                     list(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
                 )
         except OSError as failure:
             logger.error("routines statactions: {}: {}", command[0], failure.strerror)
-            return str(failure.strerror)
+            return f"<nil> error: {str(failure.strerror).lower()}"
         status = self._child.wait()
         with self._child_lock:
             self._child = None
-        return f"exit status {status}" if status else None
+        ended = f"exit status {status}" if status >= 0 else f"signal: {signal.strsignal(-status) or -status}".lower()
+        return f"{ended} error: {ended if status else '<nil>'}"
 
 
 def _write_stdout(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,7 @@ EVENT_NAME_MAX = 200
 OTHER_EVENTS = "other events"
 """Counts events once there are too many names."""
 MOVES_RECORDED_MAX = 10_000
+_KERNEL_SAID = re.compile(r": ([^:\[]+) \[E[A-Z0-9]+\]")
 _Counts = TypeVar("_Counts")
 
 
@@ -154,7 +156,7 @@ class Statistics(Observer):
         if outcome.error:
             # Without pid and counts, which would make a name of its own for every call.
             call = "process_madvise" if outcome.to_node == SWAP_NODE else "move_pages"
-            self.event(f"{call}(...) error: {outcome.error.rpartition(': ')[2]}")
+            self.event(f"{call}(...) error: {_reason(outcome.error)}")
         with self._lock:
             if outcome.to_node == SWAP_NODE:
                 advice = _recent(self.advice, outcome.process.pid, AdviceCounts)
@@ -217,6 +219,12 @@ def move_text(outcome: MoveOutcome) -> str:
         f"move_pages(pid={outcome.process.pid}, pagecount={requested}, firstpage={first:x} dest={outcome.to_node})"
         f" => (return={status} on_dest={done} on_other={other} [errno:pagecount]=map[{errors}])"
     )
+
+
+def _reason(error: str) -> str:
+    """What the kernel said, as Go prints it, of an error of `errors.KernelCallError`; else the end of the text."""
+    found = _KERNEL_SAID.search(error)
+    return found[1].lower() if found else error.rpartition(": ")[2]
 
 
 def error_text(number: int) -> str:

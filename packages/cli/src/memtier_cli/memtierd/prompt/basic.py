@@ -63,5 +63,5 @@ LOG = Command(
         Flag("prefix", "put this before each line of output in the log", "string"),
     ),
 )
-NOP = Command("nop", "do nothing", _nop)
+NOP = Command("nop", "do nothing", _nop, any_words=True)
 QUIT = Command("q", "end this session", _quit)

@@ -24,6 +24,8 @@ class Command(Generic[Needs_contra]):
     help: str
     run: Callable[[Needs_contra, Parsed], None]
     flags: tuple[Flag, ...] = ()
+    any_words: bool = False
+    """Whatever stands behind it is not looked at, flags neither."""
 
 
 class Console(Protocol):

@@ -59,7 +59,7 @@ COMMANDS: Mapping[str, Command[AllNeeds]] = {
     command.name: command
     for command in (
         ARANGE,
-        Command("help", "print this list", _help),
+        Command("help", "print this list", _help, any_words=True),
         LOG,
         MOVER,
         NOP,

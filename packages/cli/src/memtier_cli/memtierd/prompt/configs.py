@@ -16,10 +16,13 @@ from memtier_cli.memtierd.prompt.gotext import go_json
 from memtier_engine.config.keys import COMPONENTS, Key, Kind
 from memtier_engine.config.reader import Place, Section, compose
 from memtier_engine.errors import ConfigError, MemtierError
+from memtier_engine.model import SWAP_NODE
 from memtier_engine.mover.mover import MoverConfig
 
 _FILE_BYTES_MAX = 16 << 20
 _SECTIONS = {"mover": "mover", "heatmap": "heatmap", "not": "filter", "and": "filter", "or": "filter"}
+_WORK_UNCONFIGURED = ("pidwatcher.proc", "tracker.finder", "tracker.idlepage", "tracker.softdirty")
+"""Of the reference's parts those that have a configuration before they were given one."""
 _BLOCKS = {"trackers": "tracker", "forecasters": "forecaster", "source": "pidwatcher"}
 
 
@@ -160,12 +163,26 @@ def dump(kind: str, name: str, text: str | None) -> str:
     Args:
         kind: "policy", "tracker", "pidwatcher" or "routine".
         name: of the component.
-        text: as it was given.
+        text: as it was given; None or empty: not at all, which leaves some components their defaults.
     """
     component = f"{kind}.{name}"
-    if not text or component not in COMPONENTS:
+    if component not in COMPONENTS or not (text or component in _WORK_UNCONFIGURED):
         return ""
-    return go_json(_mapping(section_of(component, text), component))
+    return go_json(_mapping(section_of(component, text or "{}"), component))
+
+
+def part_text(policy: str, text: str | None, key: str) -> str | None:
+    """The configuration text of the tracker or pid watcher in that of a policy; None: it has none.
+
+    Args:
+        policy: its name.
+        text: as it was given to the policy.
+        key: "tracker" or "pidwatcher".
+    """
+    component = f"policy.{policy}"
+    if not text or not any(each.name == key for each in COMPONENTS.get(component, ())):
+        return None
+    return _block(section_of(component, text).section(key), key)["Config"] or None
 
 
 def _mapping(section: Section | None, component: str) -> dict[str, Any]:
@@ -190,18 +207,26 @@ def _value(section: Section, key: Key, component: str) -> Any:
         case Kind.FLAG:
             return section.flag_or_none(name)
         case Kind.INTEGERS:
+            if name == "ratiotargets":  # nothing, and an empty list, mean swap
+                return list(section.integers(name)) or [SWAP_NODE]
             return list(section.integers(name)) if section.has(name) else None
         case Kind.TEXTS:
             return list(section.texts(name)) if section.has(name) else None
         case Kind.BLOCK:
+            if name == "forecaster" and not section.has(name):
+                return None
             return _block(section.section(name), name)
         case Kind.BLOCKS:
             return [_block(each, name) for each in section.sections(name)] if section.has(name) else None
         case Kind.SECTION:
-            return _mapping(section.section(name), _SECTIONS[name]) if name in _SECTIONS else None
+            if name not in _SECTIONS or (name == "not" and not section.has(name)):
+                return None
+            return _mapping(section.section(name), _SECTIONS[name])
         case Kind.SECTIONS:
             found = [_mapping(each, _SECTIONS.get(name, "filter")) for each in section.sections(name)]
-            return found or None
+            return found if section.has(name) else None
+        case Kind.GONE:
+            return [] if section.has(name) else None  # only an empty list passes
         case Kind.TABLE:
             table = section.section(name)
             return None if table is None else {number: _entry(table, number, name) for number in sorted(table.keys())}

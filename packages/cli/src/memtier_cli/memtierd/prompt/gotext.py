@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
+
+_WHOLE_MOST = 1e21
+"""Larger ones have an exponent in Go too."""
 
 
 def quoted(text: str) -> str:
@@ -23,10 +27,23 @@ def go_bool(value: bool) -> str:
 
 def go_json(value: object) -> str:
     """One line of JSON without blanks, as encoding/json writes it: <, > and & are escaped."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(_plain(value), separators=(",", ":"), ensure_ascii=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def _plain(value: Any) -> Any:
+    """The same with whole numbers without decimals."""
+    match value:
+        case dict():
+            return {key: _plain(each) for key, each in value.items()}
+        case list():
+            return list(map(_plain, value))
+        case float() if value.is_integer() and abs(value) < _WHOLE_MOST:
+            return int(value)
+        case _:
+            return value
 
 
 def share(part: float, whole: float, decimals: int) -> str:

@@ -49,12 +49,12 @@ class StreamLines:
 
 
 class TextLines:
-    """The lines of a text; the last one needs no newline."""
+    """The lines of a text; the last one needs no newline, and is empty if the text ends with one."""
 
     interactive = False
 
     def __init__(self, text: str) -> None:
-        self._lines: Iterator[str] = iter(text.removesuffix("\n").split("\n"))
+        self._lines: Iterator[str] = iter(text.split("\n"))
 
     def read(self, prompt: str, output: Output) -> str | None:
         """See `Lines.read`."""

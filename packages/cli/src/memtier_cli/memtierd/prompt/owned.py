@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from memtier_cli.memtierd.prompt.configs import part_text
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_engine.config.files import Spec
+from memtier_engine.hostfs.host import Host
 from memtier_engine.stats.counts import AccessCounts
 from memtier_engine.stats.raw_events import RawEvents
 
@@ -15,8 +17,13 @@ class Policy(Protocol):
 
     name: str
     spec: Spec | None
+    config_text: str | None
     counts: AccessCounts
     raw: RawEvents
+
+    @property
+    def host(self) -> Host:
+        """The machine."""
 
     def pids(self) -> list[int]:
         """The processes it follows now."""
@@ -29,7 +36,11 @@ class PolicyOwned:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self.config_text: str | None = None
+
+    @property
+    def config_text(self) -> str | None:
+        """As it was given with the policy's; None: not at all."""
+        return part_text(self._policy.name, self._policy.config_text, self.kind)
 
     def configure(self, text: str, file: str | None = None) -> None:
         """Refused."""

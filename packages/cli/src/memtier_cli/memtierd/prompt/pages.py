@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.asked import asked_for, memory_of
 from memtier_cli.memtierd.prompt.command import Command, Console
 from memtier_cli.memtierd.prompt.errors import CommandError
-from memtier_cli.memtierd.prompt.ranges import RangeError, Selection, page_count, parse_ranges, range_lines, restrict
+from memtier_cli.memtierd.prompt.gotext import go_bool
+from memtier_cli.memtierd.prompt.ranges import Selection, page_count, range_lines
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import (
     PM_FILE,
@@ -23,10 +25,9 @@ from memtier_engine.abi.constants import (
     PM_SWAP,
     PM_UFFD_WP,
 )
+from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.kpageflags import KpageFlags
-from memtier_engine.hostfs.maps import process_id
-from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.hostfs.page_idle import IdleBitmap
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import PAGE_BYTES, U64, Bools, ProcessId, Spans
@@ -54,15 +55,16 @@ class PagesNeeds(Console, Protocol):
     """What `pages` needs of a prompt."""
 
     host: Host
+    ranges: Selection | None
     pages: Selection | None
 
 
 def _pages(prompt: PagesNeeds, flags: Parsed) -> None:
-    frame = next((name for name in ("pi", "si") if flags.integer(name, -1) != -1), None)
-    if frame is not None:
-        _idle_bit(prompt, flags.integer(frame, -1), set_it=frame == "si")
-    elif flags.integer("pk", -1) != -1:
-        _frame_flags(prompt, flags.integer("pk", -1))
+    idle, set_idle, frame = (flags.integer(name, -1) for name in ("pi", "si", "pk"))
+    if idle != -1 or set_idle != -1:
+        _idle_bits(prompt, idle, set_idle)
+    elif frame != -1:
+        _frame_flags(prompt, frame)
     elif not flags.texts:
         _summary(prompt)
     else:
@@ -75,19 +77,25 @@ def _frames(number: int) -> U64:
     return np.array([number], np.uint64)
 
 
-def _idle_bit(prompt: PagesNeeds, frame: int, *, set_it: bool) -> None:
-    frames = _frames(frame)
-    with IdleBitmap(prompt.host) as bitmap:
-        if set_it:
-            bitmap.set_idle(frames)
-            return
-        idle = bool(bitmap.is_idle(frames)[0])
-    prompt.say(f"{frame} idle: {'true' if idle else 'false'}")
+def _idle_bits(prompt: PagesNeeds, shown: int, to_set: int) -> None:
+    """Show the bit of one frame, set that of another; -1: of none."""
+    frames = {frame: _frames(frame) for frame in (shown, to_set) if frame != -1}
+    try:
+        bitmap = IdleBitmap(prompt.host)
+    except KernelCallError as failure:
+        raise CommandError(f"failed to open idle bitmap: {failure}") from None
+    with bitmap:
+        if shown != -1:
+            prompt.say(f"PFN {shown} idle: {go_bool(bool(bitmap.is_idle(frames[shown])[0]))}")
+        if to_set != -1:
+            bitmap.set_idle(frames[to_set])
 
 
 def _frame_flags(prompt: PagesNeeds, frame: int) -> None:
     frames = _frames(frame)
     with KpageFlags(prompt.host) as table:
+        if not table.has(frame):
+            raise CommandError(f"reading flags of PFN {frame} from kpageflags failed: there is no such frame")
         word = int(table.read(frames)[0])
     prompt.say_all([f"{name:<13} {word >> bit & 1}" for bit, name in enumerate(FLAG_NAMES)])
 
@@ -120,32 +128,23 @@ def _asked(pages: Selection) -> Iterator[tuple[U64, NDArray[np.int32]]]:
 
 def _select(prompt: PagesNeeds, flags: Parsed) -> None:
     pid = flags.integer("pid", -1)
-    if pid == -1:
+    if pid <= 0:
         raise CommandError("missing -pid=PID")
-    wanted = _attributes(flags.text("attrs"))
-    try:
-        ranges = parse_ranges(flags.text("ranges")) if flags.text("ranges") else None
-    except RangeError as failure:
-        raise CommandError(str(failure)) from None
     prompt.say(f"searching for address ranges of pid {pid}")
-    process = process_id(prompt.host, pid)
-    spans = occupied(prompt.host, pid)
+    process, spans = memory_of(prompt.host, pid)
     prompt.say(f"found {len(spans)} address ranges")
-    if ranges is not None:
-        spans = restrict(spans, ranges)
-        prompt.say(f"using {len(spans)} address ranges")
-    if not len(spans):
-        raise CommandError("no address ranges from which to find pages")
+    spans = asked_for(prompt, spans, flags.text("ranges"))
     count = flags.integer("pm", -1)
     if count != -1:
         _pagemap(prompt, process, spans, count)
         return
+    prompt.ranges = Selection(process, spans)
     prompt.say(f"aranges = <{len(spans)} address ranges of pid {pid}>")
     count = flags.integer("pr", -1)
-    if count != -1:
-        prompt.say_all(range_lines(Spans(spans.starts[: max(0, count)], spans.ends[: max(0, count)])))
+    if count >= 0:
+        prompt.say_all(range_lines(Spans(spans.starts[:count], spans.ends[:count])))
         return
-    pages = _matching(prompt.host, process, spans, wanted)
+    pages = _matching(prompt.host, process, spans, _attributes(flags.text("attrs")))
     prompt.say(f"pages = <{page_count(pages)} pages of pid {pid}>")
     node = flags.integer("node", -1)
     if node != -1:
@@ -158,9 +157,9 @@ def _attributes(text: str) -> list[tuple[int, bool]]:
     names = [name for name in text.split(",") if name] or ["Present", "Exclusive"]
     for name in names:
         if name not in _ATTRIBUTES:
-            raise CommandError(f'unknown page attribute "{name}", available: {", ".join(_ATTRIBUTES)}')
+            raise CommandError(f'invalid -attrs: unknown page attribute "{name}", available: {", ".join(_ATTRIBUTES)}')
     if "Dirty" in names and "NotDirty" in names:
-        raise CommandError("page attributes Dirty and NotDirty contradict each other")
+        raise CommandError("invalid -attrs: Dirty and NotDirty contradict each other")
     return [_ATTRIBUTES[name] for name in names]
 
 

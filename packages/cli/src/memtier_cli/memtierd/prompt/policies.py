@@ -30,6 +30,8 @@ def _policy(prompt: PolicyNeeds, flags: Parsed) -> None:
     if "create" in flags.texts:
         policy = PolicyPart(prompt, flags.text("create"))
         prompt.say("policy created")
+        if prompt.policy is None:
+            prompt.attach(policy)  # also if its configuration, which comes next, is refused
     policy = configs.there(policy, flags, _NONE)
     if policy is None:
         return

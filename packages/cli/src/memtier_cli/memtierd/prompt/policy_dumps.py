@@ -8,6 +8,7 @@ import numpy as np
 
 from memtier_cli.accessed import USAGE, AccessedDump
 from memtier_cli.memtierd.prompt import configs
+from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import share
 from memtier_cli.memtierd.prompt.policy_part import PolicyPart
 from memtier_engine.engine.loop import Engine
@@ -23,11 +24,16 @@ from memtier_engine.policies.heatmap import Heatmap, Heats
 _GIB = 1 << 30
 _MIB = 1 << 20
 _HEAT_USAGE = "dump <forecast [PARAMS]|heatmap|heatgram [CLASSES]|numa>\n"
+_NUMA_HEAD = "node      pid pageData numaUsed numaSize\n"
 _OOM_USAGE = "dump <config|nodes|status|balance|cands>\n"
 
 
 def dump(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
-    """The text, with a newline at its end unless it is empty. Raises CommandError: the policy does not run."""
+    """The text, with a newline at its end unless it is empty; of a policy that was stopped, what it saw last.
+
+    Raises:
+        CommandError: it was never started, and there is nothing to show without that.
+    """
     work = _DUMPS.get(policy.name)
     return "" if work is None else work(host, policy, words)
 
@@ -41,7 +47,9 @@ def _age(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
         wanted = AccessedDump.of(words[1:])
     except ConfigError as failure:
         return f"{failure.message}\n"
-    with policy.held() as engine:
+    with policy.seen() as engine:
+        if engine is None:
+            raise CommandError("policy is not started")
         return wanted.text(engine)
 
 
@@ -51,19 +59,20 @@ def _heat(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
         return _HEAT_USAGE
     if what == "forecast":
         return _forecaster(policy)
-    with policy.held() as engine:
-        heat = engine.policy
-        assert isinstance(heat, HeatPolicy)
+    with policy.seen() as engine:
+        heat = None if engine is None else engine.policy
+        assert heat is None or isinstance(heat, HeatPolicy)
+        heatmap = Heatmap() if heat is None else heat.heatmap
         if what == "heatmap":
-            return heatmap_text(heat.heatmap)
+            return heatmap_text(heatmap)
         if what == "heatgram":
-            classes = heat.config.heatmap.heat_classes
+            classes = heatmap.config.heat_classes
             if len(words) > 1:
                 if not words[1].isdecimal() or not 1 <= int(words[1]) <= 1000:
                     return f'invalid number of heat classes "{words[1]}", expected 1 to 1000\n'
                 classes = int(words[1])
-            return heatgram_text(heat.heatmap, classes)
-        return _numa(host, engine, heat)
+            return heatgram_text(heatmap, classes)
+        return _NUMA_HEAD + ("" if engine is None or heat is None else _numa(host, engine, heat))
 
 
 def heatmap_text(heatmap: Heatmap) -> str:
@@ -116,13 +125,13 @@ def _numa(host: Host, engine: Engine, heat: HeatPolicy) -> str:
     named = {node for group in heat.config.heat_numas.values() for node in group} | set(heat.config.numa_size_bytes)
     named |= {node for counts in by_process.values() for node in counts if node >= 0}
     used = {node: sum(counts.get(node, 0) for counts in by_process.values()) for node in named}
-    lines = ["node      pid pageData numaUsed numaSize"]
+    lines = []
     for node in sorted(named):
         size = heat.config.numa_size_bytes.get(node, 0) // _MIB
         for process in sorted(by_process):
             data = (by_process[process].get(node, 0) << PAGE_SHIFT) // _MIB
-            lines.append(f"{node:4d} {process.pid:8d} {data:7d}M {(used[node] << PAGE_SHIFT) // _MIB:7d}M {size:7d}M")
-    return "\n".join(lines) + "\n"
+            lines.append(f"{node:4d} {process.pid:8d} {data:7d}M {(used[node] << PAGE_SHIFT) // _MIB:7d}M {size:7d}M\n")
+    return "".join(lines)
 
 
 def _forecaster(policy: PolicyPart) -> str:
@@ -151,26 +160,28 @@ def _avoid_oom(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
             )
         case "status":
             return "online\n" if policy.running else "offline\n"
-        case "balance":
-            with policy.held() as engine:
+        case "balance" | "cands" as what:
+            with policy.seen() as engine:
+                if engine is None:
+                    return "\n"
                 assert isinstance(engine.policy, AvoidOomPolicy)
-                return f"{engine.policy.status}\n"
-        case "cands":
-            with policy.held() as engine:
-                assert isinstance(engine.policy, AvoidOomPolicy)
-                return "".join(
-                    f"pid: {each.process.pid} {int(each.spans.starts[0]):x} size: {each.size_bytes // _MIB} MB "
-                    f"(in {PAGE_BYTES >> 10} kB pages) fromNode: {each.node} score: {each.score}\n"
-                    for each in engine.policy.evaluated
-                )
+                return f"{engine.policy.status}\n" if what == "balance" else _candidates(engine.policy)
         case _:
             return f"unknown argument, {_OOM_USAGE}"
 
 
+def _candidates(policy: AvoidOomPolicy) -> str:
+    return "".join(
+        f"pid: {each.process.pid} {int(each.spans.starts[0]):x} size: {each.size_bytes // _MIB} MB "
+        f"(in {PAGE_BYTES >> 10} kB pages) fromNode: {each.node} score: {each.score}\n"
+        for each in policy.evaluated
+    )
+
+
 def _demote_idle(host: Host, policy: PolicyPart, words: Sequence[str]) -> str:
-    if not policy.running:
-        return "pids: 0, ranges: 0, pages: 0 (0.0 MiB)\n"
-    with policy.held() as engine:
+    with policy.seen() as engine:
+        if engine is None:
+            return "pids: 0, ranges: 0, pages: 0 (0.0 MiB)\n"
         ranges = sum(len(own.spans) for own in engine.pages.values())
         pages = sum(len(own.ages) for own in engine.pages.values())
         return f"pids: {len(engine.pages)}, ranges: {ranges}, pages: {pages} ({pages * PAGE_BYTES / _MIB:.1f} MiB)\n"

@@ -15,6 +15,7 @@ from memtier_engine.config.files import Spec, parse_policy
 from memtier_engine.config.policies import POLICIES
 from memtier_engine.engine.loop import Engine, StepReport
 from memtier_engine.engine.runner import EngineThread
+from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.proc import read_swaps
 from memtier_engine.mover.control import MoverControl
 from memtier_engine.stats.counts import AccessCounts
@@ -55,6 +56,8 @@ class PolicyPart:
         self._on_failure = on_failure
         self._asked = asked
         self._thread: EngineThread | None = None
+        self._latest: EngineThread | None = None
+        """Stays after the stop: what it saw last can be looked at."""
         self._renew_counts()
         self.tracker = PolicyTracker(self)
         self.watcher = PolicyWatcher(self)
@@ -86,7 +89,7 @@ class PolicyPart:
         logger.info("tracker {}, policy {}", engine.tracker.name, engine.policy.name)
         if self.spec.swaps and not read_swaps(self._machine.host):
             logger.warning("there is no swap: nothing can be paged out until some is turned on (swapon)")
-        self._thread = EngineThread(engine, on_report=_log_report, on_failure=self._on_failure)
+        self._thread = self._latest = EngineThread(engine, on_report=_log_report, on_failure=self._on_failure)
         self._thread.start()
 
     def stop(self) -> None:
@@ -112,13 +115,25 @@ class PolicyPart:
         with thread.held() as engine:
             yield engine
 
+    @contextmanager
+    def seen(self) -> Iterator[Engine | None]:
+        """The engine between two steps, or as it was at the stop; None: it was never started."""
+        thread = self._latest
+        if thread is None:
+            yield None
+            return
+        with thread.held() as engine:
+            yield engine
+
+    @property
+    def host(self) -> Host:
+        """The machine."""
+        return self._machine.host
+
     def pids(self) -> list[int]:
-        """The processes it follows now; empty while it does not run."""
-        try:
-            with self.held() as engine:
-                return sorted(process.pid for process in engine.pages)
-        except CommandError:
-            return []
+        """The processes it follows, or followed at its stop; empty if it was never started."""
+        with self.seen() as engine:
+            return [] if engine is None else sorted(process.pid for process in engine.pages)
 
     def close(self) -> None:
         """Stop. Safe to call twice."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from loguru import logger
 
-from memtier_cli.flags import HelpWanted, UsageError, parse, usage
+from memtier_cli.flags import HelpWanted, Parsed, UsageError, parse, usage
 from memtier_cli.memtierd.prompt.command import Command
 from memtier_cli.memtierd.prompt.commands import COMMANDS, AllNeeds
 from memtier_cli.memtierd.prompt.errors import CommandError, Fatal
@@ -88,7 +88,7 @@ def run_words(prompt: Prompted, words: Sequence[str]) -> int:
 
 def _run(prompt: Prompted, command: Command[AllNeeds], arguments: Sequence[str]) -> None:
     try:
-        command.run(prompt, parse(command.flags, arguments))
+        command.run(prompt, Parsed() if command.any_words else parse(command.flags, arguments))
     except HelpWanted:
         print(usage(command.name, command.flags), file=sys.stderr, flush=True)
     except UsageError as failure:

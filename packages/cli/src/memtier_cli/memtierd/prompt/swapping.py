@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Protocol
 
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.memtierd.prompt.asked import asked_for, memory_of
 from memtier_cli.memtierd.prompt.command import Command, Console, Machine
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_list, share
 from memtier_cli.memtierd.prompt.moving import HasMover
 from memtier_cli.memtierd.prompt.moving import start as start_mover
-from memtier_cli.memtierd.prompt.ranges import RangeError, page_count, parse_ranges, range_lines, restrict
+from memtier_cli.memtierd.prompt.ranges import page_count, range_lines
 from memtier_engine.hostfs.cgroup import Cgroup
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.maps import process_id
-from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.hostfs.pagemap import Pagemap, swapped
 from memtier_engine.model import PAGE_BYTES, SWAP_NODE, MoveOutcome, MoveTask, ProcessId, Spans
 from memtier_engine.mover.backends import ProcessHandle, page_out
@@ -38,21 +37,15 @@ def _swap(prompt: SwapNeeds, flags: Parsed) -> None:
     pids = _pids(prompt, flags)
     if not pids:
         raise CommandError("missing pids, add -pid=PID, -pids=PID,PID or -pid-cgroups=PATH")
-    try:
-        ranges = parse_ranges(flags.text("ranges")) if flags.text("ranges") else None
-    except RangeError as failure:
-        raise CommandError(str(failure)) from None
     for pid in pids:
-        process = process_id(prompt.host, pid)
-        spans = occupied(prompt.host, pid)
-        if ranges is not None:
-            spans = restrict(spans, ranges)
+        process, spans = memory_of(prompt.host, pid)
+        spans = asked_for(prompt, spans, flags.text("ranges"))
         if flags.boolean("in"):
             _swap_in(prompt.host, process, spans)
         if flags.boolean("out"):
             _swap_out(prompt, process, spans, by_mover=flags.boolean("mover"))
         if flags.boolean("status") or flags.boolean("vaddrs"):
-            _status(prompt, process, spans, flags.boolean("status"), flags.boolean("vaddrs"))
+            _status(prompt, process, spans, addresses=flags.boolean("vaddrs"))
 
 
 def _pids(prompt: SwapNeeds, flags: Parsed) -> list[int]:
@@ -63,15 +56,10 @@ def _pids(prompt: SwapNeeds, flags: Parsed) -> list[int]:
     if flags.integer("pid", -1) != -1:
         pids.append(flags.integer("pid", -1))
     for text in flags.text("pids").split(",") if flags.text("pids") else ():
-        pids.append(parse_pid(text))
+        if not text.isdecimal() or len(text) > 9:
+            raise CommandError(f'invalid pid "{text}": not a process id')
+        pids.append(int(text))
     return pids
-
-
-def parse_pid(text: str) -> int:
-    """A pid in decimal. Raises CommandError."""
-    if not text.strip().isdecimal() or len(text) > 9:
-        raise CommandError(f'invalid pid: "{text}"')
-    return int(text)
 
 
 def _cgroup_pids(prompt: SwapNeeds, patterns: list[str]) -> list[int]:
@@ -133,12 +121,11 @@ def _swap_in(host: Host, process: ProcessId, spans: Spans) -> None:
         os.close(fd)
 
 
-def _status(prompt: SwapNeeds, process: ProcessId, spans: Spans, summary: bool, addresses: bool) -> None:
+def _status(prompt: SwapNeeds, process: ProcessId, spans: Spans, *, addresses: bool) -> None:
     runs = _swapped_runs(prompt.host, process, spans)
-    if summary:
-        prompt.say(status_text(process.pid, page_count(runs), page_count(spans)))
     if addresses:
         prompt.say_all(range_lines(runs))
+    prompt.say(status_text(process.pid, page_count(runs), page_count(spans)))
 
 
 def status_text(pid: int, out_pages: int, pages: int) -> str:
@@ -161,6 +148,6 @@ SWAP = Command(
         Flag("out", "page out"),
         Flag("mover", "with -out: let the mover do it, at its pace"),
         Flag("status", "print how much is swapped out"),
-        Flag("vaddrs", "print the address ranges that are swapped out"),
+        Flag("vaddrs", "print the address ranges that are swapped out, and how much that is"),
     ),
 )

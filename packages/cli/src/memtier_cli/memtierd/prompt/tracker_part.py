@@ -162,10 +162,7 @@ class OwnTracker:
         """See `AnyTracker.tables`. A finder looks at once, others tell what their scans saw."""
         if self.name == "finder":
             options = self._spec.options if isinstance(self._spec.options, FinderConfig) else FinderConfig()
-            return {
-                process: _constant(spans, options.report_accesses)
-                for process, spans in found_now(self._machine.host, options, self.target).items()
-            }
+            return found_counters(self._machine.host, options, self.target.pids())
         return self._counts.tables()
 
     def reset(self) -> None:
@@ -180,7 +177,7 @@ class OwnTracker:
     def finders(self) -> list[tuple[int, Mapping[ProcessId, Spans]]]:
         """See `AnyTracker.finders`."""
         return [
-            (index, found_now(self._machine.host, FinderConfig(), self.target))
+            (index, found_now(self._machine.host, FinderConfig(), self.target.pids()))
             for index, part in enumerate(self._spec.parts or (self._spec,))
             if part.name == "finder"
         ]
@@ -195,11 +192,17 @@ def _constant(spans: Spans, accesses: int) -> Counters:
     return Counters(spans.starts, spans.ends, zeros + accesses, zeros)
 
 
-def found_now(host: Host, options: FinderConfig, target: ChosenTarget) -> dict[ProcessId, Spans]:
-    """The ranges that a finder reports of each chosen process that is alive."""
+def found_counters(host: Host, options: FinderConfig, pids: Iterable[int]) -> dict[ProcessId, Counters]:
+    """What a finder counts: the same number for each range, however often it looked."""
+    found = found_now(host, options, pids)
+    return {process: _constant(spans, options.report_accesses) for process, spans in found.items()}
+
+
+def found_now(host: Host, options: FinderConfig, pids: Iterable[int]) -> dict[ProcessId, Spans]:
+    """The ranges that a finder reports of each of these processes that is alive."""
     finder = FinderTracker(host, options)
     found = {}
-    for process in sorted(identify(host, target.pids())):
+    for process in sorted(identify(host, pids)):
         try:
             found[process] = finder.find(process, occupied(host, process.pid))
         except MemtierError:
@@ -224,6 +227,9 @@ class PolicyTracker(PolicyOwned):
 
     def tables(self) -> Mapping[ProcessId, Counters]:
         """See `AnyTracker.tables`."""
+        spec = self._policy.spec
+        if spec is not None and isinstance(spec.tracker.options, FinderConfig):
+            return found_counters(self._policy.host, spec.tracker.options, self._policy.pids())
         return self._policy.counts.tables()
 
     def reset(self) -> None:
@@ -236,8 +242,14 @@ class PolicyTracker(PolicyOwned):
         return self._policy.raw
 
     def finders(self) -> list[tuple[int, Mapping[ProcessId, Spans]]]:
-        """None: the policy's statistics tell what is tracked."""
-        return []
+        """See `AnyTracker.finders`."""
+        spec = self._policy.spec
+        parts = () if spec is None else spec.tracker.parts or (spec.tracker,)
+        return [
+            (index, found_now(self._policy.host, FinderConfig(), self._policy.pids()))
+            for index, part in enumerate(parts)
+            if part.name == "finder"
+        ]
 
 
 def regions_of(spec: TrackerSpec | None) -> RegionCounters:

@@ -12,7 +12,6 @@ from memtier_cli.memtierd.prompt import configs
 from memtier_cli.memtierd.prompt.command import Command, Console, Machine
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.ranges import range_text
-from memtier_cli.memtierd.prompt.swapping import parse_pid
 from memtier_cli.memtierd.prompt.tracker_part import AnyTracker, OwnTracker
 from memtier_engine.config.parts import TRACKERS
 from memtier_engine.errors import MemtierError
@@ -41,7 +40,7 @@ def _tracker(prompt: TrackerNeeds, flags: Parsed) -> None:
     if flags.boolean("stop"):
         tracker.stop()
     if "start" in flags.texts:
-        pids = [parse_pid(text) for text in flags.text("start").split(",")]
+        pids = [_pid(text) for text in flags.text("start").split(",")]
         try:
             tracker.start(pids)
         except MemtierError as failure:
@@ -59,6 +58,13 @@ def _tracker(prompt: TrackerNeeds, flags: Parsed) -> None:
         prompt.say("tracker counters reset")
     if flags.boolean("dump"):
         prompt.write(_dump(tracker, flags.rest) + "\n")
+
+
+def _pid(text: str) -> int:
+    """A pid in decimal. Raises CommandError."""
+    if not text.strip().isdecimal() or len(text) > 9:
+        raise CommandError(f'invalid pid: "{text}"')
+    return int(text)
 
 
 def _create(prompt: TrackerNeeds, name: str) -> None:
