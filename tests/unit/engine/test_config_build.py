@@ -431,7 +431,7 @@ DAYS_MS = 24 * 3600 * 1000
         ("tracker.idlepage", {"scanintervalms": 2 * DAYS_MS, "regionsupdatems": 2 * DAYS_MS}),
         ("tracker.softdirty", {"scanintervalms": 2 * DAYS_MS, "regionsupdatems": 2 * DAYS_MS}),
         ("tracker.finder", {"regionsupdatems": 2 * DAYS_MS}),
-        ("mover", {"intervalms": 60_001}),
+        ("mover", {"intervalms": 60_001, "bandwidth": 10_000_000}),
     ],
 )
 def test_odd_values_that_the_reference_takes_are_taken(component: str, keys: dict[str, Any]) -> None:
@@ -463,6 +463,13 @@ def test_a_tab_behind_a_colon_is_a_blank() -> None:
     assert (spec.target.pids, spec.tracker.options) == ((1,), FinderConfig(report_accesses=5))
     with pytest.raises(ConfigError, match="cannot start any token"):
         parse("policy:\n\tname: stub\n")
+
+
+@pytest.mark.parametrize(("written", "value"), [("y", True), ("Y", True), ("n", False), ("On", True), ("no", False)])
+def test_flags_are_those_of_yaml_1_1(written: str, value: bool) -> None:
+    assert parse_tracker("finder", f"pagemapbitpresent: {written}").options == FinderConfig(present=value)
+    with pytest.raises(ConfigError, match="use true or false"):
+        parse_tracker("finder", f"pagemapbitpresent: '{written}'")
 
 
 def test_a_ratio_above_one_is_refused() -> None:

@@ -224,7 +224,7 @@ COMPONENTS: Mapping[str, tuple[Key, ...]] = {
     ),
     "mover": (
         _integer("intervalms", "IntervalMs", 10, 1, INTERVAL_MAX_MS),
-        _integer("bandwidth", "Bandwidth", 100, 1, 1 << 20),
+        _integer("bandwidth", "Bandwidth", 100, 1, 1 << 30),
     ),
     "heatmap": (
         _number("heatmax", "HeatMax", 1.0, 0, 1e300),

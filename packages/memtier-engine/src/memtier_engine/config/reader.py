@@ -34,6 +34,8 @@ _INTEGER = re.compile(r"([-+]?)(?:0b([01]+)|0o?([0-7]+)|0x([0-9a-fA-F]+)|(0|[1-9
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _STRING_OR_TAB = re.compile(r'"(?:\\.|[^"\\])*"|\t')
 """JSON may be indented with tabs, YAML may not."""
+_SHORT_FLAGS = {"y": True, "Y": True, "n": False, "N": False}
+"""Of YAML 1.1; PyYAML takes them for text."""
 _DEPTH_MOST = 100
 _SECTIONS_MOST = 10_000
 _CHARACTERS_MOST = 8 << 20
@@ -222,6 +224,8 @@ class Section:
         if node is None:
             return default
         value = _scalar(node)
+        if isinstance(node, yaml.ScalarNode) and not node.style and node.value in _SHORT_FLAGS:
+            return _SHORT_FLAGS[node.value]
         if not isinstance(value, bool):
             raise self._wrong(node, self.at(key), "true or false", default)
         return value
