@@ -156,7 +156,7 @@ def test_the_heatmap_and_its_classes() -> None:
             "policy",
             "heat",
             "pidwatcher: {name: proc}\ntracker: {name: refs, config: 'scanintervalms: 5'}\n"
-            "heatnumas: {0: [2], 3: [0, 1]}\nnumasize: {2: 1G}\nheatmap: {heatmax: 0.01}",
+            "heatnumas: {0: [2], 0x3: [0, 1]}\nnumasize: {2: 1G}\nheatmap: {heatmax: 0.01}",
             '{"PidWatcher":{"Name":"proc","Config":""},"Tracker":{"Name":"refs","Config":"{\\"scanintervalms\\":5}"},'
             '"Heatmap":{"HeatMax":0.01,"HeatRetention":0.9513,"HeatClasses":10},"Forecaster":null,'
             '"Mover":{"IntervalMs":10,"Bandwidth":100},"Cgroups":null,"Pids":null,"IntervalMs":10000,'
@@ -198,9 +198,18 @@ def test_the_heatmap_and_its_classes() -> None:
         ),
         (
             "policy",
+            "avoid-oom",
+            "cgroups: [/x]\nstartfreeingmemory: ''",
+            '{"StartFreeingMemory":"8%","StopFreeingMemory":"16%","Cgroups":["/x"],"IntervalMs":5000,'
+            '"Mover":{"IntervalMs":10,"Bandwidth":100}}',
+        ),
+        (
+            "policy",
             "ratio",
             "pidwatcher: {name: proc}\nratio: 1.0\nratiotargets: []\npids: []",
-            '{"PidWatcher":{"Name":"proc","Config":""},"Tracker":{"Name":"","Config":""},'
+            '{"PidWatcher":{"Name":"proc","Config":""},"Tracker":{"Name":"idlepage","Config":"{\\"PagesInRegion\\":512,'
+            '\\"MaxCountPerRegion\\":1,\\"ScanIntervalMs\\":5000,\\"RegionsUpdateMs\\":10000,\\"PagemapReadahead\\":0,'
+            '\\"KpageflagsReadahead\\":0,\\"BitmapReadahead\\":0}"},'
             '"Mover":{"IntervalMs":10,"Bandwidth":100},"IntervalMs":5000,"Ratio":1,"RatioTargets":[-1],'
             '"Cgroups":null,"Pids":[]}',
         ),
@@ -288,6 +297,17 @@ def test_the_tracker_and_the_watcher_of_a_policy_show_their_configuration(prompt
     assert output(prompt, "pidwatcher -config-dump") == '{"IntervalMs":5000}\n'
 
 
+def test_the_mover_has_the_pace_of_the_policy_until_it_gets_another(prompt: Prompt) -> None:
+    parts = "intervalms: 1000, pidwatcher: {name: proc}, tracker: {name: refs}"
+    output(prompt, f"policy -create age -config '{{{parts}, mover: {{intervalms: 20, bandwidth: 50}}}}'")
+    assert output(prompt, "mover -config-dump") == '{"IntervalMs":20,"Bandwidth":50}\n'
+    output(prompt, "mover -config 'bandwidth: 5'")
+    output(prompt, "policy -dump")
+    assert output(prompt, "mover -config-dump") == '{"IntervalMs":10,"Bandwidth":5}\n'
+    output(prompt, f"policy -config '{{{parts}, mover: {{bandwidth: 7}}}}'")
+    assert output(prompt, "mover -config-dump") == '{"IntervalMs":10,"Bandwidth":7}\n'
+
+
 def test_the_first_policy_is_there_also_if_its_configuration_is_refused(prompt: Prompt) -> None:
     assert output(prompt, "policy -create age -config 'x: 1'").startswith("policy created\nconfig failed: ")
     config = "{intervalms: 1000, pidwatcher: {name: proc}, tracker: {name: refs}}"
@@ -314,6 +334,8 @@ def test_idle_bits_and_flags_of_frames(prompt: Prompt, tmp_path: Path) -> None:
         ("arange -ls", "no aranges selected, use -pid PID\n"),
         ("pages", "no pages selelected, try pages -pid PID\n"),
         ("pages -pid 0", "missing -pid=PID\n"),
+        ("pages foo", "missing -pid=PID\n"),
+        ("stats -dump moves start foo", "Usage: dump moves <start|new|stop>\n"),
         ("pages -node 1", "missing -pid=PID\n"),
         ("mover -pages-to 1", "mover error: set pages before moving\n"),
         ("mover -pages-to -1 -tasks", "mover error: -pages-to takes a node; to page out, use swap -out -mover\n"),
@@ -364,7 +386,10 @@ def test_after_a_stub_policy_there_is_still_a_mover(prompt: Prompt) -> None:
         '{"IntervalMs":10,"Bandwidth":100}\nmover wait received: AllDone\n'
     )
     assert output(prompt, "policy -start") == "start failed: already started\n"
-    assert output(prompt, "tracker -counters") == "cannot get tracker counters\n"
+    # It works with no tracker and no watcher.
+    assert output(prompt, "tracker -counters") == "no tracker, create one with -create NAME [-config CONFIG]\n"
+    assert output(prompt, "pidwatcher -dump") == "no pidwatcher, create one with -create NAME [-config CONFIG]\n"
+    assert output(prompt, "tracker -create stub -counters") == "tracker created\ncannot get tracker counters\n"
     assert output(prompt, "policy -stop -start") == "start failed: already started\n"
     assert output(prompt, "policy -stop -dump") == "policy stopped\n\n"
 

@@ -180,9 +180,14 @@ def part_text(policy: str, text: str | None, key: str) -> str | None:
         key: "tracker" or "pidwatcher".
     """
     component = f"policy.{policy}"
-    if not text or not any(each.name == key for each in COMPONENTS.get(component, ())):
+    if not text or not has_part(policy, key):
         return None
     return _block(section_of(component, text).section(key), key)["Config"] or None
+
+
+def has_part(policy: str, key: str) -> bool:
+    """Whether a policy of this name works with a "tracker", or a "pidwatcher"."""
+    return any(each.name == key for each in COMPONENTS.get(f"policy.{policy}", ()))
 
 
 def _mapping(section: Section | None, component: str) -> dict[str, Any]:
@@ -203,7 +208,7 @@ def _value(section: Section, key: Key, component: str) -> Any:
         case Kind.NUMBER:
             return (section.number_or_none(name) if section.has(name) or not key.required else None) or 0
         case Kind.TEXT:
-            return section.text(name)
+            return section.text(name) or key.default or ""
         case Kind.FLAG:
             return section.flag_or_none(name)
         case Kind.INTEGERS:
@@ -215,7 +220,10 @@ def _value(section: Section, key: Key, component: str) -> Any:
         case Kind.BLOCK:
             if name == "forecaster" and not section.has(name):
                 return None
-            return _block(section.section(name), name)
+            block = _block(section.section(name), name)
+            if component == "policy.ratio" and name == "tracker" and not block["Name"]:
+                return {"Name": "idlepage", "Config": dump("tracker", "idlepage", None)}
+            return block
         case Kind.BLOCKS:
             return [_block(each, name) for each in section.sections(name)] if section.has(name) else None
         case Kind.SECTION:
@@ -229,14 +237,25 @@ def _value(section: Section, key: Key, component: str) -> Any:
             return [] if section.has(name) else None  # only an empty list passes
         case Kind.TABLE:
             table = section.section(name)
-            return None if table is None else {number: _entry(table, number, name) for number in sorted(table.keys())}
+            if table is None:
+                return None
+            numbered = sorted((_number(key), key) for key in tuple(table.keys()))
+            return {number: _entry(table, key, name) for number, key in numbered}
     return None
 
 
-def _entry(table: Section, number: str, name: str) -> Any:
+def _number(key: str) -> str:
+    """A key of a table in decimal; as it is if it is no number."""
+    try:
+        return str(int(key, 0))
+    except ValueError:
+        return key
+
+
+def _entry(table: Section, key: str, name: str) -> Any:
     if name == "numasize":
-        return table.text(number)
-    return list(table.integers(number, least=-1, most=1 << 20))
+        return table.text(key)
+    return list(table.integers(key, least=-1, most=1 << 20))
 
 
 def _block(block: Section | None, key: str) -> dict[str, str]:
@@ -248,6 +267,6 @@ def _block(block: Section | None, key: str) -> dict[str, str]:
         inner = block.config()
         component = f"{_BLOCKS.get(key, key)}.{name}"
         text = go_json(_mapping(inner, component)) if component in COMPONENTS else ""
-    elif key == "tracker" and text:
+    elif key == "tracker":
         text = dump("tracker", name, text)
     return {"Name": name, "Config": text or ""}

@@ -65,7 +65,7 @@ def _pages(prompt: PagesNeeds, flags: Parsed) -> None:
         _idle_bits(prompt, idle, set_idle)
     elif frame != -1:
         _frame_flags(prompt, frame)
-    elif not flags.texts:
+    elif not flags.texts and not flags.rest:
         _summary(prompt)
     else:
         _select(prompt, flags)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from loguru import logger
 
 from memtier_cli.memtierd.prompt.command import Machine
+from memtier_cli.memtierd.prompt.configs import has_part
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.tracker_part import PolicyTracker, regions_of
 from memtier_cli.memtierd.prompt.watcher_part import PolicyWatcher
@@ -59,8 +60,8 @@ class PolicyPart:
         self._latest: EngineThread | None = None
         """Stays after the stop: what it saw last can be looked at."""
         self._renew_counts()
-        self.tracker = PolicyTracker(self)
-        self.watcher = PolicyWatcher(self)
+        self.tracker = PolicyTracker(self) if has_part(name, "tracker") else None
+        self.watcher = PolicyWatcher(self) if has_part(name, "pidwatcher") else None
 
     def configure(self, text: str, file: str | None = None) -> None:
         """Take a configuration; a running policy goes on with the new one. Raises ConfigError, MemtierError."""

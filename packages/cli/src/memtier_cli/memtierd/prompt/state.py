@@ -16,6 +16,7 @@ from memtier_cli.memtierd.prompt.tracker_part import AnyTracker
 from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher
 from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.control import MoverControl, MoverThread
+from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.stats.recorder import Statistics
 
 
@@ -46,6 +47,8 @@ class Prompt:
     sink: Callable[[str], None] | None = None
     """Takes the output while a pipe is open; None: `output`."""
     _mover: MoverThread | None = None
+    _pace: MoverConfig | None = None
+    """Of the policy's mover, which its own took over."""
     _earlier: list[Any] = field(default_factory=list)
     """Trackers and watchers that are not current any more and may still run."""
 
@@ -77,11 +80,20 @@ class Prompt:
         if self.lender is not None:
             return self.lender.own_mover
         if self._mover is None:
-            self._mover = MoverThread(self.host, on_outcome=self._moved)
+            self._mover = MoverThread(self.host, self._pace, on_outcome=self._moved)
         return self._mover
 
+    def _take_pace(self, policy: PolicyPart) -> None:
+        """What is moved by hand goes at the pace of the current policy, running or not; once per configuration."""
+        pace = None if policy.spec is None or policy.name == "stub" else policy.spec.mover
+        if pace is None or pace is self._pace or self.lender is not None:
+            return
+        self._pace = pace
+        if self._mover is not None:
+            self._mover.configure(pace)
+
     def attach(self, policy: PolicyPart) -> None:
-        """Make a policy the current one, with its tracker and its watcher.
+        """Make a policy the current one, with its tracker and its watcher, if it works with such.
 
         The policy before is stopped: nobody could do that any more. Trackers and watchers go on until the end.
         """
@@ -92,6 +104,7 @@ class Prompt:
         self.policy = policy
         self.tracker = policy.tracker
         self.watcher = policy.watcher
+        self._take_pace(policy)
 
     def run_words_apart(self, words: Sequence[str], *, trusted: bool) -> int:
         """See `Owner.run_words_apart`."""

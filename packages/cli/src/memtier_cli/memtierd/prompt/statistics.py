@@ -53,7 +53,7 @@ def _latest(prompt: StatsNeeds, pid: int, *, with_errors: bool) -> str:
 
 
 def _dump(prompt: StatsNeeds, words: list[str]) -> list[str]:
-    if len(words) < 2 or words[0] != "moves":
+    if len(words) != 2 or words[0] != "moves":
         return [_USAGE]
     if words[1] == "start":
         prompt.statistics.record_moves(True)
