@@ -184,6 +184,7 @@ def test_what_the_child_says_on_stderr_is_appended_to_the_file(tmp_path: Path, c
         ([], {}, "command"),
         (["/nonexistent/forecaster"], {}, "command"),
         (["cat"], {"stderr": "syslog"}, "stderr"),
+        (["cat"], {"stderr": "file:/nonexistent/x"}, "stderr"),
         (["cat"], {"retry": -1}, "retry"),
         (["cat"], {"deadline_s": 0}, "deadlinems"),
     ],

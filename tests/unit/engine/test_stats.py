@@ -117,6 +117,24 @@ def test_moves_are_counted_by_node_and_errors_by_errno() -> None:
     assert table(statistics, "move_pages_errors", "csv")[2] == "100,7,0.000027,2,no such file or directory"
 
 
+@pytest.mark.parametrize(
+    ("node", "error", "name"),
+    [
+        (
+            SWAP_NODE,
+            "process_madvise(pidfd=8, spans=2): Operation not permitted [EPERM]: this process lacks CAP_X (be root)",
+            "process_madvise(...) error: operation not permitted",
+        ),
+        (1, "move_pages(pid=1, pages=21, node=1): No such device [ENODEV]", "move_pages(...) error: no such device"),
+        (1, "node 1: it has no room", "move_pages(...) error: it has no room"),
+    ],
+)
+def test_a_call_that_fails_is_an_event_with_the_kernels_reason(node: int, error: str, name: str) -> None:
+    statistics = Statistics()
+    statistics.moved(replace(outcome(node=node, moved=0), error=error))
+    assert set(statistics.events) == {name}
+
+
 def test_scans_count_movable_resident_pages_and_the_share_that_was_touched() -> None:
     statistics = Statistics()
     scan(statistics, 100, 0.2, chunk(0, [1, 1, 0, 0], [1, 1, 1, 0], movable=[1, 0, 1, 1]), chunk(4, [0, 0]))
