@@ -7,7 +7,8 @@ import pytest
 from memtier_cli.flags import usage
 from memtier_cli.memtierd.program import FLAGS
 from memtier_cli.memtierd.prompt.command import Command
-from memtier_cli.memtierd.prompt.commands import COMMANDS, AllNeeds
+from memtier_cli.memtierd.prompt.commands import COMMANDS, HELP
+from memtier_cli.memtierd.prompt.needs import AllNeeds
 
 REFERENCE = {
     "arange": "-pid int, -split-length uint, -min-length uint, -ls",
@@ -33,13 +34,14 @@ REFERENCE = {
 
 def test_the_commands_are_those_of_the_reference() -> None:
     assert set(COMMANDS) == set(REFERENCE)
+    assert all(COMMANDS[name].name == name for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
 def test_every_flag_of_the_reference_is_there_and_has_a_help_text(command: Command[AllNeeds]) -> None:
     found = {f"-{flag.name}" + (f" {flag.value_name}" if flag.value_name else "") for flag in command.flags}
     assert found == set(filter(None, REFERENCE[command.name].split(", ")))
-    assert command.help
+    assert HELP[command.name]
     assert all(flag.help for flag in command.flags)
 
 

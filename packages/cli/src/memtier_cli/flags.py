@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
 _TRUE = {"1", "t", "T", "true", "TRUE", "True"}
 _FALSE = {"0", "f", "F", "false", "FALSE", "False"}
@@ -153,5 +152,7 @@ def usage(program: str, flags: Sequence[Flag]) -> str:
 
 def version_text(program: str) -> str:
     """What -version prints, in the reference's shape."""
+    from importlib.metadata import version  # takes longer than all the rest of a short run
+
     number = version("memtier-cli")
     return f"{program} version information:\n  - version: {number}\n  - build:   memtier-cli {number}"

@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-from loguru import logger
-
-from memtier_engine.errors import MemtierError
+from memtier_cli.libraries import logger
 
 _PATIENCE_S = 0.05
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -117,7 +115,9 @@ class SessionSignals:
 
     def fail(self, failure: Exception) -> None:
         """An engine ended by an error. Called from its thread."""
-        logger.opt(exception=None if isinstance(failure, MemtierError) else failure).error("{}", failure)
+        from memtier_engine.errors import MemtierError
+
+        logger().opt(exception=None if isinstance(failure, MemtierError) else failure).error("{}", failure)
         self.failure = failure
         self._event.set()
 

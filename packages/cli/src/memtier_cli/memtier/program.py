@@ -10,7 +10,6 @@ import errno
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import version
 
 import click
 
@@ -55,7 +54,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version=version("memtier-cli"), prog_name="memtier")
+@click.version_option(package_name="memtier-cli", prog_name="memtier")
 def memtier() -> None:
     """Find memory that is not used, and page it out or move it to another NUMA node."""
 

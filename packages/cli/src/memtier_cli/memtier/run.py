@@ -91,6 +91,9 @@ def command(
     Exit status: 0 also after Ctrl-C or SIGTERM, 1 if a cgroup, process, tracker or swap is missing, or no process
     could be looked at.
     """
+    from memtier_cli import libraries
+
+    libraries.ready()
     from memtier_cli.logs import configure_console
     from memtier_cli.memtier.screen import Screen
     from memtier_cli.memtier.states import Told

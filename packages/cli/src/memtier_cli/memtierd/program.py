@@ -13,6 +13,7 @@ from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
+from memtier_cli import libraries
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.front import output_is_full, read_flags
 
@@ -40,15 +41,11 @@ def main() -> int:
     if isinstance(flags, int):
         return flags
     from memtier_cli.memtierd.prompt.errors import CommandError, Fatal
-    from memtier_engine.errors import MemtierError
 
     try:
         return _serve(flags)
     except Fatal as message:
-        _log_fatal(str(message))
-        return 1
-    except (MemtierError, CommandError) as error:
-        print(f"memtierd: {error}", file=sys.stderr)
+        libraries.logger().opt(raw=True).critical("{}\n", str(message))
         return 1
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output is gone; nobody reads a complaint either
@@ -59,25 +56,30 @@ def main() -> int:
         output_is_full("memtierd", error)
     except KeyboardInterrupt:
         return 0  # before anything was started: later, signals are heard
+    except Exception as error:
+        from memtier_engine.errors import MemtierError
+
+        if not isinstance(error, (MemtierError, CommandError)):
+            raise
+        print(f"memtierd: {error}", file=sys.stderr)
+        return 1
 
 
 def _serve(flags: Parsed) -> int:
-    from memtier_cli.logs import configure
+    from memtier_cli.memtierd.prompt.errors import CommandError
     from memtier_cli.memtierd.prompt.output import Output
     from memtier_cli.memtierd.prompt.state import Prompt
     from memtier_cli.signals import Ended, SessionSignals
-    from memtier_engine.errors import MemtierError
-    from memtier_engine.hostfs.limits import raise_open_files
 
-    raise_open_files()
     # The reference's own launcher passes an empty -c along with -config: that asks for nothing.
     if not (flags.text("config") or flags.text("c") or flags.text("f") or flags.boolean("prompt")):
-        raise MemtierError("nothing to do; give -config FILE, -c STRING, -f FILE or -prompt")
+        raise CommandError("nothing to do; give -config FILE, -c STRING, -f FILE or -prompt")
     destination = flags.text("l")
     try:
-        configure(debug=flags.boolean("debug"), sink=_sink(destination))
+        sink = _sink(destination)
     except OSError as error:
-        raise MemtierError(f"-l {destination}: {error.strerror}") from None
+        raise CommandError(f"-l {destination}: {error.strerror}") from None
+    libraries.before_use(lambda: _prepare(flags, sink))
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     prompt = Prompt(Output(sys.stdout or StringIO()))  # None: closed before we started
@@ -88,6 +90,15 @@ def _serve(flags: Parsed) -> int:
             return 0
         finally:
             prompt.close()
+
+
+def _prepare(flags: Parsed, sink: TextIO) -> None:
+    """For the engine, before anything of it is imported."""
+    from memtier_cli.logs import configure
+    from memtier_engine.hostfs.limits import raise_open_files
+
+    configure(debug=flags.boolean("debug"), sink=sink)
+    raise_open_files()
 
 
 def _run(flags: Parsed, prompt: Prompt, signals: SessionSignals) -> int:
@@ -115,16 +126,17 @@ def _run(flags: Parsed, prompt: Prompt, signals: SessionSignals) -> int:
 
 
 def _open(path: str) -> BinaryIO:
-    from memtier_engine.errors import MemtierError
+    from memtier_cli.memtierd.prompt.errors import CommandError
 
     try:
         return Path(path).open("rb")
     except OSError as error:
-        raise MemtierError(f"-f {path}: {error.strerror}") from None
+        raise CommandError(f"-f {path}: {error.strerror}") from None
 
 
 def _start(flags: Parsed, prompt: Prompt, signals: SessionSignals) -> None:
     """The policy and the routines of the configuration file. If anything is wrong, nothing is started."""
+    libraries.ready()
     from memtier_cli.memtierd.prompt.configs import file_blocks
     from memtier_cli.memtierd.prompt.policy_part import PolicyPart
     from memtier_cli.memtierd.prompt.routine_part import RoutinePart
@@ -141,12 +153,6 @@ def _start(flags: Parsed, prompt: Prompt, signals: SessionSignals) -> None:
         part = RoutinePart(prompt, routine.name, spec=routine, text=block.text)
         prompt.routines.append(part)
         part.start()
-
-
-def _log_fatal(message: str) -> None:
-    from loguru import logger
-
-    logger.opt(raw=True).critical("{}\n", message)
 
 
 def _sink(destination: str) -> TextIO:

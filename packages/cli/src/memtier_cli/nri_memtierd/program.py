@@ -183,6 +183,9 @@ def _last_words(log: LogQueue, text: str, *, as_json: bool) -> None:
 def _serve(flags: Parsed, index: str, name: str, orders: Orders, log: LogQueue) -> int:
     import asyncio
 
+    from memtier_cli import libraries
+
+    libraries.ready()
     from loguru import logger
 
     from memtier_cli.logs import configure_daemon

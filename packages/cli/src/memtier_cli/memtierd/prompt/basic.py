@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from loguru import logger
-
 from memtier_cli.flags import Flag, Parsed
+from memtier_cli.libraries import logger
 from memtier_cli.memtierd.prompt.command import Command
 from memtier_cli.memtierd.prompt.errors import CommandError, Fatal
 from memtier_cli.memtierd.prompt.output import Output
@@ -36,7 +35,7 @@ def _log(prompt: LogNeeds, flags: Parsed) -> None:
         output.prefix = flags.text("prefix")
     for flag, level in (("i", "INFO"), ("d", "DEBUG"), ("e", "ERROR")):
         if flag in flags.texts:
-            logger.log(level, "{}", flags.text(flag))
+            logger().log(level, "{}", flags.text(flag))
     if "f" in flags.texts:
         raise Fatal(flags.text("f"))
 
@@ -51,7 +50,6 @@ def _quit(prompt: QuitNeeds, flags: Parsed) -> None:
 
 LOG = Command(
     "log",
-    "write to the log, or send the output of commands there",
     _log,
     (
         Flag("i", "write MSG as information", "string"),
@@ -63,5 +61,5 @@ LOG = Command(
         Flag("prefix", "put this before each line of output in the log", "string"),
     ),
 )
-NOP = Command("nop", "do nothing", _nop, any_words=True)
-QUIT = Command("q", "end this session", _quit)
+NOP = Command("nop", _nop, any_words=True)
+QUIT = Command("q", _quit)

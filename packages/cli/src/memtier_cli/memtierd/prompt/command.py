@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from memtier_cli.flags import Flag, Parsed
-from memtier_engine.hostfs.host import Host
-from memtier_engine.stats.recorder import Statistics
+
+if TYPE_CHECKING:
+    from memtier_engine.hostfs.host import Host
+    from memtier_engine.stats.recorder import Statistics
 
 Needs_contra = TypeVar("Needs_contra", contravariant=True)
 
@@ -21,7 +23,6 @@ class Command(Generic[Needs_contra]):
     """One command of the prompt, for prompts that have what it needs."""
 
     name: str
-    help: str
     run: Callable[[Needs_contra, Parsed], None]
     flags: tuple[Flag, ...] = ()
     any_words: bool = False
@@ -41,8 +42,21 @@ class Console(Protocol):
         """Lines of output in one piece."""
 
 
-class Machine(Protocol):
-    """What is worked on, and where it is counted."""
+class OnHost(Protocol):
+    """Knows what is worked on."""
 
-    host: Host
-    statistics: Statistics
+    @property
+    def host(self) -> Host:
+        """The machine."""
+
+
+class Counted(Protocol):
+    """Knows where it is counted."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """What engines have done."""
+
+
+class Machine(OnHost, Counted, Protocol):
+    """What is worked on, and where it is counted."""

@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import Protocol
 
 from memtier_cli.flags import Flag, Parsed
-from memtier_cli.memtierd.prompt.command import Command, Console
+from memtier_cli.memtierd.prompt.command import Command, Console, OnHost
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.ranges import Selection, range_lines
 from memtier_engine.errors import MemtierError
-from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import process_id
 from memtier_engine.hostfs.occupied import occupied
 from memtier_engine.model import Spans
 from memtier_engine.pages.regions import cut
 
 
-class ArangeNeeds(Console, Protocol):
+class ArangeNeeds(Console, OnHost, Protocol):
     """What `arange` needs of a prompt."""
 
-    host: Host
     ranges: Selection | None
 
 
@@ -49,7 +47,6 @@ def _arange(prompt: ArangeNeeds, flags: Parsed) -> None:
 
 ARANGE = Command(
     "arange",
-    "select address ranges of a process",
     _arange,
     (
         Flag("pid", "select the ranges in which the process has memory of its own", "int", "-1"),

@@ -6,7 +6,7 @@ import time
 from typing import Protocol
 
 from memtier_cli.flags import Flag, Parsed
-from memtier_cli.memtierd.prompt.command import Command, Console
+from memtier_cli.memtierd.prompt.command import Command, Console, Counted
 from memtier_cli.memtierd.prompt.configs import decode_mover
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_json
@@ -15,16 +15,13 @@ from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_SHIFT, SWAP_NODE, MoveTask, Spans
 from memtier_engine.mover.control import MoverControl, MoverStatus, MoverThread
 from memtier_engine.mover.mover import BY_HAND
-from memtier_engine.stats.recorder import Statistics
 
 _SETTLE_S = 0.1
 _WAIT_S = 0.5
 
 
-class HasMover(Protocol):
+class HasMover(Counted, Protocol):
     """What moves memory for a prompt."""
-
-    statistics: Statistics
 
     @property
     def mover(self) -> MoverControl:
@@ -115,7 +112,6 @@ def task_text(task: MoveTask, left: Spans) -> str:
 
 MOVER = Command(
     "mover",
-    "move the selected pages to a node, steer the mover",
     _mover,
     (
         Flag("config", 'set interval and bandwidth, such as \'{"IntervalMs": 10, "Bandwidth": 100}\'', "string"),

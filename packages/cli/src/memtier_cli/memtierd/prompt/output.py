@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
-from loguru import logger
+from memtier_cli.libraries import logger
 
 
 class Stream(Protocol):
@@ -41,7 +41,7 @@ class Output:
             if self.to_log:
                 *lines, self._line = (self._line + text).split("\n")
                 for line in lines:
-                    logger.info("{}{}", self.prefix, line)
+                    logger().info("{}{}", self.prefix, line)
 
     def banner(self, text: str) -> None:
         """The prompt string: nothing for the log."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt.asked import asked_for, memory_of
-from memtier_cli.memtierd.prompt.command import Command, Console
+from memtier_cli.memtierd.prompt.command import Command, Console, OnHost
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_bool
 from memtier_cli.memtierd.prompt.ranges import Selection, page_count, range_lines
@@ -51,10 +51,9 @@ _ASKED_BYTES = 1 << 30
 _SHOWN_BITS = (PM_SOFT_DIRTY, PM_MMAP_EXCLUSIVE, PM_UFFD_WP, PM_FILE, PM_SWAP, PM_PRESENT)
 
 
-class PagesNeeds(Console, Protocol):
+class PagesNeeds(Console, OnHost, Protocol):
     """What `pages` needs of a prompt."""
 
-    host: Host
     ranges: Selection | None
     pages: Selection | None
 
@@ -195,7 +194,6 @@ def _pagemap_line(address: int, word: int) -> str:
 
 PAGES = Command(
     "pages",
-    "select pages of a process, show pages and frames",
     _pages,
     (
         Flag("pid", "select pages of this process", "int", "-1"),

@@ -49,7 +49,6 @@ def _policy(prompt: PolicyNeeds, flags: Parsed) -> None:
 
 POLICY = Command(
     "policy",
-    "create, configure, start and look into the policy",
     _policy,
     (
         *configs.part_flags("policies", "the policy"),

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from memtier_cli.memtierd.prompt.command import Counted
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.output import Output
 from memtier_engine.config.files import parse_routine
 from memtier_engine.config.routines import ROUTINES, RoutineSpec
 from memtier_engine.routines.base import RoutineThread
-from memtier_engine.stats.recorder import Statistics
 
 
-class Owner(Protocol):
+class Owner(Counted, Protocol):
     """The prompt that a routine belongs to, as far as the routine asks it."""
 
     output: Output
-    statistics: Statistics
     trusted: bool
     """Whether whoever gives the commands may run programs."""
 

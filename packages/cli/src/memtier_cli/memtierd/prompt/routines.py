@@ -49,7 +49,6 @@ def _routines(prompt: RoutinesNeeds, flags: Parsed) -> None:
 
 ROUTINES_COMMAND = Command(
     "routines",
-    "run commands at intervals or by pageouts",
     _routines,
     (
         *configs.part_flags("routines", "a routine"),

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Protocol
-
-from loguru import logger
+from typing import TYPE_CHECKING, Protocol
 
 from memtier_cli.flags import HelpWanted, Parsed, UsageError, parse, usage
-from memtier_cli.memtierd.prompt.command import Command
-from memtier_cli.memtierd.prompt.commands import COMMANDS, AllNeeds
+from memtier_cli.libraries import logger
+from memtier_cli.memtierd.prompt.commands import COMMANDS
 from memtier_cli.memtierd.prompt.errors import CommandError, Fatal
 from memtier_cli.memtierd.prompt.lines import Lines, LineTooLong
-from memtier_cli.memtierd.prompt.pipes import PipeFailed, Redirected, shell_pipe
 from memtier_cli.memtierd.prompt.words import QuotingError, split_pipe, split_words
-from memtier_engine.errors import MemtierError, ProcessGone
+
+if TYPE_CHECKING:
+    from memtier_cli.memtierd.prompt.command import Command
+    from memtier_cli.memtierd.prompt.needs import AllNeeds
+    from memtier_cli.memtierd.prompt.pipes import Redirected
+
+    class Prompted(AllNeeds, Redirected, Protocol):
+        """A prompt: what commands need, and output that a pipe can take."""
+
 
 PROMPT = "memtierd> "
 OK, UNKNOWN_COMMAND, NO_PIPE, NO_PIPE_PROCESS, BAD_QUOTING = range(5)
 """Statuses of a line. A command that failed has OK all the same, as in the reference."""
-
-
-class Prompted(AllNeeds, Redirected, Protocol):
-    """A prompt: what commands need, and output that a pipe can take."""
 
 
 def run_session(prompt: Prompted, lines: Lines, *, echo: bool = False) -> None:
@@ -66,6 +67,8 @@ def run_line(prompt: Prompted, line: str) -> int:
     if not prompt.trusted:
         prompt.say("a pipe runs programs, which commands of a configuration file may not (allow it: -allow-programs)")
         return NO_PIPE
+    from memtier_cli.memtierd.prompt.pipes import PipeFailed, shell_pipe
+
     try:
         with shell_pipe(prompt, shell):
             return run_words(prompt, words)
@@ -95,12 +98,14 @@ def _run(prompt: Prompted, command: Command[AllNeeds], arguments: Sequence[str])
         print(f"{failure}\n{usage(command.name, command.flags)}", file=sys.stderr, flush=True)
     except CommandError as failure:
         prompt.say(str(failure))
-    except ProcessGone as failure:
-        prompt.say(f"{command.name} error: {failure}")
-    except (MemtierError, OSError) as failure:
-        prompt.say(f"{command.name} error: {failure}")
     except Fatal:
         raise
-    except Exception as failure:  # a defect in one command must not end the daemon
-        logger.opt(exception=failure).error("command {} failed", command.name)
+    except Exception as failure:
+        from memtier_engine.errors import MemtierError
+
+        if isinstance(failure, (MemtierError, OSError)):
+            prompt.say(f"{command.name} error: {failure}")
+            return
+        # A defect in one command must not end the daemon.
+        logger().opt(exception=failure).error("command {} failed", command.name)
         prompt.say(f"{command.name} failed: {failure!r}")

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memtier_cli.memtierd.prompt.output import Output
-from memtier_cli.memtierd.prompt.policy_part import PolicyPart
-from memtier_cli.memtierd.prompt.ranges import Selection
-from memtier_cli.memtierd.prompt.routine_part import RoutinePart
 from memtier_cli.memtierd.prompt.session import run_line, run_words
-from memtier_cli.memtierd.prompt.tracker_part import AnyTracker
-from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher
-from memtier_engine.hostfs.host import Host
-from memtier_engine.mover.control import MoverControl, MoverThread
-from memtier_engine.mover.mover import MoverConfig
-from memtier_engine.stats.recorder import Statistics
+
+if TYPE_CHECKING:
+    from memtier_cli.memtierd.prompt.policy_part import PolicyPart
+    from memtier_cli.memtierd.prompt.ranges import Selection
+    from memtier_cli.memtierd.prompt.routine_part import RoutinePart
+    from memtier_cli.memtierd.prompt.tracker_part import AnyTracker
+    from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher
+    from memtier_engine.hostfs.host import Host
+    from memtier_engine.mover.control import MoverControl, MoverThread
+    from memtier_engine.mover.mover import MoverConfig
+    from memtier_engine.stats.recorder import Statistics
 
 
 @dataclass(eq=False)
@@ -25,8 +27,10 @@ class Prompt:
     """One prompt and everything its commands share. One thread at a time."""
 
     output: Output
-    host: Host = field(default_factory=Host)
-    statistics: Statistics = field(default_factory=Statistics)
+    _host: Host | None = None
+    """None: this machine."""
+    _statistics: Statistics | None = None
+    """None: its own."""
     trusted: bool = True
     """Whether whoever gives the commands may run programs: an operator may, a configuration file may not."""
     ranges: Selection | None = None
@@ -51,6 +55,24 @@ class Prompt:
     """Of the policy's mover, which its own took over."""
     _earlier: list[Any] = field(default_factory=list)
     """Trackers and watchers that are not current any more and may still run."""
+
+    @property
+    def host(self) -> Host:
+        """The machine."""
+        if self._host is None:
+            from memtier_engine.hostfs.host import Host
+
+            self._host = Host()
+        return self._host
+
+    @property
+    def statistics(self) -> Statistics:
+        """What engines have done. They begin when somebody asks: before, there is nothing to count."""
+        if self._statistics is None:
+            from memtier_engine.stats.recorder import Statistics
+
+            self._statistics = Statistics()
+        return self._statistics
 
     def write(self, text: str) -> None:
         """Output as it is."""
@@ -80,6 +102,8 @@ class Prompt:
         if self.lender is not None:
             return self.lender.own_mover
         if self._mover is None:
+            from memtier_engine.mover.control import MoverThread
+
             self._mover = MoverThread(self.host, self._pace, on_outcome=self._moved)
         return self._mover
 

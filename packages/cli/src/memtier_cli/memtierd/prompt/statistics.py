@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 from memtier_cli.flags import Flag, Parsed
-from memtier_cli.memtierd.prompt.command import Command, Console
+from memtier_cli.memtierd.prompt.command import Command, Console, Counted
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import MoveOutcome
-from memtier_engine.stats.recorder import Statistics, move_text
+from memtier_engine.stats.recorder import move_text
 from memtier_engine.stats.tables import TABLES, tables_text
 
 _NO_MOVE = (
@@ -19,10 +19,8 @@ _NO_MOVE = (
 _USAGE = "Usage: dump moves <start|new|stop>"
 
 
-class StatsNeeds(Console, Protocol):
+class StatsNeeds(Console, Counted, Protocol):
     """What `stats` needs of a prompt."""
-
-    statistics: Statistics
 
 
 def _stats(prompt: StatsNeeds, flags: Parsed) -> None:
@@ -69,7 +67,6 @@ def _dump(prompt: StatsNeeds, words: list[str]) -> list[str]:
 
 STATS = Command(
     "stats",
-    "print statistics",
     _stats,
     (
         Flag("t", f"print only these tables, separated by commas: {', '.join(TABLES)}", "string"),

@@ -46,7 +46,6 @@ def _elapsed(prompt: TimeNeeds, name: str) -> str | None:
 
 TIME = Command(
     "time",
-    "print the time, measure it, let it pass",
     _time,
     (
         Flag("now", "print the Unix time in seconds"),

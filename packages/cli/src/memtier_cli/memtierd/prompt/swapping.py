@@ -137,7 +137,6 @@ def status_text(pid: int, out_pages: int, pages: int) -> str:
 
 SWAP = Command(
     "swap",
-    "page processes out or in, show what is swapped out",
     _swap,
     (
         Flag("pid", "this process", "int", "-1"),

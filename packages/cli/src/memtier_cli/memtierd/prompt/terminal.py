@@ -6,8 +6,7 @@ import os
 import readline
 from pathlib import Path
 
-from loguru import logger
-
+from memtier_cli.libraries import logger
 from memtier_cli.memtierd.prompt.commands import COMMANDS
 from memtier_cli.memtierd.prompt.output import Output
 
@@ -48,7 +47,7 @@ class TerminalLines:
             os.close(os.open(history, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
             readline.read_history_file(history)
         except OSError as failure:
-            logger.debug("history {}: {}", history, failure.strerror)
+            logger().debug("history {}: {}", history, failure.strerror)
             self._history = None
 
     def _save(self) -> None:
@@ -57,7 +56,7 @@ class TerminalLines:
         try:
             readline.append_history_file(1, self._history)
         except OSError as failure:
-            logger.debug("history {}: {}", self._history, failure.strerror)
+            logger().debug("history {}: {}", self._history, failure.strerror)
             self._history = None
 
 

@@ -158,7 +158,6 @@ def regions_text(ranges: Mapping[ProcessId, Spans]) -> str:
 
 TRACKER = Command(
     "tracker",
-    "see which memory of processes is touched",
     _tracker,
     (
         *configs.part_flags("trackers", "the tracker"),

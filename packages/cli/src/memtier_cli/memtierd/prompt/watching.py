@@ -7,7 +7,7 @@ from typing import Protocol
 
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.memtierd.prompt import configs
-from memtier_cli.memtierd.prompt.command import Command, Console
+from memtier_cli.memtierd.prompt.command import Command, Console, OnHost
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import go_list
 from memtier_cli.memtierd.prompt.output import Output
@@ -15,15 +15,13 @@ from memtier_cli.memtierd.prompt.tracker_part import AnyTracker, OwnTracker
 from memtier_cli.memtierd.prompt.watcher_part import AnyWatcher, OnPids, OwnWatcher
 from memtier_engine.config.parts import TARGETS
 from memtier_engine.errors import MemtierError
-from memtier_engine.hostfs.host import Host
 
 _NONE = "no pidwatcher, create one with -create NAME [-config CONFIG]"
 
 
-class PidwatcherNeeds(Console, Protocol):
+class PidwatcherNeeds(Console, OnHost, Protocol):
     """What `pidwatcher` needs of a prompt."""
 
-    host: Host
     output: Output
     tracker: AnyTracker | None
     watcher: AnyWatcher | None
@@ -92,7 +90,6 @@ _LISTENERS = {"log": _log_listener, "tracker": _tracker_listener}
 
 PIDWATCHER = Command(
     "pidwatcher",
-    "follow processes as they come and go",
     _pidwatcher,
     (
         *configs.part_flags("watchers", "the watcher"),
