@@ -11,7 +11,7 @@ import pytest
 _PROGRAM = """
 import sys
 import numpy as np
-from memtier_cli.nri_memtierd import allocator
+from memtier_cli import allocator
 
 def used_mib():
     return int(open("/proc/self/status").read().partition("RssAnon:")[2].split()[0]) / 1024

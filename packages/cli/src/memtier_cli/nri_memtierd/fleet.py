@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from memtier_cli.nri_memtierd import allocator
+from memtier_cli import allocator
 from memtier_cli.nri_memtierd.care import Care, Cares, Litter
 from memtier_cli.nri_memtierd.classify import ContainerRefused, OnUnknownClass, classify
 from memtier_cli.nri_memtierd.config import PluginConfig, WorkloadClass, render

@@ -188,8 +188,8 @@ def _serve(flags: Parsed, index: str, name: str, orders: Orders, log: LogQueue) 
     libraries.ready()
     from loguru import logger
 
+    from memtier_cli import allocator
     from memtier_cli.logs import configure_daemon
-    from memtier_cli.nri_memtierd import allocator
     from memtier_cli.nri_memtierd.config_file import ConfigFile
     from memtier_cli.nri_memtierd.fleet import Fleet
     from memtier_cli.nri_memtierd.launch.base import Stepping
