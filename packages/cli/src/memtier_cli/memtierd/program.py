@@ -136,6 +136,9 @@ def _open(path: str) -> BinaryIO:
 
 def _start(flags: Parsed, prompt: Prompt, signals: SessionSignals) -> None:
     """The policy and the routines of the configuration file. If anything is wrong, nothing is started."""
+    from memtier_cli import allocator
+
+    allocator.settle()
     libraries.ready()
     from memtier_cli.memtierd.prompt.configs import file_blocks
     from memtier_cli.memtierd.prompt.policy_part import PolicyPart
@@ -153,6 +156,8 @@ def _start(flags: Parsed, prompt: Prompt, signals: SessionSignals) -> None:
         part = RoutinePart(prompt, routine.name, spec=routine, text=block.text)
         prompt.routines.append(part)
         part.start()
+    allocator.settle()  # what the start needed
+    allocator.release()
 
 
 def _sink(destination: str) -> TextIO:

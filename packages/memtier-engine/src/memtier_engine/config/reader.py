@@ -7,7 +7,6 @@ quoted numbers refused), its zero for a missing key is not: each key has a defau
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -123,6 +122,8 @@ class Section:
         self._keys = {key.name: key for key in COMPONENTS[component]}
         for key, written in self._written.items():
             if key not in self._keys:
+                import difflib
+
                 near = difflib.get_close_matches(key.lower(), self._keys, 1)
                 meant = f"did you mean {near[0]}? " if near else ""
                 known = ", ".join(sorted(self._keys))
@@ -308,6 +309,8 @@ class Section:
     def _among(self, key: str, found: str, allowed: Sequence[str]) -> None:
         if found not in allowed:
             listed = ", ".join(sorted(filter(None, allowed)))
+            import difflib
+
             near = difflib.get_close_matches(found, allowed, 1)
             meant = f"did you mean {near[0]}? " if near else ""
             raise self.error(key, f"{found!r} is not known", f"{meant}one of: {listed}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 
 from memtier_engine.errors import KernelCallError
@@ -55,8 +54,14 @@ def read_kernel_config(host: Host) -> KernelConfig:
         path = host.path(name)
         try:
             data = host.read_bytes(path)
-            text = (gzip.decompress(data) if name.endswith(".gz") else data).decode("utf-8", "replace")
+            text = (_unpacked(data) if name.endswith(".gz") else data).decode("utf-8", "replace")
         except (KernelCallError, OSError, EOFError):
             continue
         return KernelConfig(dict(_SET.findall(text)), host.kernel_file(path))
     return KernelConfig(None, None)
+
+
+def _unpacked(data: bytes) -> bytes:
+    import gzip
+
+    return gzip.decompress(data)

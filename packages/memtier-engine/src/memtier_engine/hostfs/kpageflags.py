@@ -8,6 +8,7 @@ import numpy as np
 
 from memtier_engine.abi.constants import KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
 from memtier_engine.closing import OpenFile
+from memtier_engine.distinct import distinct_places
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.runs import bytes_of, run_bounds
 from memtier_engine.model import U64
@@ -84,14 +85,14 @@ class KpageFlags(OpenFile):
         Returns:
             uint64[n].
         """
-        frames, where = np.unique(pfns, return_inverse=True)
+        frames, where = distinct_places(pfns)
         heads = frames.copy()
         tails = np.flatnonzero(self.read(frames) & np.uint64(KPF_COMPOUND_TAIL))
         for order in range(1, _MAX_ORDER + 1):
             if len(tails) == 0:
                 break
             rounded = frames[tails] >> np.uint64(order) << np.uint64(order)
-            candidates, of = np.unique(rounded, return_inverse=True)
+            candidates, of = distinct_places(rounded)
             is_head = ((self.read(candidates) & np.uint64(KPF_COMPOUND_HEAD)) != 0)[of]
             heads[tails[is_head]] = rounded[is_head]
             tails = tails[~is_head]

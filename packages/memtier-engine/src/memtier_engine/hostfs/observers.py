@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -291,6 +290,8 @@ def _default_directory(host: Host) -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(runtime):
         return Path(runtime, "memtier", "observers")
+    import tempfile  # with random and three compressions
+
     return Path(tempfile.gettempdir(), f"memtier-{user}", "observers")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from memtier_engine.distinct import among
 from memtier_engine.errors import Unavailable
 from memtier_engine.hostfs.held import by_smaps, held
 from memtier_engine.hostfs.host import Host
@@ -28,12 +29,12 @@ def occupied(host: Host, pid: int) -> Spans:
     table = read_smaps(host, pid)
     heap = np.fromiter((name == "[heap]" for name in table.names), np.bool_, len(table))
     used = (table.anonymous_bytes > 0) | (table.swap_bytes > 0) | heap
-    keep = np.isin(tierable.starts, table.starts[used])
+    keep = among(tierable.starts, table.starts[used])
     found = Spans(tierable.starts[keep], tierable.ends[keep])
     _, sparse = by_smaps(found, table)
     if not len(sparse):
         return found
-    dense = ~np.isin(found.starts, sparse.starts)
+    dense = ~among(found.starts, sparse.starts)
     with Pagemap(host, pid) as pagemap:
         try:
             blocks = held(pagemap, sparse, 0).spans

@@ -13,6 +13,7 @@ import os
 import numpy as np
 
 from memtier_engine.closing import OpenFile
+from memtier_engine.distinct import distinct_places
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.runs import bytes_of, run_bounds
 from memtier_engine.model import U64, Bools
@@ -104,8 +105,7 @@ def _distinct(numbers: U64) -> tuple[U64, np.ndarray[tuple[int], np.dtype[np.int
     offsets = (numbers - least).astype(np.int64)
     size = int(offsets.max()) + 1
     if size > max(_TABLE_MAX, len(numbers)):
-        found, inverse = np.unique(numbers, return_inverse=True)
-        return found, inverse
+        return distinct_places(numbers)
     table = np.zeros(size, np.bool_)
     table[offsets] = True
     places = np.cumsum(table, dtype=np.int64) - 1

@@ -10,6 +10,7 @@ import numpy as np
 from memtier_engine.abi import constants as c
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import Capability
+from memtier_engine.distinct import distinct
 from memtier_engine.errors import AccessDenied, KernelCallError, MemtierError, Unavailable
 from memtier_engine.hostfs import pagemap as pm
 from memtier_engine.hostfs import proc
@@ -139,7 +140,7 @@ def kpageflags(scene: Scene) -> None:
     words = _words(scene)
     try:
         with KpageFlags(scene.host) as flags:
-            found = flags.read(np.unique(pm.pfns(words[pm.present(words)])))
+            found = flags.read(distinct(pm.pfns(words[pm.present(words)])))
     except KernelCallError as error:
         raise scene.refused(error, Capability.CAP_SYS_ADMIN) from None
     if not found.any():

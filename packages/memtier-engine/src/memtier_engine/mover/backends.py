@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from memtier_engine.abi import syscalls
 from memtier_engine.abi.constants import MADV_PAGEOUT, PAGE_IS_HUGE, PAGE_IS_PFNZERO
+from memtier_engine.distinct import distinct_counts
 from memtier_engine.errors import KernelCallError, ProcessGone, Unavailable
 from memtier_engine.hostfs.handles import ProcessFiles
 from memtier_engine.hostfs.pagemap import Pagemap
@@ -404,8 +405,7 @@ def _reasons_of(status: NDArray[np.int32]) -> U8:
 
 
 def _count_errors(result: BatchResult, status: NDArray[np.int32]) -> None:
-    numbers, counts = np.unique(-status[status < 0], return_counts=True)
-    for number, pages in zip(numbers.tolist(), counts.tolist(), strict=True):
+    for number, pages in distinct_counts(-status[status < 0]).items():
         result.page_errors[number] = result.page_errors.get(number, 0) + pages
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memtier_engine.abi.constants import PM_FILE, PM_MMAP_EXCLUSIVE, PM_PRESENT, PM_SWAP
+from memtier_engine.distinct import distinct
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U8, U64, Bools, Kept, Spans, Why
 
 GOES = 0
@@ -145,7 +146,7 @@ def partly_asked(spans: Spans) -> Spans:
     ends = ends[ends % block != 0]
     if not len(ends):
         return Spans.empty()
-    blocks = _distinct(ends // block * block)
+    blocks = distinct(ends // block * block)
     return Spans(blocks, blocks + block)
 
 
@@ -173,17 +174,10 @@ def in_pieces(spans: Spans, piece_bytes: int, whole: Spans) -> Spans:
 
 def cut_at(starts: U64, ends: U64, borders: U64) -> tuple[U64, U64]:
     """The spans, cut in two wherever one of `borders` lies inside one of them."""
-    borders = _distinct(borders)
+    borders = distinct(borders)
     at = np.searchsorted(starts, borders, side="right") - 1
     cuts = borders[(at >= 0) & (borders > starts[np.maximum(at, 0)]) & (borders < ends[np.maximum(at, 0)])]
     return np.sort(np.concatenate((starts, cuts))), np.sort(np.concatenate((ends, cuts)))
-
-
-def _distinct(values: U64) -> U64:
-    """In ascending order. As np.unique, which imports numpy.ma at its first call: 64 ms."""
-    values = np.sort(values)
-    distinct: U64 = values[np.append(True, values[1:] != values[:-1])[: len(values)]]
-    return distinct
 
 
 def addresses_of(spans: Spans) -> U64:
@@ -209,7 +203,7 @@ def sample(spans: Spans, pages: int) -> Spans:
     """At most so many single pages, spread evenly over `spans`."""
     ends = np.cumsum(spans.pages)
     total = int(ends[-1]) if len(ends) else 0
-    chosen = np.unique(np.linspace(0, max(total - 1, 0), min(pages, total)).astype(np.int64))
+    chosen = distinct(np.linspace(0, max(total - 1, 0), min(pages, total)).astype(np.int64))
     row = np.searchsorted(ends, chosen, side="right")
     within = chosen - (ends[row] - spans.pages[row])
     addresses: U64 = spans.starts[row] + (within.astype(np.uint64) << np.uint64(PAGE_SHIFT))

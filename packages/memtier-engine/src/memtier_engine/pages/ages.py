@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from memtier_engine.distinct import distinct
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, PAGE_SHIFT, U8, U64, PageChunk, ProcessId, Spans
 
 LINEAR_SCANS = 128
@@ -407,7 +408,7 @@ def _overlaps(
     """(old index, new index, pages) of each address run in both, unbroken sequences of runs as one."""
     if not len(old) or not len(new):
         return
-    points = np.unique(np.concatenate((old.starts, old.ends, new.starts, new.ends)))
+    points = distinct(np.concatenate((old.starts, old.ends, new.starts, new.ends)))
     starts, ends = points[:-1], points[1:]
     in_old = np.searchsorted(old.starts, starts, side="right") - 1
     in_new = np.searchsorted(new.starts, starts, side="right") - 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from memtier_engine.distinct import distinct
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools, PageChunk, ProcessId, Spans
 
 I64 = NDArray[np.int64]
@@ -182,7 +183,7 @@ def pieces(starts: U64, ends: U64, weights: tuple[F64, ...]) -> tuple[U64, U64, 
     weights = tuple(weight[order] for weight in weights)
     if not len(starts) or bool((ends[:-1] <= starts[1:]).all()):
         return starts, ends, weights
-    points = np.unique(np.concatenate((starts, ends)))
+    points = distinct(np.concatenate((starts, ends)))
     first = np.searchsorted(points, starts)
     count = np.searchsorted(points, ends) - first
     # Each range's weight goes to each of its pieces: sums of the weights themselves, nothing is subtracted.

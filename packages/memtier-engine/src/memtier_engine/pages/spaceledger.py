@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from memtier_engine.distinct import among, distinct
 from memtier_engine.model import PAGE_SHIFT, U64, Bools, PageChunk, Spans
 from memtier_engine.pages.ages import AGE_MAX, PAGED_OUT, ProcessPages
 from memtier_engine.pages.gaps import BINS, bin_of, bins_of
@@ -170,7 +171,7 @@ class SpaceLedger:
                 pages, idle = pages[went], idle[went]
             count = len(pages)
             doublings = np.log2(np.maximum(idle, 1.0)).astype(np.int64)
-            for doubling in np.unique(doublings).tolist():
+            for doubling in distinct(doublings).tolist():
                 of_part = doublings == doubling
                 part = generation.part(doubling, trial)
                 part.pages.add(pages[of_part])
@@ -333,7 +334,7 @@ def _wanted(pages: U64, regions: U64, other_waits: int) -> Bools:
     The others were freed and filled anew between two scans, or a system call touched them. The latter waits for swap,
     and the kernel says of a process how often it waited, though not where.
     """
-    known = np.isin(pages >> np.uint64(REGION_SHIFT - PAGE_SHIFT), regions >> np.uint64(REGION_SHIFT))
+    known = among(pages >> np.uint64(REGION_SHIFT - PAGE_SHIFT), regions >> np.uint64(REGION_SHIFT))
     others = len(pages) - int(np.count_nonzero(known))
     if others and other_waits * PAGES_PER_FAULT >= others:
         return np.ones(len(pages), np.bool_)

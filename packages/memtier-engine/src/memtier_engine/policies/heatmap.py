@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from memtier_engine.distinct import distinct
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_SHIFT, U64, ProcessId, Spans
 from memtier_engine.pages.regions import F64, I64, Counters, pieces
@@ -126,7 +127,7 @@ class Heatmap:
         return np.minimum(self.config.heat_max, fresh + heat * self._left(updated_ns, now_ns))
 
     def _overlaid(self, old: Heats, starts: U64, ends: U64, fresh: F64, now_ns: int) -> Heats:
-        points = np.unique(np.concatenate((old.starts, old.ends, starts, ends)))
+        points = distinct(np.concatenate((old.starts, old.ends, starts, ends)))
         if not len(points):
             return Heats.empty()
         first, last = points[:-1], points[1:]
@@ -152,7 +153,7 @@ def clipped(heats: Heats, spans: Spans) -> Heats:
     span, inside = _covering(spans.starts, spans.ends, heats.starts)
     if bool((inside & (heats.ends <= _at(spans.ends, span))).all()):
         return heats
-    points = np.unique(np.concatenate((heats.starts, heats.ends, spans.starts, spans.ends)))
+    points = distinct(np.concatenate((heats.starts, heats.ends, spans.starts, spans.ends)))
     first, last = points[:-1], points[1:]
     row, in_heats = _covering(heats.starts, heats.ends, first)
     _, in_spans = _covering(spans.starts, spans.ends, first)

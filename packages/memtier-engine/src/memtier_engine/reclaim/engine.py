@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier_engine.clock import Clock
+from memtier_engine.distinct import distinct
 from memtier_engine.engine.loop import Engine, EngineConfig, StepReport
 from memtier_engine.errors import KernelCallError, MemtierError, TrackerUnavailable, Unavailable
 from memtier_engine.guards.gauges import HostGauges
@@ -280,7 +281,7 @@ def _as_ages(facts: Sequence[CgroupFacts]) -> tuple[NDArray[np.float64], NDArray
         return idle_s, pages
     times = np.concatenate([times for times, _ in found if times is not None])
     counts = np.concatenate([counts for _, counts in found if counts is not None])
-    steps = np.unique(times)
+    steps = distinct(times)
     steps = steps[np.linspace(0, len(steps) - 1, min(len(steps), AGE_MAX + 1)).astype(np.intp)]
     idle_s[:] = steps[-1] if len(steps) else 0.0
     idle_s[: len(steps)] = steps

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from loguru import logger
 
+from memtier_engine.distinct import among, distinct
 from memtier_engine.errors import ConfigError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, ProcessId, Spans
@@ -146,7 +147,7 @@ def intersection(one: Spans, two: Spans) -> Spans:
     """The parts in both."""
     if not len(one) or not len(two):
         return Spans.empty()
-    points = np.unique(np.concatenate((one.starts, one.ends, two.starts, two.ends)))
+    points = distinct(np.concatenate((one.starts, one.ends, two.starts, two.ends)))
     starts, ends = points[:-1], points[1:]
     inside = np.ones(len(starts), np.bool_)
     for spans in (one, two):
@@ -156,6 +157,6 @@ def intersection(one: Spans, two: Spans) -> Spans:
     keep = np.flatnonzero(inside)
     if not len(keep):
         return Spans.empty()
-    breaks = (ends[keep[:-1]] != starts[keep[1:]]) | np.isin(starts[keep[1:]], two.starts)
+    breaks = (ends[keep[:-1]] != starts[keep[1:]]) | among(starts[keep[1:]], two.starts)
     first = np.concatenate(([True], breaks))
     return Spans(starts[keep][first], ends[keep][np.concatenate((breaks, [True]))])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from memtier_engine.distinct import among
 from memtier_engine.hostfs.pagemap import Pagemap
 from memtier_engine.model import CHUNK_PAGES, PAGE_SHIFT, U64, Bools, Spans
 from memtier_engine.trackers.common import cut
@@ -34,11 +35,11 @@ def runs_where(pagemap: Pagemap, spans: Spans, wanted: Callable[[U64], Bools]) -
     if not len(rows):
         return Spans.empty()
     # Runs that meet within a span were cut where a chunk ends.
-    apart = (rows[1:, 0] != rows[:-1, 1]) | np.isin(rows[1:, 0], spans.starts)
+    apart = (rows[1:, 0] != rows[:-1, 1]) | among(rows[1:, 0], spans.starts)
     return Spans(rows[np.concatenate(([True], apart)), 0], rows[np.concatenate((apart, [True])), 1])
 
 
 def _apart(expected: U64, numbers: U64, pieces: Spans) -> Bools:
     borders = pieces.starts[1:] >> np.uint64(PAGE_SHIFT)
-    found: Bools = (numbers != expected) | np.isin(numbers, borders)
+    found: Bools = (numbers != expected) | among(numbers, borders)
     return found

@@ -25,6 +25,7 @@ from memtier_engine.abi.constants import (
     PM_SWAP,
     PM_UFFD_WP,
 )
+from memtier_engine.distinct import distinct_counts
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.kpageflags import KpageFlags
@@ -111,8 +112,7 @@ def node_counts(pages: Selection) -> dict[int, int]:
     """How many of the pages are on each node now; those that are on none are left out."""
     found: Counter[int] = Counter()
     for _, status in _asked(pages):
-        nodes, counts = np.unique(status[status >= 0], return_counts=True)
-        found.update(dict(zip(nodes.tolist(), counts.tolist(), strict=True)))
+        found.update(distinct_counts(status[status >= 0]))
     return found
 
 

@@ -11,6 +11,7 @@ from memtier_cli.memtierd.prompt import configs
 from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_cli.memtierd.prompt.gotext import share
 from memtier_cli.memtierd.prompt.policy_part import PolicyPart
+from memtier_engine.distinct import distinct_counts
 from memtier_engine.engine.loop import Engine
 from memtier_engine.engine.oom_facts import HostOomFacts
 from memtier_engine.errors import ConfigError, ProcessGone
@@ -118,10 +119,9 @@ def _numa(host: Host, engine: Engine, heat: HeatPolicy) -> str:
     by_process: dict[ProcessId, dict[int, int]] = {}
     for process, own in engine.pages.items():
         try:
-            nodes, counts = np.unique(locator.nodes(process, own.spans), return_counts=True)
+            by_process[process] = distinct_counts(locator.nodes(process, own.spans))
         except ProcessGone:
             continue
-        by_process[process] = dict(zip(nodes.tolist(), counts.tolist(), strict=True))
     named = {node for group in heat.config.heat_numas.values() for node in group} | set(heat.config.numa_size_bytes)
     named |= {node for counts in by_process.values() for node in counts if node >= 0}
     used = {node: sum(counts.get(node, 0) for counts in by_process.values()) for node in named}

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from memtier_engine.abi import syscalls
+from memtier_engine.distinct import distinct_counts
 from memtier_engine.errors import KernelCallError, TrackerUnavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.model import U64, ProcessId
@@ -161,12 +163,12 @@ def rows_by_process(keys: U64, processes: Iterable[ProcessId]) -> dict[ProcessId
     if not len(keys):
         return {}
     order = np.lexsort((keys[:, 0], keys[:, 1]))
-    pids, firsts = np.unique(keys[order, 1], return_index=True)
+    counts = distinct_counts(keys[order, 1])
     by_pid = {process.pid: process for process in processes}
-    ends = [*firsts[1:].tolist(), len(keys)]
+    ends = itertools.accumulate(counts.values())
     return {
-        by_pid[pid]: order[first:end]
-        for pid, first, end in zip(pids.tolist(), firsts.tolist(), ends, strict=True)
+        by_pid[pid]: order[end - count : end]
+        for (pid, count), end in zip(counts.items(), ends, strict=True)
         if pid in by_pid
     }
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Collection, Mapping
-from importlib import import_module, resources
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -55,7 +56,9 @@ class Loaded(Protocol):
 
 def read_resource(name: str) -> bytes:
     """A file of this package."""
-    return resources.files(__package__).joinpath(name).read_bytes()
+    data = pkgutil.get_data(__package__, name)  # importlib.resources takes tempfile and more with it
+    assert data is not None
+    return data
 
 
 def load(

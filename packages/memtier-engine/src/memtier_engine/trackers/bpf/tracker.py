@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from loguru import logger
 
+from memtier_engine.distinct import distinct
 from memtier_engine.errors import AccessDenied, ProcessGone
 from memtier_engine.hostfs.handles import OpenProcesses, ProcessFiles
 from memtier_engine.hostfs.host import Host
@@ -266,7 +267,7 @@ class BitClearer:
         if self._few(numbers):
             self._batches.drain()
             # Whole blocks now: of a large folio of a file, a part alone cannot be cleared while it is dirty.
-            blocks = np.unique(numbers >> _BLOCK_PAGE_SHIFT) << np.uint64(_BLOCK_SHIFT)
+            blocks = distinct(numbers >> _BLOCK_PAGE_SHIFT) << np.uint64(_BLOCK_SHIFT)
             around = Spans(blocks, blocks + np.uint64(paging.BLOCK_BYTES))
             clearing.clear(files, Ranges(overlaps(around, seen.pieces).spans), seen.pieces)
             kept = self._still_set(pagemap, seen.layout, kept, buffer)
