@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from graphlib import TopologicalSorter
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import grimp
 import pytest
 
+import memtier_engine
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+SITE = Path(sysconfig.get_path("platlib"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 DOCUMENTS += sorted((ROOT / "packages").glob("*/README.md"))
 PROGRAMS = {"memtier", "memtierd", "nri-memtierd", "memtier-meme", "nri-ping"}
@@ -44,6 +49,19 @@ def test_import_layers_hold() -> None:
     """Libraries do not know the programs, stages meet in model.py only, policies do no IO."""
     done = subprocess.run([BIN / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_make_setup_leaves_byte_code_of_all_that_it_installs() -> None:
+    """Where none may be written later, every start would compile all it imports."""
+    stamp = ROOT / ".venv/.stamp"
+    if not stamp.exists() or stamp.stat().st_mtime < (ROOT / "tools/bootstrap").stat().st_mtime:
+        pytest.skip("run `make setup`")
+    if sys.pycache_prefix is not None:
+        pytest.skip("PYTHONPYCACHEPREFIX is set: byte code is looked for elsewhere")
+    sources = [path for name in ("click", "loguru", "numpy/lib", "yaml") for path in SITE.glob(f"{name}/*.py")]
+    assert len(sources) > 60
+    assert [path for path in sources if not Path(cache_from_source(str(path))).exists()] == []
+    assert Path(cache_from_source(str(Path(memtier_engine.__file__)))).exists()
 
 
 def test_no_modules_import_one_another_in_a_circle() -> None:
