@@ -150,13 +150,14 @@ def _start(flags: Parsed, prompt: Prompt, signals: SessionSignals) -> None:
     written, written_routines = file_blocks(path)
     asked = bool(flags.boolean("prompt") or flags.text("c") or flags.text("f") or spec.routines)
     policy = PolicyPart(prompt, written.name, spec=spec, text=written.text, on_failure=signals.fail, asked=asked)
+    allocator.unmap_idle_code()
     policy.start()
     prompt.attach(policy)
     for routine, block in zip(spec.routines, written_routines, strict=True):
         part = RoutinePart(prompt, routine.name, spec=routine, text=block.text)
         prompt.routines.append(part)
         part.start()
-    allocator.settle()  # what the start needed
+    allocator.settle()  # what trying the tracker took
     allocator.release()
 
 

@@ -212,6 +212,7 @@ def _serve(flags: Parsed, index: str, name: str, orders: Orders, log: LogQueue) 
         _warn_without_swap(config)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         allocator.settle()
+        allocator.unmap_idle_code()
         on_unknown_class = "ignore" if flags.text("on-unknown-class") == "ignore" else "fail"
         launcher = _launcher(flags)
         supervisor = Supervisor(
