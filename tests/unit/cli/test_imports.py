@@ -109,6 +109,31 @@ def test_a_policy_imports_nothing_for_coroutines_encryption_or_masked_arrays() -
     assert not found & {"asyncio", "ssl", "importlib.metadata", "numpy.ma", "numpy.random", "numpy.testing"}
 
 
+POLICY = """
+policy:
+  name: age
+  config: |
+    intervalms: 1000
+    swapoutms: 1000
+    tracker: {name: stub}
+    pidwatcher: {name: stub}
+"""
+
+
+def test_a_policy_imports_only_the_parts_that_its_configuration_names() -> None:
+    found = imported_by(
+        "from memtier_cli import libraries; libraries.ready()\n"
+        f"from memtier_engine.config.files import parse; parse({POLICY!r}).build().close()"
+    )
+    assert {"memtier_engine.policies.age", "memtier_engine.trackers.stub"} <= found
+    assert not {name for name in found if name.startswith("memtier_engine.forecasters.")}
+    assert not found & {
+        *(f"memtier_engine.trackers.{name}" for name in ("bpf.tracker", "damon", "idlepage", "multi", "refs")),
+        *("memtier_engine.engine.auto", "memtier_engine.engine.oom_facts", "memtier_engine.reclaim.engine"),
+        *("gzip", "importlib.resources", "subprocess", "tempfile"),
+    }
+
+
 def test_loguru_without_asyncio_serves_coroutines_all_the_same() -> None:
     code = """
 from memtier_cli.libraries import import_loguru

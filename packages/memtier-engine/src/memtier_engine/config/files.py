@@ -19,7 +19,6 @@ from memtier_engine.config.parts import TargetSpec, TrackerSpec, decode_target, 
 from memtier_engine.config.policies import POLICIES, ForecasterSpec, PolicyConfig, build_policy, swaps
 from memtier_engine.config.reader import Place, Section, compose
 from memtier_engine.config.routines import RoutineSpec, decode_routine, decode_routines
-from memtier_engine.engine.auto import auto_engine
 from memtier_engine.engine.loop import Engine, EngineConfig
 from memtier_engine.errors import ConfigError
 from memtier_engine.guards.config import GuardsConfig
@@ -27,7 +26,6 @@ from memtier_engine.hostfs.host import Host
 from memtier_engine.mover.mover import MoverConfig
 from memtier_engine.policies.age import AgePolicyConfig
 from memtier_engine.policies.auto import AutoPolicyConfig
-from memtier_engine.reclaim.engine import reclaim_engine
 from memtier_engine.reclaim.policy import ReclaimPolicyConfig
 from memtier_engine.stats.observer import Observer
 from memtier_engine.targets.base import TellingTarget
@@ -102,6 +100,8 @@ class Spec:
             count_swap_ins=self.count_swap_ins,
         )
         if isinstance(self.policy, ReclaimPolicyConfig):
+            from memtier_engine.reclaim.engine import reclaim_engine
+
             cgroups = self.target.cgroups
             return reclaim_engine(cgroups, self.policy, config, host=host, clock=clock, observers=observers)
         with ExitStack() as made:
@@ -111,6 +111,8 @@ class Spec:
             tracker = self.tracker.build(host)
             made.callback(tracker.close)
             if isinstance(self.policy, AutoPolicyConfig):
+                from memtier_engine.engine.auto import auto_engine
+
                 engine = auto_engine(
                     target, self.policy, config, host=host, clock=clock, tracker=tracker, observers=observers
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from memtier_engine.clock import SystemClock
 from memtier_engine.config.reader import Section
@@ -22,12 +23,12 @@ from memtier_engine.targets.pids import PidsTarget
 from memtier_engine.targets.poi import PagesOfInterestTarget
 from memtier_engine.targets.proc import ProcTarget
 from memtier_engine.targets.regexp import compile_re2
-from memtier_engine.trackers.damon import DamonConfig
-from memtier_engine.trackers.damon_shared import SharedDamonTracker
 from memtier_engine.trackers.finder import FinderConfig, FinderTracker
-from memtier_engine.trackers.multi import MultiTracker, check_parts
 from memtier_engine.trackers.registry import create_softdirty_with_reads, create_tracker
 from memtier_engine.trackers.softdirty import SoftDirtyConfig
+
+if TYPE_CHECKING:
+    from memtier_engine.trackers.damon import DamonConfig
 
 _WRITES_ONLY = ("softdirty", "userfault")
 
@@ -53,6 +54,8 @@ class TrackerSpec:
             TrackerUnavailable: it does not work here.
         """
         if self.name == "multi":
+            from memtier_engine.trackers.multi import MultiTracker
+
             with ExitStack() as made:  # a part that does not work must not leave the others open
                 parts = []
                 for part in self.parts:
@@ -61,13 +64,20 @@ class TrackerSpec:
                 tracker = MultiTracker(parts)
                 made.pop_all()
                 return tracker
-        if isinstance(self.options, DamonConfig):
-            return SharedDamonTracker(host, self.options)
-        if isinstance(self.options, FinderConfig):
-            return FinderTracker(host, self.options)
-        if isinstance(self.options, SoftDirtyConfig) and self.options.track_referenced:
-            return create_softdirty_with_reads(host)
-        return create_tracker(self.name, host).tracker
+        match self.options:
+            case None:
+                return create_tracker(self.name, host).tracker
+            case FinderConfig():
+                return FinderTracker(host, self.options)
+            case SoftDirtyConfig():
+                return (
+                    create_softdirty_with_reads(host)
+                    if self.options.track_referenced
+                    else create_tracker(self.name, host).tracker
+                )
+        from memtier_engine.trackers.damon_shared import SharedDamonTracker
+
+        return SharedDamonTracker(host, self.options)
 
     @property
     def clears_referenced(self) -> bool:
@@ -245,8 +255,13 @@ def _tracker(block: Section) -> TrackerSpec:
     if config is None:
         if name == "multi":
             raise block.error("config", "is missing", "`trackers:` and a list of trackers")
-        defaults: Mapping[str, FinderConfig | DamonConfig] = {"damon": DamonConfig(), "finder": FinderConfig()}
-        options = defaults.get(name)
+        options: FinderConfig | DamonConfig | None = None
+        if name == "finder":
+            options = FinderConfig()
+        elif name == "damon":
+            from memtier_engine.trackers.damon import DamonConfig
+
+            options = DamonConfig()
         return TrackerSpec(name, None if options else 5000, options=options)
     return TRACKERS[name](name, config.use(f"tracker.{name}"))
 
@@ -294,6 +309,8 @@ def _damon(name: str, section: Section) -> TrackerSpec:
         raise section.error("interface", "2, debugfs, is not supported", "leave it out: sysfs is used")
     section.integer("sysfsregionsmanager")  # the kernel finds the regions itself
     filter_bytes = section.integer("filteraddressrangesizemax")
+    from memtier_engine.trackers.damon import DamonConfig
+
     try:
         options = DamonConfig(
             sample_us=section.integer_or_none("samplingus"),
@@ -311,6 +328,8 @@ def _damon(name: str, section: Section) -> TrackerSpec:
 
 
 def _multi(name: str, section: Section) -> TrackerSpec:
+    from memtier_engine.trackers.multi import check_parts
+
     parts = tuple(map(_tracker, section.sections("trackers")))
     try:
         check_parts([part.name for part in parts] + ["refs" for part in parts if part.clears_referenced])

@@ -21,12 +21,7 @@ from memtier_engine.config.parts import (
     required_config,
 )
 from memtier_engine.config.reader import Section
-from memtier_engine.engine.oom_facts import HostOomFacts
 from memtier_engine.errors import ConfigError
-from memtier_engine.forecasters.chain import ChainForecaster
-from memtier_engine.forecasters.stdio import StdioForecaster
-from memtier_engine.forecasters.stub import StubForecaster
-from memtier_engine.forecasters.trace import TraceForecaster
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.locate import PageLocator
 from memtier_engine.model import SWAP_NODE
@@ -65,6 +60,8 @@ class ForecasterSpec:
     def build(self, on_event: Callable[[str], None] | None = None) -> Forecaster:
         """Start it. Raises ConfigError or KernelCallError: a program or file that is not there."""
         if self.name == "chain":
+            from memtier_engine.forecasters.chain import ChainForecaster
+
             with ExitStack() as made:  # a link that cannot start must not leave the others running
                 links = []
                 for link in self.links:
@@ -74,11 +71,17 @@ class ForecasterSpec:
                 made.pop_all()
                 return chain
         if self.name == "trace":
+            from memtier_engine.forecasters.trace import TraceForecaster
+
             return TraceForecaster(self.file, hide_heat_zero=self.hide_heat_zero)
         if self.name == "stdio":
+            from memtier_engine.forecasters.stdio import StdioForecaster
+
             return StdioForecaster(
                 self.command, stderr=self.stderr, retry=self.retry, deadline_s=self.deadline_ms / 1000
             )
+        from memtier_engine.forecasters.stub import StubForecaster
+
         return StubForecaster()
 
 
@@ -133,6 +136,8 @@ def build_policy(
         case DemoteIdlePolicyConfig():
             return DemoteIdlePolicy(config)
         case AvoidOomPolicyConfig():
+            from memtier_engine.engine.oom_facts import HostOomFacts
+
             return AvoidOomPolicy(config, HostOomFacts(host, cgroups), on_event=on_event)
 
 

@@ -7,12 +7,12 @@ configuration file alone does not get to run anything.
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
@@ -20,6 +20,9 @@ from memtier_engine.errors import ConfigError
 from memtier_engine.model import PAGE_BYTES
 from memtier_engine.routines.gotime import Moment, stamp
 from memtier_engine.stats.recorder import Statistics
+
+if TYPE_CHECKING:
+    import subprocess
 
 RUNNERS = ("", "exec", "memtier", "memtier-prompt")
 _MIB = 1 << 20
@@ -186,6 +189,8 @@ class StatActions:
 
     def _run_program(self, command: tuple[str, ...]) -> str:
         """How it ended and what went wrong, as the reference names events: each may be `<nil>`."""
+        import subprocess
+
         try:
             with self._child_lock:
                 if self._closed:
