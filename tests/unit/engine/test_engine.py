@@ -366,11 +366,18 @@ def test_each_page_of_a_batch_goes_into_the_account_with_its_own_idle_time(scene
     account = scene.engine.refaults.paged_out
 
     def paged_out(
-        process: ProcessId, moved: Spans, stuck: Spans, idle_s: Any, now_s: float, *, trial: bool = False
+        process: ProcessId,
+        moved: Spans,
+        stuck: Spans,
+        idle_s: Any,
+        now_s: float,
+        *,
+        trial: bool = False,
+        stopped: bool = False,
     ) -> None:
         pages = (page for first, last in pages_of(moved) for page in range(first, last))
         told.extend(zip(pages, np.broadcast_to(idle_s, int(moved.pages.sum())).tolist(), strict=True))
-        account(process, moved, stuck, idle_s, now_s, trial=trial)
+        account(process, moved, stuck, idle_s, now_s, trial=trial, stopped=stopped)
 
     scene.engine.refaults.paged_out = paged_out  # type: ignore[method-assign]
     scene.engine.mover.paused = True

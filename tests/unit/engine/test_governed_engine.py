@@ -110,6 +110,11 @@ class Scene:
             mover=Mover(config.mover, self.machine.host, now_s=0.0, backend=self._move),
         )
 
+    def state(self, process: ProcessId, letter: str) -> None:
+        """Of /proc/PID/stat: "T" is stopped."""
+        maps = (self.machine.root / f"proc/{process.pid}/maps").read_text()
+        self.machine.process(process.pid, start_ticks=process.start_ticks, state=letter, maps=maps)
+
     def map(self, process: ProcessId, *ranges: tuple[int, int]) -> None:
         lines = [f"{BASE + a * PAGE_BYTES:x}-{BASE + b * PAGE_BYTES:x} rw-p 00000000 00:00 0 \n" for a, b in ranges]
         self.machine.process(process.pid, maps="".join(lines))
@@ -178,6 +183,47 @@ def test_a_large_process_that_is_wrong_does_not_stop_a_small_one_that_is_not(sce
     scene.run(500, before)
     assert scene.out_of(SMALL) == PAGES[SMALL]
     assert scene.out_of(BIG) <= 2 * PAGES[BIG]
+
+
+def stopped_but(scene: Scene, process: ProcessId, *uses: tuple[float, float]) -> Callable[[float], None]:
+    """It goes on at each of the times, reads 30 % of its memory, and is stopped again after so long."""
+
+    def before(now_s: float) -> None:
+        goes_on = any(begin_s <= now_s < begin_s + length_s for begin_s, length_s in uses)
+        scene.state(process, "R" if goes_on else "T")
+        if goes_on:
+            scene.tracker.memory[process].touched[: PAGES[process] * 3 // 10] = True
+
+    return before
+
+
+def test_a_stopped_process_that_goes_on_once_is_not_held_back(scene: Scene) -> None:
+    """The reference's age scenario: all out while it is stopped, 30 % read again, stopped, all out again."""
+    report = scene.run(100, stopped_but(scene, SMALL, (60, 6)))
+    assert scene.out_of(SMALL, after_s=66) == PAGES[SMALL] * 3 // 10
+    assert report.paged_out_bytes == sum(PAGES.values()) * PAGE_BYTES
+    assert report.refaults.early_bytes == PAGES[SMALL] * 3 // 10 * PAGE_BYTES
+    assert not report.skipped
+
+
+def test_a_process_that_is_stopped_and_goes_on_all_the_time_is_held_back(scene: Scene) -> None:
+    """Its memory would go out and come back every minute."""
+    uses = [(float(at_s), 6.0) for at_s in range(60, 900, 60)]
+    report = scene.run(900, stopped_but(scene, SMALL, *uses))
+    assert PAGES[SMALL] < scene.out_of(SMALL) <= PAGES[SMALL] + 3 * (PAGES[SMALL] * 3 // 10)
+    assert list(report.skipped) == [SMALL.pid]
+
+
+def test_a_process_that_runs_is_held_back_by_the_first_wrong_decision(scene: Scene) -> None:
+    """What is excused is being stopped, not being idle for a while."""
+
+    def before(now_s: float) -> None:
+        if 60 <= now_s < 66:
+            scene.tracker.memory[SMALL].touched[: PAGES[SMALL] * 3 // 10] = True
+
+    report = scene.run(100, before)
+    assert scene.out_of(SMALL, after_s=66) == 0
+    assert list(report.skipped) == [SMALL.pid]
 
 
 def test_without_the_guard_refaults_nothing_is_governed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

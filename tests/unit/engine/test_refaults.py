@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from memtier_engine.model import PAGE_BYTES, ProcessId, Spans
 from memtier_engine.pages.ages import NOT_RESIDENT, PAGED_OUT, AgeClock, ProcessPages
 from memtier_engine.pages.gaps import BIN_S
+from memtier_engine.pages.governor import HOLD_S, LEAST_PAGES
 from memtier_engine.pages.pageset import PageSet, common, page_numbers_of, within
 from memtier_engine.pages.refaults import RefaultLedger
 from memtier_engine.pages.spaceledger import SwapInsSeen, idle_alike, idle_of
@@ -400,6 +401,35 @@ def test_a_trial_that_comes_back_is_no_wrong_decision() -> None:
         wrong = scene.ledger.settle(PROCESS, scene.own, None, scene.now_s)
         assert wrong != trial
     assert scene.ledger.stats(scene.now_s).early_bytes == pages(200)
+
+
+def test_what_comes_back_to_a_process_that_was_stopped_is_wrong_when_it_happens_again() -> None:
+    """Once in 20 minutes says nothing of its habits; it counts in the sums all the same."""
+    scene = Scene()
+    scene.scan()
+    verdicts = []
+    for pause_s in (10, 10, 10, HOLD_S):
+        scene.own.set_age(spans((0, 100)), PAGED_OUT)
+        scene.ledger.paged_out(PROCESS, spans((0, 100)), NONE, 30, scene.now_s, stopped=True)
+        scene.scan()
+        verdicts.append(scene.ledger.settle(PROCESS, scene.own, None, scene.now_s))
+        scene.scan(seconds=pause_s)
+    assert verdicts == [False, True, True, True]
+    scene.own.set_age(spans((0, 100)), PAGED_OUT)
+    scene.ledger.paged_out(PROCESS, spans((0, 100)), NONE, 30, scene.now_s, stopped=True)
+    scene.scan()
+    assert not scene.ledger.settle(PROCESS, scene.own, None, scene.now_s)
+    assert scene.ledger.stats(scene.now_s).early_bytes == pages(500)
+
+
+def test_a_few_pages_that_come_back_to_a_stopped_process_do_not_use_up_what_is_excused() -> None:
+    scene = Scene()
+    scene.scan()
+    for count, wrong in ((LEAST_PAGES - 1, False), (100, False), (100, True)):
+        scene.own.set_age(spans((0, count)), PAGED_OUT)
+        scene.ledger.paged_out(PROCESS, spans((0, count)), NONE, 30, scene.now_s, stopped=True)
+        scene.scan()
+        assert scene.ledger.settle(PROCESS, scene.own, None, scene.now_s) == wrong
 
 
 def test_a_page_that_goes_out_twice_in_a_slice_of_time_is_known_by_the_second_time() -> None:

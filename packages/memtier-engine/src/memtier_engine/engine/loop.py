@@ -29,6 +29,7 @@ from memtier_engine.engine.report import StepReport
 from memtier_engine.engine.returns import ReturnsWatch
 from memtier_engine.engine.scanning import Halted, Scanner
 from memtier_engine.engine.settings import EngineConfig, swap_config
+from memtier_engine.engine.stopped import note_stopped
 from memtier_engine.engine.telling import tell
 from memtier_engine.errors import KernelCallError, MemtierError, ProcessGone, TrackerUnavailable
 from memtier_engine.guards.guardset import GuardSet
@@ -311,6 +312,7 @@ class Engine:
             self.guards.check(now_s)
         if tasks is not None and not self.config.dry_run:
             tasks = governed(tasks, self.pages, self.age_clock, self.refaults.governors, now_s)
+            note_stopped(self.spaces, tasks, self.files)
             self.mover.replace(self.guards.admit(self._probing.limit(tasks), self.guards.verdict, now_s))
         elif tasks:
             self._candidate_bytes = sum(task.spans.total_bytes for task in self.guards.foresee(tasks, now_s))
@@ -508,7 +510,15 @@ class Engine:
             if outcome.moved_bytes:
                 self.guards.stored(outcome.moved_bytes, outcome.stored_bytes, now_s)
                 idle_s = idle_alike(own, gone, self.age_clock.idle_s())
-                self.refaults.paged_out(space.process, gone, outcome.stuck, idle_s, now_s, trial=space.probe.trial)
+                self.refaults.paged_out(
+                    space.process,
+                    gone,
+                    outcome.stuck,
+                    idle_s,
+                    now_s,
+                    trial=space.probe.trial,
+                    stopped=space.stopped,
+                )
                 if self._swap_ins is not None:
                     self._swap_ins.paged_out(outcome.process)
                 own.set_age(gone, PAGED_OUT)

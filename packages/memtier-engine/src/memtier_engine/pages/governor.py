@@ -6,6 +6,9 @@ long again; where that too is wrong, for twice as long. So the threshold follows
 touches, and memory that nobody wants goes out all the same, only later. Where nearly all that went out under a raised
 threshold comes back, nothing of that space goes out for a while: its tracker is blind to its accesses, or its habit
 cannot be learned. What was learned is kept for 20 minutes, twice as long each time that it had to be learned again.
+
+What went out of a process while it was stopped comes back when it goes on, whatever its habits are: once in 20 minutes
+that is no wrong decision. A process that is stopped and goes on all the time is judged like any other.
 """
 
 from __future__ import annotations
@@ -82,6 +85,8 @@ class Governor:
         """Wrong decisions that are not forgotten."""
         self.rounds = 0
         """Wrong decisions ever."""
+        self._excused_s = -np.inf
+        self._excused_pages = 0
 
     def went_out(self, pages: int, now_s: float) -> None:
         """So many pages went out."""
@@ -112,6 +117,16 @@ class Governor:
         slot.back += pages
         index = bin_of(gap_s)
         slot.gaps[index] = slot.gaps.get(index, 0) + pages
+
+    def excuses(self, now_s: float) -> bool:
+        """Whether what goes out now of a process that is stopped may come back without having been a wrong decision."""
+        return not 0 <= now_s - self._excused_s < HOLD_S
+
+    def excused(self, pages: int, now_s: float) -> None:
+        """So many pages came back that `excuses` was asked about when they went out."""
+        self._excused_pages += pages
+        if self._excused_pages >= LEAST_PAGES:
+            self._excused_pages, self._excused_s = 0, now_s
 
     def judge(self, resident_pages: int, now_s: float) -> bool:
         """To be asked after each scan. Whether it was a wrong decision: then the threshold is higher from now on."""

@@ -126,9 +126,10 @@ class RefaultLedger:
         now_s: float,
         *,
         trial: bool = False,
+        stopped: bool = False,
     ) -> None:
         """See `SpaceLedger.paged_out`."""
-        self.space(process).paged_out(moved, stuck, idle_s, now_s, trial=trial)
+        self.space(process).paged_out(moved, stuck, idle_s, now_s, trial=trial, stopped=stopped)
 
     def remapped(self, process: ProcessId, own: ProcessPages, spans: Spans) -> None:
         """See `SpaceLedger.remapped`."""

@@ -62,6 +62,8 @@ class AddressSpace:
     probe: Probe = field(default_factory=Probe)
     seen: bool = False
     """Whether it was looked at: until then nothing is known of its pages."""
+    stopped: bool = False
+    """Whether its processes were stopped (SIGSTOP, a debugger) when it was last decided what goes out of it."""
     known_bytes: int = 0
     """Memory that it had in RAM or out when it was last looked at."""
     left_out: Spans = field(default_factory=Spans.empty)

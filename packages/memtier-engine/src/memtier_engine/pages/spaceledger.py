@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,11 +47,22 @@ class SwapInsSeen:
     """Major faults besides those: of system calls on its memory, and of its files."""
 
 
+class _Kind(Enum):
+    """Why pages went out."""
+
+    DECIDED = 1
+    """They were idle: wrong if they are wanted soon."""
+    TRIAL = 2
+    """To find out whether they are idle: no decision that could be wrong."""
+    STOPPED = 3
+    """Their process was stopped, and nothing it has was in use: that it goes on says nothing about its pages."""
+
+
 @dataclass(slots=True)
 class _Part:
     """What went out in one slice of time after having been idle for about the same time."""
 
-    trial: bool
+    kind: _Kind
     pages: PageSet = field(default_factory=PageSet)
     moved: int = 0
     back: int = 0
@@ -84,11 +96,11 @@ class _Part:
 @dataclass(slots=True)
 class _Generation:
     begin_s: float
-    parts: dict[tuple[int, bool], _Part] = field(default_factory=dict)  # by doublings of idle time, and `trial`
+    parts: dict[tuple[int, _Kind], _Part] = field(default_factory=dict)  # by doublings of idle time, and why
 
-    def part(self, doubling: int, trial: bool) -> _Part:
+    def part(self, doubling: int, kind: _Kind) -> _Part:
         """The one for what was idle for so long, made if need be."""
-        return self.parts.setdefault((doubling, trial), _Part(trial))
+        return self.parts.setdefault((doubling, kind), _Part(kind))
 
 
 class SpaceLedger:
@@ -134,7 +146,16 @@ class SpaceLedger:
         """Whether pages came back in this scan of which it is not settled yet whether they were wanted."""
         return bool(self._returned)
 
-    def paged_out(self, moved: Spans, stuck: Spans, idle_s: float | F64, now_s: float, *, trial: bool = False) -> None:
+    def paged_out(
+        self,
+        moved: Spans,
+        stuck: Spans,
+        idle_s: float | F64,
+        now_s: float,
+        *,
+        trial: bool = False,
+        stopped: bool = False,
+    ) -> None:
         """`moved` without `stuck` went out at `now_s`.
 
         Args:
@@ -143,7 +164,11 @@ class SpaceLedger:
             idle_s: how long they had been idle, of all or float64[pages of `moved`]; nan where it is not known.
             now_s: when.
             trial: a few pages, to find out whether they are idle: no decision that could be wrong.
+            stopped: the process was stopped (SIGSTOP); see `Governor.excuses`.
         """
+        kind = _Kind.TRIAL if trial else _Kind.DECIDED
+        if stopped and not trial and self.governor is not None and self.governor.excuses(now_s):
+            kind = _Kind.STOPPED
         self._settle_rest()
         self._expire(now_s)
         generation = self._generations[-1] if self._generations else None
@@ -160,7 +185,7 @@ class SpaceLedger:
         if not isinstance(idle_s, np.ndarray) and not len(stuck) and len(moved) <= _FEW_RUNS:
             count = moved.total_bytes >> PAGE_SHIFT
             same_s = 0.0 if math.isnan(idle_s) else float(idle_s)
-            part = generation.part(int(math.log2(max(same_s, 1.0))), trial)
+            part = generation.part(int(math.log2(max(same_s, 1.0))), kind)
             part.pages.add_runs(moved)
             part.went_out(count, same_s * count, now_s)
         else:
@@ -173,10 +198,10 @@ class SpaceLedger:
             doublings = np.log2(np.maximum(idle, 1.0)).astype(np.int64)
             for doubling in distinct(doublings).tolist():
                 of_part = doublings == doubling
-                part = generation.part(doubling, trial)
+                part = generation.part(doubling, kind)
                 part.pages.add(pages[of_part])
                 part.went_out(int(np.count_nonzero(of_part)), float(idle[of_part].sum()), now_s)
-        if self.governor is not None and count and not trial:
+        if self.governor is not None and count and kind is _Kind.DECIDED:
             self.governor.went_out(count, now_s)
 
     def remapped(self, own: ProcessPages, spans: Spans) -> None:
@@ -286,7 +311,7 @@ class SpaceLedger:
                 part.withdraw(found)
                 if not part.pages.sealed:
                     part.pages.remove(pages[here])
-                if self.governor is not None and not part.trial:
+                if self.governor is not None and part.kind is _Kind.DECIDED:
                     self.governor.withdraw(found, out_s)
                 pages = pages[~here]
 
@@ -309,8 +334,10 @@ class SpaceLedger:
             else:
                 part.early += found
                 self.early += found
-                if self.governor is not None and not part.trial:
+                if self.governor is not None and part.kind is _Kind.DECIDED:
                     self.governor.came_back(found, gap_s, part.out_s, now_s)
+                elif self.governor is not None and part.kind is _Kind.STOPPED:
+                    self.governor.excused(found, now_s)
             self._count_gaps(np.array([gap_s]), np.array([found]))
         self.late += len(pages)
         self._count_gaps(np.array([self.remember_s]), np.array([len(pages)]))
