@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from memtier_engine.abi.constants import KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, K
 from memtier_engine.errors import ProcessGone
 from memtier_engine.hostfs import pagemap as pm
 from memtier_engine.hostfs.kpageflags import KPAGEFLAGS, KpageFlags
-from memtier_engine.hostfs.page_idle import IDLE_BITMAP, IdleBitmap
+from memtier_engine.hostfs.page_idle import IDLE_BITMAP, WRITE_GAP_WORDS, IdleBitmap
 from memtier_engine.hostfs.runs import run_bounds
 from memtier_engine.model import PAGE_BYTES
+from memtier_engine.trackers.words import tags_of, tags_out_of
 from support.hostfolder import HostFolder
 
 WORDS = 64
@@ -29,21 +31,30 @@ def u64(numbers: list[int]) -> np.ndarray:
     return np.array(numbers, np.uint64)
 
 
-@given(frames=FRAMES, before=st.lists(st.integers(0, (1 << 64) - 1), min_size=WORDS, max_size=WORDS))
-def test_setting_frames_idle_writes_exactly_their_bits_and_no_other_word(frames: list[int], before: list[int]) -> None:
-    """The kernel ignores a 0 written, so a word written must hold the bits of our frames only."""
-    with tempfile.TemporaryDirectory() as directory:
+@given(frames=FRAMES)
+def test_setting_frames_idle_writes_each_bit_once_and_no_bit_of_another(frames: list[int]) -> None:
+    """The kernel ignores a 0 written: so what is written along, between nearly neighbouring words, is 0."""
+    written: list[tuple[int, list[int]]] = []
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        written.append((offset // 8, np.frombuffer(data, np.uint64).tolist()))
+        return len(data)
+
+    with tempfile.TemporaryDirectory() as directory, mock.patch("os.pwrite", pwrite):
         folder = HostFolder(Path(directory))
-        path = folder.write(IDLE_BITMAP, u64(before).tobytes())
+        folder.write(IDLE_BITMAP, bytes(WORDS * 8))
         with IdleBitmap(folder.host) as bitmap:
             bitmap.set_idle(u64(frames))
-        after = np.frombuffer(path.read_bytes(), np.uint64)
-    ours = [0] * WORDS
+    ours = dict.fromkeys(sorted({frame // 64 for frame in frames}), 0)
     for frame in frames:
         ours[frame // 64] |= 1 << frame % 64
-    assert len(after) == WORDS
-    for index in range(WORDS):
-        assert int(after[index]) == (ours[index] or before[index])
+    words = [(first + number, word) for first, run in written for number, word in enumerate(run)]
+    assert {index: word for index, word in words if word} == ours
+    assert len({index for index, _ in words}) == len(words)
+    assert all(run[0] and run[-1] for _, run in written)
+    zeros = [len(list(group)) for _, run in written for word, group in groupby(run) if word == 0]
+    assert all(length < WRITE_GAP_WORDS for length in zeros)
+    assert all(right[0] - (left[0] + len(left[1]) - 1) > WRITE_GAP_WORDS for left, right in pairwise(written))
 
 
 @given(
@@ -158,6 +169,21 @@ def test_pagemap_is_read_in_one_piece_and_decoded_by_column(mapped: HostFolder) 
         assert not pm.exclusive(words).any()
         assert pages.resident(BASE, BASE + 2 * PAGE_BYTES).tolist() == [True, True]
         assert len(pages.read(BASE, BASE)) == 0
+
+
+@given(words=st.lists(st.integers(0, (1 << 64) - 1), max_size=40))
+def test_a_scan_reads_the_same_out_of_a_byte_as_out_of_the_word(words: list[int]) -> None:
+    numbers = u64(words)
+    flags = pm.flags_of(pm.high_bytes(numbers))
+    assert flags.present.tolist() == pm.present(numbers).tolist()
+    assert flags.swapped.tolist() == pm.swapped(numbers).tolist()
+    assert flags.exclusive.tolist() == pm.exclusive(numbers).tolist()
+    assert (pm.soft_dirty_bytes(numbers) != 0).tolist() == pm.soft_dirty(numbers).tolist()
+    tags = tags_of(numbers)
+    taken = tags_out_of(numbers, flags.present)
+    assert (tags is None) == (taken is None)
+    if tags is not None and taken is not None:
+        assert taken.tolist() == tags.tolist()
 
 
 def test_pagemap_fills_the_callers_array(mapped: HostFolder) -> None:

@@ -114,7 +114,7 @@ class PageChunk:
             first += pages
 
 
-_TAG_FACTOR = np.uint64(0x9E37_79B9_7F4A_7C15)
+TAG_FACTOR = np.uint64(0x9E37_79B9_7F4A_7C15)
 """2**64 by the golden ratio: neighbouring frames get tags far apart (Fibonacci hashing)."""
 
 
@@ -124,7 +124,9 @@ def frame_tags(frames: U64) -> U8:
     An age belongs to a page, not to an address: memory that was unmapped and mapped anew, or moved there by mremap(2),
     has other frames. So has a page that the kernel migrated or swapped in; that one merely counts as touched.
     """
-    tags: U8 = ((frames * _TAG_FACTOR) >> np.uint64(56)).astype(np.uint8)
+    products = frames * TAG_FACTOR
+    products >>= np.uint64(56)
+    tags: U8 = products.astype(np.uint8)
     return tags
 
 

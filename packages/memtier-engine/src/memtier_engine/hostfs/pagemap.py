@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from memtier_engine.errors import KernelCallError, ProcessGone, Unavailable
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.maps import live_thread, read_start_ticks
 from memtier_engine.hostfs.runs import bytes_of
-from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U64, Bools
+from memtier_engine.model import PAGE_BYTES, PAGE_SHIFT, U8, U64, Bools
 
 WORD_BYTES = 8
 _SCAN_ROWS = 4096
@@ -70,6 +71,44 @@ def is_file(words: U64) -> Bools:
 def pfns(words: U64) -> U64:
     """uint64[n]: frame numbers (bits 0-54): 0 without CAP_SYS_ADMIN; meaningless where not present."""
     return words & np.uint64(PM_PFRAME_MASK)
+
+
+_BYTES_OF_WORD = range(8) if sys.byteorder == "little" else range(7, -1, -1)
+
+
+class PageFlags(NamedTuple):
+    """What a scan asks of n words, a byte or a truth value each: no column of words is made on the way to it.
+
+    A column of 65,536 words is 512 KiB, which malloc(3) asks of the kernel and gives back each time: the page faults
+    cost several times what the arithmetic does.
+    """
+
+    present: Bools
+    swapped: Bools
+    exclusive: Bools
+
+
+def high_bytes(words: U64) -> U8:
+    """uint8[n]: bits 56 to 63 of each of `words`, which are consecutive in memory; see `flags_of`."""
+    return words.view(np.uint8)[_BYTES_OF_WORD[7] :: WORD_BYTES].copy()
+
+
+def flags_of(high: U8) -> PageFlags:
+    """The flags in the `high_bytes` of words."""
+    return PageFlags(_has_bit(high, PM_PRESENT), _has_bit(high, PM_SWAP), _has_bit(high, PM_MMAP_EXCLUSIVE))
+
+
+def soft_dirty_bytes(words: U64) -> U8:
+    """uint8[n]: not 0 where `soft_dirty`; of `words` that are consecutive in memory."""
+    found: U8 = words.view(np.uint8)[_BYTES_OF_WORD[PM_SOFT_DIRTY.bit_length() - 1 >> 3] :: WORD_BYTES] & np.uint8(
+        PM_SOFT_DIRTY >> 48 & 0xFF
+    )
+    return found
+
+
+def _has_bit(high: U8, bit: int) -> Bools:
+    found: Bools = (high & np.uint8(bit >> 56)) != 0
+    return found
 
 
 class ProcessDirectory(Protocol):

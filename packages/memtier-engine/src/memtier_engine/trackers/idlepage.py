@@ -15,13 +15,12 @@ import numpy as np
 
 from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.kpageflags import KpageFlags
-from memtier_engine.hostfs.page_idle import IdleBitmap
-from memtier_engine.hostfs.pagemap import Pagemap, exclusive, pfns, present, swapped
-from memtier_engine.model import CHUNK_PAGES, U64, Bools, PageChunk, ProcessId, Spans
+from memtier_engine.hostfs.pagemap import Pagemap, flags_of, high_bytes, pfns
+from memtier_engine.model import CHUNK_PAGES, Bools, PageChunk, ProcessId, Spans
 from memtier_engine.trackers.common import FirstSight, TrackerFiles, cut, mark_new, spans_of
+from memtier_engine.trackers.idlereader import IdleReader
 from memtier_engine.trackers.idlerounds import IdleRounds
-from memtier_engine.trackers.words import read_words, tags_of
+from memtier_engine.trackers.words import read_words, tags_out_of
 
 
 class IdlePageTracker:
@@ -67,9 +66,9 @@ class IdlePageTracker:
         with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
             for pieces in cut(spans):
                 words = read_words(pagemap, pieces, self._buffer)
-                resident = present(words)
+                resident, swapped, exclusive = flags_of(high_bytes(words))
                 # A shared frame's bit tells of somebody's access, not of ours: leave those alone.
-                tracked = resident & exclusive(words)
+                tracked = resident & exclusive
                 accessed: Bools = np.zeros(len(words), np.bool_)
                 if tracked.any():
                     accessed[tracked] = self._reader.touched_and_marked(pfns(words[tracked]))
@@ -80,8 +79,8 @@ class IdlePageTracker:
                     resident,
                     movable=tracked,
                     spans=spans_of(pieces),
-                    swapped=swapped(words),
-                    tags=tags_of(words),
+                    swapped=swapped,
+                    tags=tags_out_of(words, resident),
                 )
         self._seen.completed(process, spans)
 
@@ -91,8 +90,8 @@ class IdlePageTracker:
         with self._files.of(process) as files, Pagemap(self._host, process.pid, files=files) as pagemap:
             for pieces in cut(spans):
                 words = read_words(pagemap, pieces)
-                touched = present(words)
-                tracked = touched & exclusive(words)
+                touched, _, exclusive = flags_of(high_bytes(words))
+                tracked = touched & exclusive
                 touched[tracked] = ~self._reader.idle(pfns(words[tracked]))[0]
                 found.append(touched)
         return np.concatenate(found)
@@ -103,38 +102,3 @@ class IdlePageTracker:
         if self._rounds is not None:
             self._rounds.leave(self)
         self._reader.close()
-
-
-class IdleReader:
-    """The bits of frames, those of large folios found at their heads."""
-
-    def __init__(self, host: Host) -> None:
-        """Raises KernelCallError without the bitmap, AccessDenied without root."""
-        self.bitmap = IdleBitmap(host)
-        self._flags = KpageFlags(host)
-
-    def touched_and_marked(self, frames: U64) -> Bools:
-        """bool[n]: touched since the bits were last set. Sets them again."""
-        idle, owners = self.idle(frames)
-        self.bitmap.set_idle(owners)
-        return ~idle
-
-    def idle(self, frames: U64) -> tuple[Bools, U64]:
-        """(bool[n]: not touched since the bits were last set, uint64[n]: the frames that hold the bits)."""
-        idle = self.bitmap.is_idle(frames)
-        owners = frames
-        touched = np.flatnonzero(~idle)
-        if len(touched):
-            # The kernel keeps the bit of a large folio at its head and shows 0 for its tails.
-            heads = self._flags.compound_heads(frames[touched])
-            tails = heads != frames[touched]
-            if tails.any():
-                idle[touched[tails]] = self.bitmap.is_idle(heads[tails])
-                owners = frames.copy()
-                owners[touched] = heads
-        return idle, owners
-
-    def close(self) -> None:
-        """Close the files. Safe to call twice."""
-        self.bitmap.close()
-        self._flags.close()

@@ -20,7 +20,7 @@ import numpy as np
 
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.pagemap import Pagemap, exclusive, pfns, present, swapped
+from memtier_engine.hostfs.pagemap import Pagemap, flags_of, high_bytes, pfns
 from memtier_engine.model import U8, U64, Bools, PageChunk, ProcessId, Spans
 from memtier_engine.pages.ages import ProcessPages
 from memtier_engine.trackers.common import cut, spans_of
@@ -163,10 +163,10 @@ class IdleRounds:
                     raise
                 del owner.looks[each]  # it exited: its own tracker will notice
                 continue
-            resident = present(words)
-            tracked = resident & exclusive(words)
+            resident, out, exclusive = flags_of(high_bytes(words))
+            tracked = resident & exclusive
             frames.append(pfns(words[tracked]))
-            found.append((owner, each, where, resident * _RESIDENT | tracked * _MOVABLE | swapped(words) * _SWAPPED))
+            found.append((owner, each, where, resident * _RESIDENT | tracked * _MOVABLE | out * _SWAPPED))
         assert self._reader is not None
         touched = self._reader.touched_and_marked(np.concatenate(frames))
         first = 0

@@ -18,11 +18,11 @@ from loguru import logger
 
 from memtier_engine.hostfs.handles import OpenProcesses
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.pagemap import Pagemap, exclusive, present, soft_dirty, swapped
+from memtier_engine.hostfs.pagemap import Pagemap, flags_of, high_bytes, present, soft_dirty, soft_dirty_bytes
 from memtier_engine.hostfs.proc import CLEAR_REFS_REFERENCED, CLEAR_REFS_SOFT_DIRTY, SmapsTable, parse_smaps
 from memtier_engine.model import CHUNK_PAGES, PAGE_BYTES, U8, U64, Bools, PageChunk, ProcessId, Spans
 from memtier_engine.trackers.common import FirstSight, TrackerFiles, cut, mark_new, offsets_of, spans_of
-from memtier_engine.trackers.words import read_words, tags_of
+from memtier_engine.trackers.words import read_words, tags_out_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +35,18 @@ class SoftDirtyConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One chunk as it was read, packed eight pages to the byte."""
+    """One chunk as it was read."""
 
     pieces: Spans
-    columns: tuple[U8, ...]
-    """Resident, written, movable, swapped."""
+    flags: U8  # of each page, see `high_bytes`
+    written: U8  # of each page, packed eight to the byte
     tags: U8 | None
-    written_bytes: U64  # of each piece
 
-    def unpacked(self) -> Iterator[Bools]:
-        """The columns, page by page."""
-        pages = int(self.pieces.pages.sum())
-        for bits in self.columns:
-            yield np.unpackbits(bits, count=pages).view(np.bool_)
+    def written_bytes(self) -> U64:
+        """uint64[pieces]: how much of each was written."""
+        written = np.unpackbits(self.written, count=len(self.flags))
+        counts = np.add.reduceat(written, offsets_of(self.pieces)[:-1], dtype=np.int64)
+        return counts.astype(np.uint64) * np.uint64(PAGE_BYTES)
 
 
 class SoftDirtyTracker:
@@ -94,7 +93,7 @@ class SoftDirtyTracker:
                     parse_smaps(files.read("smaps")),
                     np.concatenate([part.pieces.starts for part in parts]),
                     np.concatenate([part.pieces.ends for part in parts]),
-                    np.concatenate([part.written_bytes for part in parts]),
+                    np.concatenate([part.written_bytes() for part in parts]),
                 )
                 doubtful = np.split(of_pieces, np.cumsum([len(part.pieces) for part in parts])[:-1])
             self._seen.forget(process)
@@ -103,29 +102,28 @@ class SoftDirtyTracker:
             # Cleared before anything is done with what was read: a write in between would be lost.
             files.write("clear_refs", str(CLEAR_REFS_SOFT_DIRTY))
         for part, unsure in zip(parts, doubtful, strict=True):
-            resident, written, movable, is_swapped = part.unpacked()
-            accessed = written | np.repeat(unsure, part.pieces.pages)
+            resident, swapped, exclusive = flags_of(part.flags)
+            written = np.unpackbits(part.written, count=len(resident)).view(np.bool_)
+            accessed = written | np.repeat(unsure, part.pieces.pages) if unsure.any() else written.copy()
             mark_new(accessed, part.pieces, known)
             yield PageChunk(
                 int(part.pieces.starts[0]),
                 accessed & resident,
                 resident,
                 written=written,
-                movable=movable,
+                movable=exclusive | ~resident,
                 spans=spans_of(part.pieces),
-                swapped=is_swapped,
+                swapped=swapped,
                 tags=part.tags,
             )
         self._seen.completed(process, spans)
 
     def _part(self, pagemap: Pagemap, pieces: Spans) -> _Part:
         words = read_words(pagemap, pieces, self._buffer)
-        resident = present(words)
-        written = soft_dirty(words) & resident
-        columns = (resident, written, exclusive(words) | ~resident, swapped(words))
-        sums = np.concatenate((np.zeros(1, np.int64), np.cumsum(written)))[offsets_of(pieces)]
-        written_bytes = np.diff(sums).astype(np.uint64) * np.uint64(PAGE_BYTES)
-        return _Part(pieces, tuple(map(np.packbits, columns)), tags_of(words), written_bytes)
+        flags = high_bytes(words)
+        resident = flags_of(flags).present
+        written = np.packbits(np.logical_and(soft_dirty_bytes(words), resident))
+        return _Part(pieces, flags, written, tags_out_of(words, resident))
 
     def look(self, process: ProcessId, spans: Spans) -> Bools | None:
         """See `LookingTracker`: the bits of writes. None with `track_referenced`: reads leave none in pagemap."""

@@ -1,0 +1,109 @@
+"""The idle bits of frames, those of large folios found at their heads.
+
+The kernel keeps the bit of a large folio at its head and shows 0 for its tails, so the flags of each frame that looks
+touched are to be asked for. A frame that is no tail does not become one as long as it is mapped: it is not asked for
+again for a minute or two. One that was freed meanwhile, and came back as a tail, looks touched until then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from memtier_engine.hostfs.host import Host
+from memtier_engine.hostfs.kpageflags import KpageFlags
+from memtier_engine.hostfs.page_idle import FRAMES_PER_WORD, IdleBitmap, distinct, idle_words
+from memtier_engine.model import U64, Bools
+
+KNOWN_S = 60.0
+"""What is known of frames is forgotten after this to twice this time."""
+_WITHIN = np.uint64(FRAMES_PER_WORD - 1)
+_ONE = np.uint64(1)
+
+
+class IdleReader:
+    """One per bitmap that is open."""
+
+    def __init__(self, host: Host, *, now_s: Callable[[], float] = time.monotonic) -> None:
+        """Raises KernelCallError without the bitmap, AccessDenied without root."""
+        self.bitmap = IdleBitmap(host)
+        self._flags = KpageFlags(host)
+        self._no_tails = _Remembered(now_s)
+
+    def touched_and_marked(self, frames: U64) -> Bools:
+        """bool[n]: touched since the bits were last set. Sets them again.
+
+        The bit of a frame that was not touched is still set: setting it again would clear an access of just now.
+        """
+        idle, owners = self.idle(frames)
+        touched = ~idle
+        self.bitmap.set_idle(owners[touched])
+        return touched
+
+    def idle(self, frames: U64) -> tuple[Bools, U64]:
+        """(bool[n]: not touched since the bits were last set, uint64[n]: the frames that hold the bits)."""
+        indexes, where = distinct(frames >> np.uint64(6))
+        bits = self.bitmap.read_words(indexes)[where]
+        bits >>= frames & _WITHIN
+        bits &= _ONE
+        idle: Bools = bits != 0
+        owners = frames
+        touched = np.flatnonzero(~idle)
+        known = self._no_tails.words(indexes)[where[touched]] >> (frames[touched] & _WITHIN) & _ONE
+        asked = touched[known == 0]
+        if len(asked):
+            heads = self._flags.compound_heads(frames[asked])
+            tails = heads != frames[asked]
+            self._no_tails.add(frames[asked[~tails]])
+            if tails.any():
+                idle[asked[tails]] = self.bitmap.is_idle(heads[tails])
+                owners = frames.copy()
+                owners[asked] = heads
+        return idle, owners
+
+    def close(self) -> None:
+        """Close the files. Safe to call twice."""
+        self.bitmap.close()
+        self._flags.close()
+
+
+class _Remembered:
+    """A set of frames, as words of 64; what was added more than `KNOWN_S` to twice that ago is not in it any more."""
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+        self._began_s = now_s()
+        nothing = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+        self._newer = self._older = nothing  # (ascending indexes, words)
+
+    def words(self, indexes: U64) -> U64:
+        """uint64[n]: the words at `indexes`, which ascend."""
+        self._forget()
+        return _at(self._newer, indexes) | _at(self._older, indexes)
+
+    def add(self, frames: U64) -> None:
+        """Remember these."""
+        if not len(frames):
+            return
+        self._forget()
+        added = idle_words(frames)
+        indexes = np.union1d(self._newer[0], added[0])
+        self._newer = indexes, _at(self._newer, indexes) | _at(added, indexes)
+
+    def _forget(self) -> None:
+        now_s = self._now_s()
+        if now_s - self._began_s >= KNOWN_S:
+            nothing = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+            self._older = self._newer if now_s - self._began_s < 2 * KNOWN_S else nothing
+            self._newer = nothing
+            self._began_s = now_s
+
+
+def _at(table: tuple[U64, U64], indexes: U64) -> U64:
+    known, words = table
+    if not len(known):
+        return np.zeros(len(indexes), np.uint64)
+    places = np.minimum(np.searchsorted(known, indexes), len(known) - 1)
+    return np.where(known[places] == indexes, words[places], np.uint64(0))
