@@ -89,6 +89,15 @@ def test_only_what_was_touched_is_set_again(machine: Machine) -> None:
     assert machine.set == []
 
 
+def test_frames_come_in_any_order_and_more_than_once(machine: Machine) -> None:
+    """Also none at all: of a process that has nothing in RAM."""
+    machine.touched(700, 5, 70, 6)
+    machine.touch(6, 700)
+    assert machine.touched(6, 700, 5, 6, 70) == [6, 700, 6]
+    assert sorted(machine.set) == [6, 700]
+    assert machine.touched() == []
+
+
 def test_a_large_folio_is_touched_as_a_whole_and_set_at_its_head(machine: Machine) -> None:
     machine.compound(64, 16)
     assert machine.touched(10, 64, 65, 79) == [10, 64, 65, 79]

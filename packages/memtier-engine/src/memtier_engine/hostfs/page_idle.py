@@ -131,8 +131,15 @@ def _with_gaps(indexes: U64, words: U64) -> tuple[U64, U64]:
 
 def idle_words(pfns: U64) -> tuple[U64, U64]:
     """Frame numbers as (ascending unique word indexes, words with exactly these frames' bits)."""
-    frames = np.sort(pfns)
-    indexes = frames >> np.uint64(6)
+    # Neighbours in a process are mostly neighbours in memory: what is to be sorted is far less after the first pass.
+    indexes, words = _joined(pfns >> np.uint64(6), np.uint64(1) << (pfns & np.uint64(63)))
+    if (indexes[1:] > indexes[:-1]).all():
+        return indexes, words
+    order = np.argsort(indexes, kind="stable")
+    return _joined(indexes[order], words[order])
+
+
+def _joined(indexes: U64, words: U64) -> tuple[U64, U64]:
+    """The same with one word for those of equal indexes side by side."""
     firsts = np.flatnonzero(np.concatenate(([True], indexes[1:] != indexes[:-1])))
-    words = np.bitwise_or.reduceat(np.uint64(1) << (frames & np.uint64(63)), firsts)
-    return indexes[firsts], words
+    return indexes[firsts], np.bitwise_or.reduceat(words, firsts)

@@ -44,15 +44,18 @@ class IdleReader:
 
     def idle(self, frames: U64) -> tuple[Bools, U64]:
         """(bool[n]: not touched since the bits were last set, uint64[n]: the frames that hold the bits)."""
-        indexes, where = distinct(frames >> np.uint64(6))
-        bits = self.bitmap.read_words(indexes)[where]
-        bits >>= frames & _WITHIN
-        bits &= _ONE
-        idle: Bools = bits != 0
+        if not len(frames):
+            return np.zeros(0, np.bool_), frames
+        # Neighbours in a process are mostly neighbours in memory: what follows is by runs of frames of one word.
+        numbers = frames >> np.uint64(6)
+        firsts = np.flatnonzero(np.concatenate(([True], numbers[1:] != numbers[:-1])))
+        lengths = np.diff(firsts, append=len(frames))
+        indexes, where = distinct(numbers[firsts])
+        idle = _bits(np.repeat(self.bitmap.read_words(indexes)[where], lengths), frames)
         owners = frames
         touched = np.flatnonzero(~idle)
-        known = self._no_tails.words(indexes)[where[touched]] >> (frames[touched] & _WITHIN) & _ONE
-        asked = touched[known == 0]
+        known = np.repeat(self._no_tails.words(indexes)[where], lengths)[touched]
+        asked = touched[~_bits(known, frames[touched])]
         if len(asked):
             heads = self._flags.compound_heads(frames[asked])
             tails = heads != frames[asked]
@@ -99,6 +102,14 @@ class _Remembered:
             self._older = self._newer if now_s - self._began_s < 2 * KNOWN_S else nothing
             self._newer = nothing
             self._began_s = now_s
+
+
+def _bits(words: U64, frames: U64) -> Bools:
+    """bool[n]: the bit of each frame in its word. Nothing is left of `words`."""
+    words >>= frames & _WITHIN
+    words &= _ONE
+    found: Bools = words != 0
+    return found
 
 
 def _at(table: tuple[U64, U64], indexes: U64) -> U64:
