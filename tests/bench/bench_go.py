@@ -20,9 +20,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench.bench_nri_memtierd import node
-from bench.go_guest import CONFIG, INTERVAL_MS, Daemon, memory_mib
-from bench.go_memtierd import go_memtierd
+from bench.go_guest import CONFIG, INTERVAL_MS, ROUNDS, Daemon, memory_mib, moves, workload
+from bench.go_memtierd import go_memtierd, memtierd
 from bench.measure import ratio_line
+from support.swap import temporary_zram_swap
 from support.vm import VmSession
 
 NODES = "3072:0-1"
@@ -32,6 +33,7 @@ INTERVAL_OFF = 0.05
 CONTAINERS = (6, 20)
 SETTLE_S = 12.0
 CONTAINERS_INTERVAL_MS = 10_000
+HOST_MIB, HOST_MIB_PER_S = 384, 100
 
 
 def run() -> bool:
@@ -40,7 +42,7 @@ def run() -> bool:
     if program is None:
         print("against Go's memtierd: skipped: there is no such program on PATH (a script, as ours is, does not count)")
         return True
-    return all([*in_vm(program), *containers(program)])
+    return all([*in_vm(program), *on_host(program), *containers(program)])
 
 
 def in_vm(program: Path) -> list[bool]:
@@ -92,6 +94,37 @@ def lines(tracker: str, ours: list[dict[str, float]], theirs: list[dict[str, flo
     ]
 
 
+def on_host(program: Path) -> list[bool]:
+    """What it costs to page out to zram at a rate: without an emulator, and whatever the kernel has for trackers.
+
+    Where the kernel has no soft-dirty bits, Go's tracker of them finds everything idle, which it is but for one MiB.
+    """
+    spent: dict[str, list[dict[str, float]]] = {"ours": [], "go": []}
+    with temporary_zram_swap(1 << 30):
+        for turn in range(ROUNDS):
+            for name in spent if turn % 2 == 0 else reversed(spent):
+                with workload(1, HOST_MIB) as pid:
+                    config = CONFIG.format(
+                        interval_ms=1000,
+                        swap_out_ms=3000,
+                        pid=pid,
+                        tracker="auto" if name == "ours" else "softdirty",
+                        bandwidth=HOST_MIB_PER_S,
+                    )
+                    daemon = Daemon(memtierd() if name == "ours" else program, config)
+                    try:
+                        spent[name].append(moves(daemon, pid, HOST_MIB))
+                    finally:
+                        daemon.close()
+    held = []
+    for key, name in (("user_s_per_gib", "user"), ("system_s_per_gib", "system")):
+        ours, theirs = ([each[key] for each in spent[who]] for who in ("ours", "go"))
+        ratio = statistics.median(a / max(b, 1e-9) for a, b in zip(ours, theirs, strict=True))
+        value = f"{statistics.median(ours):.2f} s, Go {statistics.median(theirs):.2f}"
+        held.append(ratio_line(f"host, {HOST_MIB_PER_S} MiB/s to zram, {name} CPU per GiB", value, ratio, 1.1))
+    return held
+
+
 def containers(program: Path) -> list[bool]:
     """PSS of one Go daemon per container against that of one nri-memtierd for all."""
     held = []
@@ -114,7 +147,9 @@ def containers(program: Path) -> list[bool]:
 
 def _sleepers(pid: int) -> str:
     """The configuration of a daemon for one container: as that of ours for all, with a tracker that any kernel has."""
-    return CONFIG.format(interval_ms=CONTAINERS_INTERVAL_MS, swap_out_ms=60_000_000, pid=pid, tracker="softdirty")
+    return CONFIG.format(
+        interval_ms=CONTAINERS_INTERVAL_MS, swap_out_ms=60_000_000, pid=pid, tracker="softdirty", bandwidth=50
+    )
 
 
 async def _ours_mib() -> dict[int, float]:

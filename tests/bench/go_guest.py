@@ -65,14 +65,14 @@ policy:
         scanintervalms: {interval_ms}
     mover:
       intervalms: 20
-      bandwidth: 50
+      bandwidth: {bandwidth}
 """
 
 
 @contextmanager
-def workload() -> Iterator[int]:
+def workload(touched_mib: int = TOUCHED_MIB, idle_mib: int = IDLE_MIB) -> Iterator[int]:
     """Its pid: it writes to a part of its memory again and again."""
-    arguments = (str(each) for each in (TOUCHED_MIB, IDLE_MIB, WORKLOAD_CPU))
+    arguments = (str(each) for each in (touched_mib, idle_mib, WORKLOAD_CPU))
     process = subprocess.Popen([sys.executable, "-c", _PROGRAM, *arguments], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -159,7 +159,7 @@ def until_scans(daemon: Daemon, pid: int, least: int) -> tuple[tuple[int, int, f
 def beside(program: str | Path, tracker: str) -> dict[str, float]:
     """One daemon, one round."""
     with workload() as pid:
-        config = CONFIG.format(interval_ms=INTERVAL_MS, swap_out_ms=SWAP_OUT_MS, pid=pid, tracker=tracker)
+        config = CONFIG.format(interval_ms=INTERVAL_MS, swap_out_ms=SWAP_OUT_MS, pid=pid, tracker=tracker, bandwidth=50)
         daemon = Daemon(program, config)
         try:
             first, began_s = until_scans(daemon, pid, 2)
@@ -172,20 +172,20 @@ def beside(program: str | Path, tracker: str) -> dict[str, float]:
                 "interval_s": (ended_s - began_s) / scans,
                 "cpu_s": (sum(daemon.cpu_s()) - cpu_s) / scans,
             }
-            return found | moves(daemon, pid) | {"end_mib": daemon.status_mib("VmRSS")}
+            return found | moves(daemon, pid, IDLE_MIB) | {"end_mib": daemon.status_mib("VmRSS")}
         finally:
             daemon.close()
 
 
-def moves(daemon: Daemon, pid: int) -> dict[str, float]:
-    """From the first page that goes out to nearly the last."""
+def moves(daemon: Daemon, pid: int, idle_mib: int) -> dict[str, float]:
+    """From the first page that goes out to nearly the last of `idle_mib`."""
     status, end_s = Path(f"/proc/{pid}/status"), time.monotonic() + MOST_S
     while not (before_mib := memory_mib(status, "VmSwap")):
         if time.monotonic() > end_s:
             raise RuntimeError("nothing went out")
         time.sleep(0.02)
     began_s, (user_s, system_s) = time.monotonic(), daemon.cpu_s()
-    while (out_mib := memory_mib(status, "VmSwap")) < ALMOST_ALL * IDLE_MIB and time.monotonic() < end_s:
+    while (out_mib := memory_mib(status, "VmSwap")) < ALMOST_ALL * idle_mib and time.monotonic() < end_s:
         time.sleep(0.02)
     took_s, (user_end_s, system_end_s) = time.monotonic() - began_s, daemon.cpu_s()
     moved_mib = out_mib - before_mib
