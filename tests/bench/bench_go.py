@@ -105,8 +105,8 @@ def on_host(program: Path) -> list[bool]:
             for name in spent if turn % 2 == 0 else reversed(spent):
                 with workload(1, HOST_MIB) as pid:
                     config = CONFIG.format(
-                        interval_ms=1000,
-                        swap_out_ms=3000,
+                        interval_ms=4000,
+                        swap_out_ms=5000,
                         pid=pid,
                         tracker="auto" if name == "ours" else "softdirty",
                         bandwidth=HOST_MIB_PER_S,
