@@ -89,6 +89,11 @@ async def _yielding() -> Any:
     yield Adjustment()
 
 
+def _named(part: object) -> str:
+    """The same in every process: what a function would be shown as has its address."""
+    return str(getattr(part, "__name__", part))[:40]
+
+
 UNSENDABLE = Resources(memory_limit_bytes=1 << 70)
 WRONG = [
     ("create_container", "adjustment", "str"),
@@ -124,7 +129,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("hook", "value", "words"), WRONG, ids=lambda part: str(part)[:40])
+@pytest.mark.parametrize(("hook", "value", "words"), WRONG, ids=_named)
 def test_what_fails_a_request_is_in_the_plugin_s_own_log(
     tmp_path: Path, hook: str, value: Any, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -155,7 +160,7 @@ def test_what_fails_a_request_is_in_the_plugin_s_own_log(
         ("validate_container_adjustment", None),
         ("validate_container_adjustment", True),
     ],
-    ids=str,
+    ids=_named,
 )
 def test_right_answers_are_not_logged(tmp_path: Path, hook: str, value: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def play(peer: PluginConnection) -> None:
