@@ -40,10 +40,10 @@ check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, generated c
 
 test: $(STAMP)  ## Run all tests that need no virtual machine
 	@tools/test-tools
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --durations=10 $(PYTEST_ARGS)
 
 e2e: $(STAMP)  ## Run the end-to-end tests in the test VM (built on first use)
-	$(BIN)/pytest tests/e2e $(PYTEST_ARGS)
+	$(BIN)/pytest --durations=10 tests/e2e $(PYTEST_ARGS)
 
 SOAK_MINUTES ?= 60
 

@@ -24,6 +24,8 @@ for _number, _default in (
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _default)
 
+pytest_plugins = ["support.sharing"]
+
 _LOGGERS = ("", "nri_core")
 """Whose level and handlers the programs set."""
 
