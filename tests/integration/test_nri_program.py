@@ -288,9 +288,18 @@ classes:
     assert program.end() == 0
 
 
-def probe(program: Program, *flags: str) -> subprocess.CompletedProcess[str]:
+IMPATIENT = (
+    sys.executable,
+    "-c",
+    "import sys; from memtier_cli.nri_memtierd import health; health.FRESH_S = 7.0\n"
+    "from memtier_cli.nri_memtierd.start import main; sys.exit(main())",
+)
+"""For a probe: a status is fresh for 7 s instead of 20; one is written every 5 s."""
+
+
+def probe(program: Program, *flags: str, command: tuple[str, ...] = PROGRAM) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*PROGRAM, *flags, "-run-dir", str(program.base / "run")], capture_output=True, text=True, check=False
+        [*command, *flags, "-run-dir", str(program.base / "run")], capture_output=True, text=True, check=False
     )
 
 
@@ -314,7 +323,7 @@ def test_a_probe_tells_a_program_that_works_from_one_that_does_not(program: Prog
             assert "connected to containerd v2.3.0, 0 engines" in probe(program, "--ready").stdout
             assert program.process is not None
             program.process.send_signal(signal.SIGSTOP)  # all of it hangs
-            await until(lambda: probe(program, "--healthy").returncode == 1)
+            await until(lambda: probe(program, "--healthy", command=IMPATIENT).returncode == 1)
             program.process.send_signal(signal.SIGCONT)
             await until(lambda: probe(program, "--healthy").returncode == 0)
 
