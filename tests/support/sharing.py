@@ -9,10 +9,14 @@ import pytest
 OF_THE_NODE = "tests/integration/"
 """Swap, cgroups, guards and trackers of the machine are one for all: what changes them runs one by one."""
 
+BESIDE = {f"{OF_THE_NODE}test_forecasters.py", f"{OF_THE_NODE}test_nri_program.py"}
+"""Of these tests, those that touch nothing but files and children of their own."""
+
 
 def scope_of(nodeid: str) -> str:
     """What runs in one process, one after the other: the tests of a file, and all of those that change the node."""
-    return OF_THE_NODE if nodeid.startswith(OF_THE_NODE) else nodeid.partition("::")[0]
+    file = nodeid.partition("::")[0]
+    return OF_THE_NODE if file.startswith(OF_THE_NODE) and file not in BESIDE else file
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.sharing import OF_THE_NODE
+from support.sharing import BESIDE, OF_THE_NODE, scope_of
 
 pytest.importorskip("xdist", reason="needs pytest-xdist: make setup")
 
@@ -43,3 +43,9 @@ def test_the_node_s_tests_run_in_one_process_in_their_order_and_the_others_besid
     assert len({worker for name, worker in ran if name.startswith(OF_THE_NODE)}) == 1
     for other in others:
         assert len({worker for name, worker in ran if name == other}) == 1
+
+
+def test_what_runs_beside_the_node_s_tests_though_its_folder_is_theirs_is_there() -> None:
+    for name in BESIDE:
+        assert (TESTS.parent / name).is_file()
+        assert scope_of(f"{name}::test_x") == name
