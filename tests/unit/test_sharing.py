@@ -32,9 +32,9 @@ def test_the_node_s_tests_run_in_one_process_in_their_order_and_the_others_besid
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(CASES.format(name=name, notes=str(notes)))
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib -p no:cacheprovider\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "support.sharing", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "xdist", "-n", "2", "-p", "support.sharing", "tests"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["PYTHONPATH"] = str(TESTS)
+    environment |= {"PYTHONPATH": str(TESTS), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # others take time to import
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = [line.split() for line in notes.read_text().splitlines()]
