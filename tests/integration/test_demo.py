@@ -100,9 +100,11 @@ def test_without_root_it_says_what_it_needs() -> None:
 def test_hot_memory_that_went_out_and_came_back_is_held_against_the_engine() -> None:
     """The verdict must see a wrong page-out even if the workload has mended it by the time one looks."""
     with swap_for_now(256 << 20), own_cgroup() as cgroup, workload(cgroup, 16, 48, "mappings") as load:
+        os.kill(load.pid, signal.SIGSTOP)  # else it takes back what is out before the rest is
         handle = ProcessHandle(Host(), process_id(Host(), load.pid))
         assert move(handle, load.hot, SWAP_NODE).moved_bytes > 0.5 * load.hot.total_bytes
         handle.close()
+        os.kill(load.pid, signal.SIGCONT)
         until(lambda: load.memory().hot_out_bytes == 0)
         found = load.memory()
         assert found.cold_out_bytes == 0

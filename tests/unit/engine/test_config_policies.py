@@ -56,9 +56,11 @@ mover: {intervalms: 20, bandwidth: 200}
 def warnings_of() -> Iterator[list[str]]:
     """What is warned of."""
     found: list[str] = []
+    logger.enable("memtier_engine")
     sink = logger.add(lambda message: found.append(message.record["message"]), level="WARNING")
     yield found
     logger.remove(sink)
+    logger.disable("memtier_engine")
 
 
 def failure(text: str) -> ConfigError:
