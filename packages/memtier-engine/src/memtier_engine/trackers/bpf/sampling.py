@@ -176,7 +176,8 @@ class SampledBpfTracker:
     @staticmethod
     def _accessed_by_block(seen: Seen, accessed: Bools, wanted: Bools) -> U64:
         """uint64[blocks wanted]: accessed pages of each."""
-        numbers = seen.layout.numbers(np.flatnonzero(accessed))
+        # Pages of blocks that are not wanted count as accessed, so nearly all do: 2 ms per GiB to look each of them up.
+        numbers = seen.layout.numbers(np.flatnonzero(accessed & seen.layout.of_blocks(wanted)))
         block = np.searchsorted(seen.layout.addresses, numbers << np.uint64(PAGE_SHIFT), side="right") - 1
         counts: U64 = np.bincount(block, minlength=len(wanted))[wanted].astype(np.uint64)
         return counts
