@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from memtier_engine.abi.constants import KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, KPF_LRU
 from memtier_engine.hostfs.kpageflags import KPAGEFLAGS
 from memtier_engine.hostfs.page_idle import IDLE_BITMAP
+from memtier_engine.trackers import idlereader
 from memtier_engine.trackers.idlereader import KNOWN_S, IdleReader
 from support.hostfolder import HostFolder
 
@@ -134,6 +135,29 @@ def test_a_frame_that_came_back_as_a_tail_looks_touched_no_longer_than_its_flags
     assert machine.touched(128, 129) == [129]
     machine.time_s = 2 * KNOWN_S
     assert machine.touched(128, 129) == []
+
+
+def test_to_remember_a_frame_costs_little_however_many_are_known(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first scan of a large process asks for all of its frames, chunk by chunk."""
+    looked_up = 0
+
+    def counted(table: tuple[np.ndarray, np.ndarray], indexes: np.ndarray) -> np.ndarray:
+        nonlocal looked_up
+        looked_up += len(indexes)
+        return words_at(table, indexes)
+
+    words_at = idlereader._at
+    monkeypatch.setattr(idlereader, "_at", counted)
+    frames = list(range(7, FRAMES, 64))
+    for frame in np.random.default_rng(1).permutation(frames).tolist():
+        machine.touched(frame)
+    each = looked_up / len(frames)
+    assert each < 4 * np.log2(len(frames)), "by halving, not all that is known again for each"
+    machine.touch(*frames)
+    assert machine.touched(*frames) == frames
+    assert machine.asked == [], "all of them are known"
 
 
 @given(data=st.data())

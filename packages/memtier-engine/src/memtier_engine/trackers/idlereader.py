@@ -12,11 +12,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from memtier_engine.distinct import distinct as distinct_values
 from memtier_engine.hostfs.host import Host
 from memtier_engine.hostfs.kpageflags import KpageFlags
 from memtier_engine.hostfs.page_idle import FRAMES_PER_WORD, IdleBitmap, distinct, idle_words
 from memtier_engine.model import U64, Bools
 
+_Words = tuple[U64, U64]
+"""(ascending indexes, the words there)."""
 KNOWN_S = 60.0
 """What is known of frames is forgotten after this to twice this time."""
 _WITHIN = np.uint64(FRAMES_PER_WORD - 1)
@@ -78,13 +81,18 @@ class _Remembered:
     def __init__(self, now_s: Callable[[], float]) -> None:
         self._now_s = now_s
         self._began_s = now_s()
-        nothing = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
-        self._newer = self._older = nothing  # (ascending indexes, words)
+        # Each less than half as long as the one before it: a table is made anew now and then, not with all that is
+        # known at each call.
+        self._newer: list[_Words] = []
+        self._older: list[_Words] = []
 
     def words(self, indexes: U64) -> U64:
         """uint64[n]: the words at `indexes`, which ascend."""
         self._forget()
-        return _at(self._newer, indexes) | _at(self._older, indexes)
+        found = np.zeros(len(indexes), np.uint64)
+        for table in (*self._newer, *self._older):
+            found |= _at(table, indexes)
+        return found
 
     def add(self, frames: U64) -> None:
         """Remember these."""
@@ -92,15 +100,15 @@ class _Remembered:
             return
         self._forget()
         added = idle_words(frames)
-        indexes = np.union1d(self._newer[0], added[0])
-        self._newer = indexes, _at(self._newer, indexes) | _at(added, indexes)
+        while self._newer and len(self._newer[-1][0]) <= 2 * len(added[0]):
+            added = _both(self._newer.pop(), added)
+        self._newer.append(added)
 
     def _forget(self) -> None:
         now_s = self._now_s()
         if now_s - self._began_s >= KNOWN_S:
-            nothing = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
-            self._older = self._newer if now_s - self._began_s < 2 * KNOWN_S else nothing
-            self._newer = nothing
+            self._older = self._newer if now_s - self._began_s < 2 * KNOWN_S else []
+            self._newer = []
             self._began_s = now_s
 
 
@@ -112,9 +120,12 @@ def _bits(words: U64, frames: U64) -> Bools:
     return found
 
 
-def _at(table: tuple[U64, U64], indexes: U64) -> U64:
+def _both(one: _Words, other: _Words) -> _Words:
+    indexes = distinct_values(np.concatenate((one[0], other[0])))
+    return indexes, _at(one, indexes) | _at(other, indexes)
+
+
+def _at(table: _Words, indexes: U64) -> U64:
     known, words = table
-    if not len(known):
-        return np.zeros(len(indexes), np.uint64)
     places = np.minimum(np.searchsorted(known, indexes), len(known) - 1)
     return np.where(known[places] == indexes, words[places], np.uint64(0))
