@@ -401,6 +401,18 @@ def test_a_directory_that_others_can_write_to_is_not_used(directory: Path) -> No
             assert third.why_alone is None, "mended: looked for again"
 
 
+def test_what_was_claimed_before_the_list_could_be_opened_is_on_it_from_then_on(directory: Path) -> None:
+    """Else another program takes it, while nobody says any more that others cannot be seen."""
+    directory.mkdir(parents=True)
+    directory.chmod(0o777)
+    with Observers(HOST, directory=directory) as alone:
+        assert isinstance(alone.claim(ONE), Claim)
+        directory.chmod(0o700)
+        with Observers(HOST, directory=directory) as later, other_program(directory) as other:
+            assert later.why_alone is None
+            assert other.ask("claim 1001").startswith("Holder")
+
+
 def test_who_is_not_root_has_a_list_of_his_own() -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root to become another user: run the tests as root")

@@ -161,6 +161,7 @@ class _Table:
             if self._file is None:
                 try:
                     self._file, self.why_alone = ByteLocks(self._directory / FILE), None
+                    self._lock_what_is_held(self._file)
                 except Unavailable as failure:
                     if self.why_alone != str(failure):
                         logger.warning("{}", failure)
@@ -246,10 +247,13 @@ class _Table:
 
     def _look_whether_it_is_there(self) -> None:
         if self._file is not None and self._file.reopened():
-            for pid in self.owners:
-                self._file.take(pid)
-            for layout in self._layouts:
-                self._file.share(_byte_of(layout))
+            self._lock_what_is_held(self._file)
+
+    def _lock_what_is_held(self, file: ByteLocks) -> None:
+        for pid in self.owners:
+            file.take(pid)
+        for layout in self._layouts:
+            file.share(_byte_of(layout))
 
 
 def _byte_of(layout: bytes) -> int:
