@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import tracemalloc
 from itertools import groupby, pairwise
 from pathlib import Path
 from unittest import mock
@@ -16,7 +17,7 @@ from memtier_engine.abi.constants import KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, K
 from memtier_engine.errors import ProcessGone
 from memtier_engine.hostfs import pagemap as pm
 from memtier_engine.hostfs.kpageflags import KPAGEFLAGS, KpageFlags
-from memtier_engine.hostfs.page_idle import IDLE_BITMAP, WRITE_GAP_WORDS, IdleBitmap
+from memtier_engine.hostfs.page_idle import IDLE_BITMAP, WRITE_GAP_WORDS, IdleBitmap, distinct
 from memtier_engine.hostfs.runs import run_bounds
 from memtier_engine.model import PAGE_BYTES
 from memtier_engine.trackers.words import tags_of, tags_out_of
@@ -78,6 +79,21 @@ def test_a_frame_is_idle_if_its_own_bit_says_so(frames: list[int], idle: list[in
         with IdleBitmap(folder.host) as bitmap:
             bitmap.set_idle(u64(idle))
             assert bitmap.is_idle(u64(frames)).tolist() == [frame in set(idle) for frame in frames]
+
+
+@pytest.mark.parametrize("spread", [1000, 3000, 1 << 22, 1 << 40])
+def test_words_are_found_in_memory_that_goes_by_their_number_not_by_what_they_are_spread_over(spread: int) -> None:
+    """The frames of a small process lie all over the memory of a large machine."""
+    numbers = np.random.default_rng(spread).integers(0, spread, 1000).astype(np.uint64) + np.uint64(1 << 20)
+    tracemalloc.start()
+    try:
+        found, places = distinct(numbers)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.tolist() == sorted(set(numbers.tolist()))
+    assert found[places].tolist() == numbers.tolist()
+    assert peak_bytes < 20 * numbers.nbytes
 
 
 def test_a_word_within_which_memory_ends_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,18 +96,19 @@ class IdleBitmap(OpenFile):
         return (words >> (pfns & np.uint64(63)) & np.uint64(1)).astype(np.bool_)
 
 
-_TABLE_MAX = 1 << 22
-"""Bitmap words (of 64 frames each, so 1 TiB of memory) up to which a table is used instead of sorting."""
+_TABLE_MOST = 4
+"""Times as many entries as there are numbers up to which a table takes less time than to sort them: it is as long as
+what they are spread over, up to all of the machine's memory."""
 
 
 def distinct(numbers: U64) -> tuple[U64, np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """(ascending distinct numbers, index of each of `numbers` in them); half the time of sorting."""
+    """(ascending distinct numbers, index of each of `numbers` in them); if close, faster than by sorting."""
     if len(numbers) == 0:
         return numbers, np.zeros(0, np.int64)
     least = numbers.min()
     offsets = (numbers - least).view(np.int64)
     size = int(offsets.max()) + 1
-    if size > max(_TABLE_MAX, len(numbers)):
+    if size > _TABLE_MOST * len(numbers):
         return distinct_places(numbers)
     table = np.zeros(size, np.bool_)
     table[offsets] = True
