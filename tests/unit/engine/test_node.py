@@ -93,6 +93,23 @@ def test_adopted_engines_share_ceiling_reader_and_scan_budget(scene: Scene) -> N
     node.close()
 
 
+def test_an_engine_that_ends_leaves_no_files_of_its_processes_open_on_the_node(scene: Scene) -> None:
+    """Of two that share memory, the other one's state was read."""
+    node = Node(host=scene.machine.host, clock=scene.clock)
+    engine = scene.engine(11, 100)
+    scene.machine.process(12, start_ticks=7, state="T")
+    node.adopt(engine)
+    both = (ProcessId(11, 7), ProcessId(12, 7))
+    engine.spaces.follow([both])
+    for process in both:
+        with node.files.of(process):
+            pass
+    assert len(node.files) == 2
+    engine.close()
+    assert len(node.files) == 0
+    node.close()
+
+
 def test_pressure_on_the_node_stops_all_engines(scene: Scene) -> None:
     scene.machine.write("proc/pressure/memory", BUSY)
     node = Node(host=scene.machine.host, clock=scene.clock)

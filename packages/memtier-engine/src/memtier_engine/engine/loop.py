@@ -362,7 +362,8 @@ class Engine:
             self.pace.close()
         self.tracker.close()
         for space in self.spaces:
-            self.files.drop(space.process)
+            for process in space.members:
+                self.files.drop(process)
         if self._own_files:
             self.files.close()
         self.policy.close()
