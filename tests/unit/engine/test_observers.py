@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -318,6 +319,37 @@ def test_a_recycled_pid_is_another_process(directory: Path) -> None:
         new.release()
         new.release()
         assert other.ask("claim 1001").startswith("Claim")
+
+
+def test_claims_of_processes_whose_pids_were_recycled_leave_no_layout_locked(directory: Path) -> None:
+    with Observers(HOST, directory=directory) as ours:
+        for start_ticks in range(300):
+            assert isinstance(ours.claim(ProcessId(1001, start_ticks), layout=b"%d" % start_ticks), Claim)
+        assert locked_by_others(directory)
+    assert not locked_by_others(directory)
+
+
+def test_threads_may_claim_while_old_claims_are_forgotten(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Observers(HOST, directory=directory) as ours:
+        held = ours._table.has
+        claimed: list[Claim | Holder] = []
+
+        def meanwhile(claim: Claim) -> bool:
+            if ours._table.has is not held:
+                monkeypatch.setattr(ours._table, "has", held)
+                thread = threading.Thread(target=lambda: claimed.append(ours.claim(TWO)))
+                thread.start()
+                thread.join()
+            return held(claim)
+
+        for start_ticks in range(128):
+            ours.claim(ProcessId(1001, start_ticks))
+        monkeypatch.setattr(ours._table, "has", meanwhile)
+        assert isinstance(ours.claim(ProcessId(1001, 128)), Claim)
+        assert isinstance(claimed[0], Claim)
+        assert isinstance(ours.claim(TWO), Holder)
+    with other_program(directory) as other:
+        assert other.ask("claim 1002").startswith("Claim"), "closing released it"
 
 
 def test_an_observer_in_a_container_is_seen_and_sees(directory: Path) -> None:

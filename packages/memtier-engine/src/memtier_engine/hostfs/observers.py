@@ -121,7 +121,10 @@ class Observers(Closing):
         if isinstance(taken, Claim):
             self._claims.add(taken)
             if len(self._claims) > 2 * max(64, len(self._table.owners)):
-                self._claims = {claim for claim in self._claims if self._table.has(claim)}
+                for claim in tuple(self._claims):  # others may claim meanwhile
+                    if not self._table.has(claim):
+                        claim.release()  # of a process whose pid is another's by now, the layout
+                        self._claims.discard(claim)
             return taken
         process, pid, through = taken
         return Holder(process, pid, "" if pid is None else _program(pid), through)
