@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from memtier_engine.clock import FakeClock
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.bytelocks import ByteLocks
 from memtier_engine.hostfs.host import Host
-from memtier_engine.hostfs.observers import PID_END, Claim, Holder, Observers, program_words
+from memtier_engine.hostfs.observers import ASKING_S, ASKING_SHARE, PID_END, Claim, Holder, Observers, program_words
 from memtier_engine.model import ProcessId
 
 HOST = Host()
@@ -157,6 +158,9 @@ def test_a_refused_claim_holds_nothing(directory: Path) -> None:
         other.ask("claim 1001 alike")
         assert isinstance(ours.claim(TWO, layout=LAYOUT), Holder)
         assert other.ask("claim 1002 alike").startswith("Claim")
+        other.ask("release 1001")
+        other.ask("release 1002")
+        assert not locked_by_others(directory)
 
 
 def test_what_is_released_leaves_no_lock(directory: Path) -> None:
@@ -222,6 +226,40 @@ def test_all_that_others_have_locked_is_listed_whatever_the_order_that_the_kerne
                 + [(pid, two.popen.pid) for pid in (1005, 1020, 1021, 1040)]
             )
             assert sorted(pid for pid, _ in locks.others(1010, 1021)) == [1010, 1020]
+
+
+def test_thousands_that_look_alike_take_no_more_than_their_share_of_time(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever forks in two containers would have a core busy with asking; the lock of each is taken all the same."""
+    clock = FakeClock(1000.0)
+    monkeypatch.setattr("memtier_engine.hostfs.observers.time.monotonic", clock.now_s)
+    asked: list[int] = []
+
+    def compare(one: int, other: int) -> int:
+        asked.append(other)
+        clock.advance(0.001)
+        return 1
+
+    first, second = (Observers(Living(), directory=directory, compare=compare) for _ in range(2))
+    with first, second:
+        for pid in range(1000, 1500):
+            assert isinstance(first.claim(ProcessId(pid, 5), layout=LAYOUT), Claim)
+        assert asked == [], "its own it knows"
+        for pid in range(2000, 2100):
+            assert isinstance(second.claim(ProcessId(pid, 5), layout=LAYOUT), Claim)
+        assert 1000 * ASKING_S <= len(asked) <= 1000 * ASKING_S + 110
+        asked.clear()
+        clock.advance(1.0)
+        second.claim(ProcessId(3000, 5), layout=LAYOUT)
+        assert 1000 * ASKING_SHARE <= len(asked) <= 1000 * ASKING_SHARE + 10
+        asked.clear()
+        clock.advance(1000 * ASKING_S)
+        second.claim(ProcessId(3001, 5), layout=LAYOUT)
+        assert len(asked) == pytest.approx(1000 * ASKING_S, abs=2)
+        with other_program(directory) as other:
+            assert "(pid" in other.ask("claim 2099 alike"), "claimed, though nobody was asked about it"
+    assert not locked_by_others(directory)
 
 
 def test_where_the_kernel_does_not_tell_nobody_is_taken_to_share(directory: Path) -> None:

@@ -13,11 +13,14 @@ each other and with few others: where another program has it locked too, the ker
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import threading
+import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +38,7 @@ DIRECTORY = "run/memtier/observers"
 FILE = "by-pid"
 PID_END = 1 << 22
 """No pid is higher: PID_MAX_LIMIT of include/linux/threads.h."""
+ASKING_S, ASKING_SHARE = 0.2, 0.02
 _PROGRAM_CHARACTERS = 100
 _Taken = tuple[ProcessId, int | None, int | None]
 """What cannot be had, who observes it, and through which process if not through this."""
@@ -146,13 +150,40 @@ class Observers(Closing):
         self._claims.clear()
 
 
+class _Allowance:
+    """Bounds the time that goes into asking who shares an address space: anybody may have thousands that look alike.
+
+    `ASKING_S` at once, and `ASKING_SHARE` of a CPU from then on. What is not asked counts as not shared: whoever makes
+    it so is the one whose memory two observers may then misjudge.
+    """
+
+    def __init__(self) -> None:
+        self._spent_s = 0.0
+        self._last_s = -math.inf
+
+    def within(self, questions: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Those of `questions` that there is time for."""
+        began_s = time.monotonic()
+        self._spent_s = max(0.0, self._spent_s - (began_s - self._last_s) * ASKING_SHARE)
+        left_s = ASKING_S - self._spent_s
+        try:
+            for question in questions:
+                if time.monotonic() - began_s >= left_s:
+                    break
+                yield question
+        finally:
+            self._last_s = time.monotonic()
+            self._spent_s += self._last_s - began_s
+
+
 class _Table:
     """The lock file, open once in this program: whoever closes it anywhere in the program loses all its locks."""
 
     def __init__(self, directory: Path) -> None:
         self.why_alone: str | None = None
         self.owners: dict[int, tuple[ProcessId, Claim]] = {}
-        self._layouts: dict[bytes, set[Claim]] = {}
+        self._layouts: dict[bytes, dict[object, set[Claim]]] = {}  # by owner
+        self._asking = _Allowance()
         self._directory = directory
         self._lock = threading.Lock()
         self._file: ByteLocks | None = None
@@ -208,29 +239,41 @@ class _Table:
 
     def _elsewhere(self, claim: Claim, same: Callable[[int, int], bool]) -> _Taken | None:
         """Whether its address space is observed through another process. None: no; then its layout is locked."""
-        first = claim.processes[0]
-        alike = self._layouts.setdefault(claim.layout, set())
-        found: _Taken | None = None
-        for other in alike:
-            if other.owner is not claim.owner:
-                for process in other.processes:
-                    if self.owners.get(process.pid, (None, None))[1] is other and same(first.pid, process.pid):
-                        found = first, os.getpid(), process.pid
-        alike.add(claim)
-        if found is None and self._file is not None and self._file.share(_byte_of(claim.layout)):
-            for pid, holder in self._file.others(0, PID_END):
-                if same(first.pid, pid):
-                    found = first, holder or None, pid
-                    break
-        if found is not None:
-            self._forget_layout(claim)
+        first, found = claim.processes[0], None
+        alike = self._layouts.setdefault(claim.layout, {})
+        asked = (
+            (os.getpid(), process.pid)
+            for owner, claims in alike.items()
+            if owner is not claim.owner
+            for other in claims
+            for process in other.processes
+            if self.owners.get(process.pid, (None, None))[1] is other
+        )
+        by_others: Iterator[tuple[int, int]] = iter(())
+        if self._file is not None and self._file.share(_byte_of(claim.layout)):
+            by_others = ((holder, pid) for pid, holder in self._file.others(0, PID_END))
+        for holder, pid in self._asking.within(itertools.chain(asked, by_others)):
+            if same(first.pid, pid):
+                found = first, holder or None, pid
+                break
+        if found is None:
+            alike.setdefault(claim.owner, set()).add(claim)
+        self._forget_layout(claim, unless_held=True)
         return found
 
-    def _forget_layout(self, claim: Claim) -> None:
-        alike = self._layouts.get(claim.layout, set())
-        alike.discard(claim)
-        if not alike and self._layouts.pop(claim.layout, None) is not None and self._file is not None:
-            self._file.release(_byte_of(claim.layout))
+    def _forget_layout(self, claim: Claim, *, unless_held: bool = False) -> None:
+        alike = self._layouts.get(claim.layout)
+        if alike is None:
+            return
+        own = alike.get(claim.owner, set())
+        if not unless_held:
+            own.discard(claim)
+        if not own:
+            alike.pop(claim.owner, None)
+        if not alike:
+            del self._layouts[claim.layout]
+            if self._file is not None:
+                self._file.release(_byte_of(claim.layout))
 
     def has(self, claim: Claim) -> bool:
         """Whether any of it is still held."""
