@@ -248,7 +248,10 @@ def test_the_exerciser_refuses_bad_values_with_1() -> None:
     assert run("memtier-meme", "-zz").returncode == 2
 
 
-@pytest.mark.parametrize(("program", "words"), [("memtier", ["check"]), ("memtierd", ["-c", "help"])])
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [("memtier", ["check"]), ("memtierd", ["-c", "help"]), ("memtier-meme", ["-bs", "1M", "-ttl", "1ms"])],
+)
 def test_a_full_disk_behind_standard_output_is_one_line(program: str, words: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

@@ -27,8 +27,9 @@ PROMPT = {
     "memtier_cli.memtierd.prompt.stopwatch",
     "memtier_cli.memtierd.prompt.words",
     "memtier_cli.signals",
+    "memtier_cli.standard_files",
 }
-MEMTIER = {"memtier_cli", "memtier_cli.memtier", "memtier_cli.memtier.program"}
+MEMTIER = {"memtier_cli", "memtier_cli.memtier", "memtier_cli.memtier.program", "memtier_cli.standard_files"}
 DEAR = {
     *("asyncio", "ctypes", "decimal", "email", "importlib.metadata", "json", "logging", "multiprocessing"),
     *("readline", "socket", "ssl", "subprocess", "tempfile"),

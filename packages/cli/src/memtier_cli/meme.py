@@ -8,6 +8,7 @@ Exit status: 0 at the end of -ttl or at Enter, 1 a bad value, 2 wrong usage, 130
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import random
@@ -22,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from memtier_cli import standard_files
 from memtier_cli.flags import Flag, Parsed
-from memtier_cli.front import read_flags
+from memtier_cli.front import output_is_full, read_flags
 from memtier_engine.errors import ConfigError
 from memtier_engine.units import Durations, Sizes
 
@@ -284,6 +286,7 @@ class Meme:
 
 def main() -> int:
     """Entry point of `memtier-meme`; returns the exit status."""
+    standard_files.occupy()
     program = Path(sys.argv[0]).name
     flags = read_flags(program, FLAGS)
     if isinstance(flags, int):
@@ -298,6 +301,8 @@ def main() -> int:
     except BadValue as error:
         return _fail(program, str(error))
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            output_is_full(program, error)
         return _fail(program, f"-bs: {(error.strerror or str(error)).lower()}")
     return 0
 

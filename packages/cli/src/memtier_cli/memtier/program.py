@@ -7,11 +7,12 @@ Exit status: 0 done, 1 a configuration or kernel call failed, 2 wrong usage, 3 (
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from importlib import import_module
 
 import click
+
+from memtier_cli import standard_files
 
 COMMANDS = {
     "check": "Show what this kernel offers and how to get what is missing.",
@@ -61,7 +62,7 @@ def memtier() -> None:
 
 def main() -> None:
     """Entry point of `memtier`."""
-    _occupy_standard_files()
+    standard_files.occupy()
     try:
         status = memtier.main(standalone_mode=False)
     except click.UsageError as error:
@@ -84,13 +85,3 @@ def main() -> None:
         print(f"memtier: {error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def _occupy_standard_files() -> None:
-    """Open those that the caller has closed: else the next file that is opened gets what is meant for them."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
-            setattr(sys, name, os.fdopen(number, mode))

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import errno
 import sys
-from io import StringIO, TextIOWrapper
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
-from memtier_cli import libraries
+from memtier_cli import libraries, standard_files
 from memtier_cli.flags import Flag, Parsed
 from memtier_cli.front import output_is_full, read_flags
 
@@ -36,6 +36,7 @@ FLAGS = (
 
 def main() -> int:
     """Entry point of `memtierd`; returns the exit status."""
+    standard_files.occupy()
     program = Path(sys.argv[0]).name
     flags = read_flags(program, FLAGS)
     if isinstance(flags, int):
@@ -82,7 +83,7 @@ def _serve(flags: Parsed) -> int:
     libraries.before_use(lambda: _prepare(flags, sink))
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
-    prompt = Prompt(Output(sys.stdout or StringIO()))  # None: closed before we started
+    prompt = Prompt(Output(sys.stdout))
     with SessionSignals() as signals:
         try:
             return _run(flags, prompt, signals)
