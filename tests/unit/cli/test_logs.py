@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
 import sys
 import threading
 from collections.abc import Iterator
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from loguru import logger
 
 from memtier_cli.logqueue import LogQueue
 from memtier_cli.logquota import LINES_MOST
-from memtier_cli.logs import configure_daemon
+from memtier_cli.logs import configure, configure_daemon
 
 
 class Kept(LogQueue):
@@ -167,3 +169,30 @@ def test_what_other_libraries_and_dying_threads_say_is_in_the_log(text: list[str
     assert "ERROR: Task exception was never retrieved" in first
     assert "INFO: connected" in second
     assert "CRITICAL: a defect ends thread t1\n  Traceback" in third
+
+
+class Disk(StringIO):
+    full = False
+
+    def write(self, text: str, /) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+@pytest.mark.usefixtures("_restored")
+def test_a_log_on_a_full_disk_is_one_line_elsewhere_until_it_has_worked_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not loguru's report with a traceback for each message."""
+    disk = Disk()
+    configure(sink=disk)
+    line = "the log takes no more, messages are lost: No space left on device\n"
+    for said in (line, "", line):
+        logger.info("taken")
+        disk.full = bool(said)
+        logger.info("one")
+        logger.info("two")
+        disk.full = False
+        assert capsys.readouterr().err == said
+    assert disk.getvalue() == "INFO: taken\n" + "INFO: taken\nINFO: one\nINFO: two\n" + "INFO: taken\n"

@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import import_module
 from types import TracebackType
@@ -36,14 +37,15 @@ _CONTROLS = {number: ascii(chr(number))[1:-1] for number in _MEANING_SOMETHING i
 """Names of pods and their annotations are in messages: none of them begins a line of its own, nor moves a cursor."""
 
 
-def configure(*, debug: bool = False, trace: bool = False, sink: TextIO | str | None = None) -> None:
+def configure(*, debug: bool = False, trace: bool = False, sink: TextIO | None = None) -> None:
     """Messages of the programs and of both libraries to `sink` (default: standard error).
 
-    Lines have no time stamp: `LEVEL: message`, as the reference writes them.
+    Lines have no time stamp: `LEVEL: message`, as the reference writes them. A sink that takes nothing, such as a file
+    on a full disk, ends nothing.
     """
     logger.remove()
     level = "TRACE" if trace else "DEBUG" if debug else "INFO"
-    logger.add(sys.stderr if sink is None else sink, level=level, format=_line, colorize=False)
+    logger.add(_Stream(sys.stderr if sink is None else sink), level=level, format=_line, colorize=False)
     _enable_libraries(debug)
 
 
@@ -102,6 +104,26 @@ def json_line(record: Record) -> str:
     if text := _exception(record):
         found["exception"] = text
     return json.dumps(found, default=str) + "\n"
+
+
+class _Stream:
+    """A file that may be full or gone: that is said once on standard error, if that is another one, and once more
+    after it has worked again. loguru by itself leaves a traceback there for each message."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._told = False
+
+    def __call__(self, message: Message) -> None:
+        try:
+            self._stream.write(message)
+            self._stream.flush()
+            self._told = False
+        except OSError as error:
+            if not self._told and sys.stderr is not self._stream:
+                self._told = True
+                with suppress(OSError):
+                    print(f"the log takes no more, messages are lost: {error.strerror}", file=sys.stderr, flush=True)
 
 
 class _ToQueue:
