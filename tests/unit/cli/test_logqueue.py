@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from memtier_cli import logqueue
-from memtier_cli.logqueue import LogQueue
+from memtier_cli.logqueue import LogQueue, lost_object
 
 
 @dataclass
@@ -153,3 +154,11 @@ def test_a_reader_that_is_gone_does_not_end_the_program(pipe: Pipe) -> None:
     queue.start()
     queue.put("nobody reads this\n")
     assert not queue.close(0.2)
+
+
+def test_lost_ones_are_told_as_an_object_where_the_log_is_of_objects() -> None:
+    told = lost_object(3)
+    assert told.endswith("\n")
+    found = json.loads(told)
+    assert (found["level"], found["message"]) == ("WARN", "3 log lines are lost: the log's reader is too slow")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found["time"])

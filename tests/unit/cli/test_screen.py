@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,7 +120,7 @@ import sys
 from memtier_cli.logs import configure_console
 from memtier_cli.memtier.screen import Screen
 from loguru import logger
-with Screen(in_place=sys.argv[1] == "in_place") as screen:
+with Screen(as_json=sys.argv[1] == "lines") as screen:
     configure_console(screen.message)
     while sys.argv[1] == "gone" and not screen._out.lost_total:
         screen.state("a state that nobody takes")
@@ -210,3 +212,34 @@ def test_an_output_that_takes_nothing_is_told_once_and_ends_nothing(output: str)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("standard output takes no more") == 1
     assert "message 2" in done.stderr
+
+
+OBJECTS = """
+import resource
+from memtier_cli import logqueue
+from memtier_cli.memtier.screen import Screen
+logqueue._AGAIN_S = 0.01
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))  # as a disk that is full, and then is not
+with Screen(as_json=True) as screen:
+    for _ in range(6):
+        screen.state('{"event": "scan"}')
+    with screen._out._changed:
+        screen._out._changed.wait_for(lambda: screen._out.lost_total)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    screen.result('{"event": "end"}')
+    assert screen._out.flush(60)
+"""
+
+
+def test_states_as_json_stay_so_where_some_are_lost(tmp_path: Path) -> None:
+    """Each but the one that was cut off where the disk was full."""
+    path = tmp_path / "states"
+    with path.open("wb") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", OBJECTS], stdout=file, stderr=subprocess.PIPE, check=False, timeout=WAIT_S
+        )
+    assert done.returncode == 0, done.stderr
+    *scans, cut, one, other = path.read_text().splitlines()
+    assert [json.loads(line) for line in scans] == [{"event": "scan"}] * 5
+    assert cut == '{"event": "scan"}'[:10]
+    assert sorted(map(json.loads, (one, other)), key=str) == [{"event": "end"}, {"event": "lost", "lines": 1}]

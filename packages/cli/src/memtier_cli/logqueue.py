@@ -14,11 +14,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 LINES_MAX = 4096
 BYTES_MAX = 2 << 20
 _WRITE_BYTES = 32 << 10
 _AGAIN_S = 1.0
+
+
+def lost_text(lost: int) -> str:
+    """The line about lost ones."""
+    return f"WARN: {lost} log lines are lost: the log's reader is too slow\n"
+
+
+def lost_object(lost: int) -> str:
+    """The same, for a log whose lines are JSON objects."""
+    now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    message = lost_text(lost).removeprefix("WARN: ").rstrip("\n")
+    return f'{{"time": "{now}", "level": "WARN", "message": "{message}"}}\n'
 
 
 class LogQueue:
@@ -28,9 +41,7 @@ class LogQueue:
         self,
         fd: int,
         *,
-        tell_lost: Callable[[int], str] = lambda lost: (
-            f"WARN: {lost} log lines are lost: the log's reader is too slow\n"
-        ),
+        tell_lost: Callable[[int], str] = lost_text,
         lines_max: int = LINES_MAX,
         bytes_max: int = BYTES_MAX,
     ) -> None:
@@ -41,7 +52,7 @@ class LogQueue:
         self._lines_max, self._bytes_max = lines_max, bytes_max
         self._lines: deque[bytes] = deque()
         self._bytes = self._lost = 0
-        self._writing = self._closing = False
+        self._writing = self._closing = self._torn = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="memtier-log", daemon=True)
 
@@ -104,6 +115,8 @@ class LogQueue:
         return b"".join(parts)
 
     def _write(self, data: bytes) -> bool:
+        if self._torn:  # else what comes next would be part of that line
+            data = b"\n" + data
         view = memoryview(data)
         while view:
             try:
@@ -112,9 +125,12 @@ class LogQueue:
                 with contextlib.suppress(OSError):
                     select.select([], [self._fd], [], _AGAIN_S)
             except OSError:
+                if written := data[: len(data) - len(view)]:
+                    self._torn = not written.endswith(b"\n")
                 lost = bytes(view).count(b"\n")
                 with self._changed:
                     self._lost += lost
                     self.lost_total += lost
                 return False
+        self._torn = False
         return True

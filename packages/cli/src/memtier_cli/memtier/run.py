@@ -108,7 +108,7 @@ def command(
     if quiet and verbose:
         raise click.UsageError("give one of --quiet and --verbose")
     raise_open_files()
-    with Screen(in_place=not as_json) as screen, stop_on_signals() as stop:
+    with Screen(as_json=as_json, messages_as_json=log_format == "json") as screen, stop_on_signals() as stop:
         # The engine says what goes wrong by itself, on stderr.
         level = "WARNING" if quiet else "DEBUG" if verbose else "INFO"
         configure_console(screen.message, level=level, as_json=log_format == "json")

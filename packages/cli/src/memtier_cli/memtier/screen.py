@@ -16,7 +16,7 @@ from typing import Self
 
 from loguru import logger
 
-from memtier_cli.logqueue import LogQueue
+from memtier_cli.logqueue import LogQueue, lost_object, lost_text
 
 _STDOUT, _STDERR = 1, 2
 _CLEAR = "\r\x1b[K"
@@ -28,10 +28,11 @@ _FLUSH_TRIES = 50
 class Screen:
     """Standard output and error. A context manager: at its end all is written, as far as it is taken."""
 
-    def __init__(self, *, in_place: bool = True) -> None:
-        """`in_place`: whether a terminal that can is to show states so."""
-        self.in_place = in_place and os.isatty(_STDOUT) and os.environ.get("TERM") != "dumb"
-        self._out, self._err = LogQueue(_STDOUT), LogQueue(_STDERR)
+    def __init__(self, *, as_json: bool = False, messages_as_json: bool = False) -> None:
+        """Whether states, and messages, are JSON objects, one a line. States in words a terminal shows in place."""
+        self.in_place = not as_json and os.isatty(_STDOUT) and os.environ.get("TERM") != "dumb"
+        self._out = LogQueue(_STDOUT, tell_lost=_lost_object if as_json else _lost_text)
+        self._err = LogQueue(_STDERR, tell_lost=lost_object if messages_as_json else lost_text)
         self._one_output = os.path.samestat(os.fstat(_STDOUT), os.fstat(_STDERR))
         self._utf8 = "utf-8" in (getattr(sys.stdout, "encoding", None) or "").lower()
         self._lock = threading.Lock()
@@ -99,6 +100,14 @@ class Screen:
 
     def _encodable(self, text: str) -> str:
         return text if self._utf8 else text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _lost_text(lost: int) -> str:
+    return f"{lost} lines are lost here: nothing more was taken\n"
+
+
+def _lost_object(lost: int) -> str:
+    return f'{{"event": "lost", "lines": {lost}}}\n'
 
 
 def _finish(queue: LogQueue) -> None:

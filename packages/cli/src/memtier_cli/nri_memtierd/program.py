@@ -80,14 +80,15 @@ def main(orders: Orders | None = None) -> int:
         return 0 if well else 1
     index, name = identity(flags, program)
 
-    from memtier_cli.logqueue import LogQueue
+    from memtier_cli.logqueue import LogQueue, lost_object, lost_text
     from memtier_engine.errors import MemtierError
     from memtier_engine.hostfs.limits import raise_open_files
     from nri_core import NriError
 
     raise_open_files()
     _open_standard_files()
-    log = LogQueue(2 if sys.stderr is None else sys.stderr.fileno())
+    fd = 2 if sys.stderr is None else sys.stderr.fileno()
+    log = LogQueue(fd, tell_lost=lost_object if _as_json(flags) else lost_text)
     log.start()
     try:
         return _serve(flags, index, name, orders, log)
