@@ -59,3 +59,7 @@ def test_usage_is_laid_out_as_go_does() -> None:
     assert "  -pid int" in lines
     assert "    \tthis process (default -1)" in lines
     assert '    \tformat of the tables: txt or csv (default "txt")' in usage("stats", COMMANDS["stats"].flags)
+
+
+def test_the_help_of_stats_names_the_tables_that_are_ours_too() -> None:
+    assert "move_pages_errors, memory_scans, swap_ins" in usage("stats", COMMANDS["stats"].flags)

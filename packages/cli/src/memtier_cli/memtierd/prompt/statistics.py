@@ -10,7 +10,7 @@ from memtier_cli.memtierd.prompt.errors import CommandError
 from memtier_engine.errors import ConfigError
 from memtier_engine.model import MoveOutcome
 from memtier_engine.stats.recorder import move_text
-from memtier_engine.stats.tables import TABLES, tables_text
+from memtier_engine.stats.tables import OWN_TABLES, TABLES, tables_text
 
 _NO_MOVE = (
     "move_pages(pid=0, pagecount=0, firstpage=0 dest=0) => (return=0 on_dest=0 on_other=0 [errno:pagecount]=map[])"
@@ -69,7 +69,7 @@ STATS = Command(
     "stats",
     _stats,
     (
-        Flag("t", f"print only these tables, separated by commas: {', '.join(TABLES)}", "string"),
+        Flag("t", f"print only these tables, separated by commas: {', '.join([*TABLES, *OWN_TABLES])}", "string"),
         Flag("f", "format of the tables: txt or csv", "string", '"txt"'),
         Flag("lm", "print the latest move_pages call of a process", "int", "-1"),
         Flag("le", "print the latest move_pages call of a process that had page errors", "int", "-1"),
