@@ -171,6 +171,7 @@ def test_a_routine_prints_with_its_timestamps_and_knows_the_policy(tmp_path: Pat
         '      timestamp: "before unix.s\\n"\n      timestampafter: "after\\n"\n'
     )
     with memtierd("-config", path) as daemon:
+        daemon.reader.until("after\n")  # the first one may stand on both sides of the first prompt
         shown = daemon.reader.until("after\n")
         assert shown.startswith("before ")
         assert shown.endswith("\n\n")  # the stub's empty configuration
