@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memtier_cli import standard_files
 from memtier_cli.flags import Flag, Parsed, UsageError
 from memtier_cli.front import BEHIND, read_flags
 from memtier_cli.nri_memtierd.health import probe
@@ -86,7 +87,7 @@ def main(orders: Orders | None = None) -> int:
     from nri_core import NriError
 
     raise_open_files()
-    _open_standard_files()
+    standard_files.occupy()
     fd = 2 if sys.stderr is None else sys.stderr.fileno()
     log = LogQueue(fd, tell_lost=lost_object if _as_json(flags) else lost_text)
     log.start()
@@ -142,15 +143,6 @@ def _check(flags: Parsed, program: str) -> None:
         raise UsageError("-run-dir is empty: is a variable of the command line not set?")
     if not _is_probe(flags):
         identity(flags, program)
-
-
-def _open_standard_files() -> None:
-    """Where the parent closed them: else the next file that is opened would get the number, and our log in it."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
 
 
 def _is_probe(flags: Parsed) -> bool:
