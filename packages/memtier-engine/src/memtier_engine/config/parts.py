@@ -65,16 +65,12 @@ class TrackerSpec:
                 made.pop_all()
                 return tracker
         match self.options:
-            case None:
-                return create_tracker(self.name, host).tracker
             case FinderConfig():
                 return FinderTracker(host, self.options)
-            case SoftDirtyConfig():
-                return (
-                    create_softdirty_with_reads(host)
-                    if self.options.track_referenced
-                    else create_tracker(self.name, host).tracker
-                )
+            case SoftDirtyConfig(track_referenced=True):
+                return create_softdirty_with_reads(host)
+            case None | SoftDirtyConfig():
+                return create_tracker(self.name, host).tracker
         from memtier_engine.trackers.damon_shared import SharedDamonTracker
 
         return SharedDamonTracker(host, self.options)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from memtier_engine.errors import KernelCallError
 from memtier_engine.hostfs.handles import OpenProcesses
+from memtier_engine.hostfs.maps import stat_fields_of
 from memtier_engine.model import SWAP_NODE, MoveTask, ProcessId
 from memtier_engine.pages.space import Spaces
 
@@ -27,7 +28,6 @@ def note_stopped(spaces: Spaces, tasks: Iterable[MoveTask], files: OpenProcesses
 def _is_stopped(process: ProcessId, files: OpenProcesses) -> bool:
     try:
         with files.of(process) as own:
-            # The name, in parentheses, may itself hold any character: the state comes after the last one.
-            return own.read("stat").rpartition(b")")[2].split()[0] in _STOPPED
-    except (KernelCallError, IndexError):
+            return stat_fields_of(own.read("stat"), process.pid)[0] in _STOPPED
+    except KernelCallError:
         return False

@@ -308,10 +308,11 @@ def read_stat_fields(host: Host, pid: int) -> list[bytes]:
     Raises:
         ProcessGone: it exited.
     """
-    return _fields_of(host.read_proc(pid, "stat"), pid)
+    return stat_fields_of(host.read_proc(pid, "stat"), pid)
 
 
-def _fields_of(text: bytes, pid: int) -> list[bytes]:
+def stat_fields_of(text: bytes, pid: int) -> list[bytes]:
+    """As `read_stat_fields`, from the text of /proc/PID/stat."""
     _, found, rest = text.rpartition(b")")
     if not found:
         raise KernelCallError(f"read /proc/{pid}/stat: not in the kernel's format", errno.EINVAL)
@@ -329,7 +330,7 @@ def read_start_ticks(host: Host, pid: int) -> int:
 
 def start_ticks_of(stat: bytes, pid: int) -> int:
     """As `read_start_ticks`, from the text of /proc/PID/stat."""
-    fields = _fields_of(stat, pid)
+    fields = stat_fields_of(stat, pid)
     if has_exited(fields):
         raise ProcessGone(f"process {pid} exited", errno.ESRCH)
     return int(fields[_START_TICKS_FIELD - 3])
@@ -376,7 +377,7 @@ def live_thread(host: Host, pid: int) -> int | None:
             return None
         for thread in threads:
             try:
-                if _fields_of(host.read_proc(pid, f"task/{thread}/stat"), pid)[0] not in _DEAD:
+                if stat_fields_of(host.read_proc(pid, f"task/{thread}/stat"), pid)[0] not in _DEAD:
                     return thread
             except KernelCallError:
                 continue
