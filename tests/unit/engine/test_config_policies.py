@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loguru import logger
 
 from memtier_engine.config.files import Spec, parse
 from memtier_engine.config.parts import TRACKERS
@@ -24,6 +23,7 @@ from memtier_engine.trackers.damon import DamonConfig
 from memtier_engine.trackers.finder import FinderConfig, FinderTracker
 from memtier_engine.trackers.multi import MultiTracker
 from support.hostfolder import HostFolder
+from support.messages import messages
 
 
 def block(name: str, text: str = "", indent: int = 0) -> str:
@@ -55,12 +55,8 @@ mover: {intervalms: 20, bandwidth: 200}
 @pytest.fixture
 def warnings_of() -> Iterator[list[str]]:
     """What is warned of."""
-    found: list[str] = []
-    logger.enable("memtier_engine")
-    sink = logger.add(lambda message: found.append(message.record["message"]), level="WARNING")
-    yield found
-    logger.remove(sink)
-    logger.disable("memtier_engine")
+    with messages("WARNING") as found:
+        yield found
 
 
 def failure(text: str) -> ConfigError:

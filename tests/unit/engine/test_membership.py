@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loguru import logger
 
 from memtier_engine.engine.membership import Membership
 from memtier_engine.hostfs.host import Host
@@ -15,6 +14,7 @@ from memtier_engine.model import ProcessId
 from memtier_engine.pages.ages import ProcessPages
 from memtier_engine.pages.space import Spaces
 from support.hostfolder import HostFolder
+from support.messages import messages
 
 
 class Occupied(Observers):
@@ -33,12 +33,8 @@ class Occupied(Observers):
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    lines: list[str] = []
-    logger.enable("memtier_engine")
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    yield lines
-    logger.remove(sink)
-    logger.disable("memtier_engine")
+    with messages("INFO") as lines:
+        yield lines
 
 
 @pytest.fixture
